@@ -1,0 +1,1 @@
+"""What runs inside the engine's process: vocabulary, records, rings, recorder, hooks. Standard library only."""

@@ -1,0 +1,175 @@
+"""Hook points as data, and what puts them in: patch what is imported, wait for the rest, contain every error of ours.
+
+A hook wraps one function of the engine. Its wrapper calls the original with the arguments as they came and gives its
+result or exception back as they are; what it does beside that is guarded by `Hook.failed`, which counts the error, logs
+the first, and takes the hook out after a few.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.util
+import inspect
+import json
+import logging
+import sys
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .records import MAX_HOOKS, Text
+from .stages import Level
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+    from .recorder import Recorder
+
+log = logging.getLogger("stagetrace")
+
+ERRORS_UNTIL_OUT = 5
+_NEVER = 255  # a level that is never reached
+_MARK = "_stagetrace_hook"  # attribute of a wrapper: the target that it hooks
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """One function of an engine that is hooked."""
+
+    target: str  # module:Class.function
+    parameters: tuple[str, ...]  # the leading parameters that the handler relies on, `self` included
+    level: Level  # from which level on it records
+    process: str  # the kind of process that calls it
+    handler: Callable[[Callable[..., Any], Hook], Callable[..., Any]]  # original, hook -> wrapper
+    gives: str  # what is recorded
+
+    @property
+    def module(self) -> str:
+        """The module that holds the function."""
+        return self.target.partition(":")[0]
+
+
+class Hook:
+    """A hook point in this process: its recorder, its errors, and what became of it."""
+
+    def __init__(self, point: HookPoint, index: int, recorder: Recorder):
+        self.point = point
+        self.index = index
+        self.recorder = recorder
+        self.threshold: int = point.level  # wrappers record when the level reaches it
+        self.status = "waiting"
+        self.why = f"{point.module} is not imported in this process"
+        self.errors = 0
+
+    def failed(self) -> None:
+        """Contains the exception that is being handled: counts it, logs the first, takes the hook out after a few."""
+        self.errors += 1
+        self.recorder.errors[self.index] = self.errors
+        if self.errors == 1:
+            log.warning(
+                "stagetrace: error in the hook on %s; the engine is not affected", self.point.target, exc_info=True
+            )
+        if self.errors >= ERRORS_UNTIL_OUT and self.threshold != _NEVER:
+            self.threshold = _NEVER
+            self.set("out", f"taken out after {self.errors} errors")
+
+    def set(self, status: str, why: str = "") -> None:
+        """Notes what became of the hook and tells the collector."""
+        self.status, self.why = status, why
+        if self.recorder.ring is not None:
+            self.tell()
+
+    def tell(self) -> None:
+        """Writes the hook's status into the ring."""
+        point = self.point
+        text = {"name": point.target, "status": self.status, "why": self.why, "gives": point.gives, "index": self.index}
+        self.recorder.text(self.index, Text.HOOK, json.dumps(text))
+
+    def install(self, module: ModuleType) -> None:
+        """Patches the function, if it is there and takes what the handler relies on."""
+        path = self.point.target.partition(":")[2].split(".")
+        owner: Any = module
+        try:
+            for name in path[:-1]:
+                owner = getattr(owner, name)
+            original = inspect.getattr_static(owner, path[-1])
+        except AttributeError as error:
+            self.set("missing", str(error))
+            return
+        if not inspect.isfunction(original):
+            self.set("mismatch", f"it is a {type(original).__name__}, not a function")
+            return
+        if getattr(original, _MARK, None) == self.point.target:  # twice would record everything twice
+            self.set("installed", "it was hooked before")
+            return
+        found = tuple(inspect.signature(original).parameters)
+        wanted = self.point.parameters
+        if found[: len(wanted)] != wanted:
+            self.set("mismatch", f"it takes ({', '.join(found)}), the hook needs ({', '.join(wanted)})")
+            return
+        wrapper = functools.wraps(original)(self.point.handler(original, self))
+        setattr(wrapper, _MARK, self.point.target)
+        setattr(owner, path[-1], wrapper)
+        self.set("installed")
+
+
+class Hooks(importlib.abc.MetaPathFinder):
+    """The hooks of one engine in this process; also the import finder that patches modules when they are loaded."""
+
+    def __init__(self, points: Sequence[HookPoint], recorder: Recorder):
+        if len(points) > MAX_HOOKS:
+            raise ValueError(f"{len(points)} hook points; a ring's header has room for {MAX_HOOKS}")
+        self.hooks = [Hook(point, index, recorder) for index, point in enumerate(points)]
+        self._waiting: dict[str, list[Hook]] = {}
+        self._searching = threading.local()
+        recorder.on_open(self.tell)
+
+    def install(self) -> None:
+        """Patches what is imported already and waits for the import of the rest."""
+        for hook in self.hooks:
+            self._waiting.setdefault(hook.point.module, []).append(hook)
+        for name in list(self._waiting):
+            if name in sys.modules:
+                self._loaded(name, sys.modules[name])
+        if self._waiting:
+            sys.meta_path.insert(0, self)
+
+    def tell(self) -> None:
+        """Writes every hook's status into the ring."""
+        for hook in self.hooks:
+            hook.tell()
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        """The module's own spec, with a loader that patches the module after it was executed."""
+        if fullname not in self._waiting or getattr(self._searching, "name", None) == fullname:
+            return None
+        self._searching.name = fullname
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._searching.name = None
+        if spec is not None and spec.loader is not None and hasattr(spec.loader, "exec_module"):
+            self._patch_after(spec.loader, fullname)
+        return spec
+
+    def _patch_after(self, loader: Any, fullname: str) -> None:
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            self._loaded(fullname, module)
+
+        loader.exec_module = exec_module
+
+    def _loaded(self, name: str, module: ModuleType) -> None:
+        for hook in self._waiting.pop(name, ()):
+            try:
+                hook.install(module)
+            except Exception:
+                hook.failed()
+                hook.set("error", "stagetrace could not install it; the engine's log says why")
+        if not self._waiting and self in sys.meta_path:
+            sys.meta_path.remove(self)

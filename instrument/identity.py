@@ -1,0 +1,52 @@
+"""A session's identity: session.json, created once by whoever comes first, engine or collector."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from secrets import token_bytes, token_hex
+
+FILE = "session.json"
+_PATIENCE_S = 2.0
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who the session is: a random id and the key of its hashes."""
+
+    session: str
+    key: bytes
+
+
+def read_identity(path: Path) -> Identity | None:
+    """The identity of the session at `path`, or None when it has none (yet) that is readable."""
+    try:
+        data = json.loads((path / FILE).read_text("utf-8"))
+        return Identity(str(data["id"]), bytes.fromhex(data["key"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def claim_identity(path: Path) -> Identity:
+    """The identity of the session at `path`, made here if nobody was first.
+
+    Raises OSError when the directory cannot be made or written, or when a first comer left an unreadable file.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path / FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        deadline = time.monotonic() + _PATIENCE_S
+        while (identity := read_identity(path)) is None:
+            if time.monotonic() > deadline:
+                raise OSError(f"{path / FILE} is not readable: remove the directory or name another") from None
+            time.sleep(0.005)
+        return identity
+    identity = Identity(token_hex(16), token_bytes(16))
+    text = json.dumps({"id": identity.session, "key": identity.key.hex(), "created_ns": time.time_ns(), "version": 1})
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text + "\n")
+    return identity

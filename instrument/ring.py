@@ -1,0 +1,114 @@
+"""A process's ring file: made, mapped and locked here; the file outlives the process, so its last records do too.
+
+One file holds the header page, the control ring and the detail ring (records.py has the format). The process holds
+an exclusive lock on the file for life: who can take the lock knows that the process is dead, across pid namespaces too.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import socket
+import time
+from pathlib import Path
+
+from . import records
+
+CONTROL_SLOTS = 16 * 1024
+DETAIL_SLOTS = 64 * 1024
+_SMALLEST = 1024
+_NO_ROOM = (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG)  # EFBIG: the limit of `ulimit -f`
+
+
+class NoRoom(OSError):
+    """There is no room for a ring of the smallest size."""
+
+
+def ring_directory(session: str) -> Path:
+    """Where the rings of a session lie: STAGETRACE_RING_DIR, else a directory of the user's in /dev/shm."""
+    root = os.environ.get("STAGETRACE_RING_DIR")
+    return Path(root or f"/dev/shm/stagetrace-{os.getuid()}") / session
+
+
+def make_ring_directory(session: str) -> Path:
+    """The directory of a session's rings, made if need be, private to the user.
+
+    Raises OSError when it cannot be made, and PermissionError when somebody else owns it or may write into it.
+    """
+    directory = ring_directory(session)
+    for part in (directory.parent, directory):
+        part.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # A root that the user named may be shared; whoever owns the default one could put another directory in place.
+    for part in (directory,) if os.environ.get("STAGETRACE_RING_DIR") else (directory.parent, directory):
+        status = part.stat()
+        if status.st_uid != os.getuid() or status.st_mode & 0o002:
+            raise PermissionError(f"{part} belongs to another user or is open to all: set STAGETRACE_RING_DIR")
+    return directory
+
+
+class Ring:
+    """The writer's side of a ring file, for the process that made it."""
+
+    def __init__(self, path: Path, descriptor: int, memory: mmap.mmap, control_slots: int, detail_slots: int):
+        self.path = path
+        self.descriptor = descriptor
+        self.memory = memory
+        self.control_slots = control_slots
+        self.detail_slots = detail_slots
+
+    @classmethod
+    def create(cls, session: str, role: str, level: int) -> Ring:
+        """A ring for this process, in place, locked, with all its memory reserved and touched.
+
+        Where there is little room the ring is smaller. Raises NoRoom when not even the smallest fits, other OSErrors
+        as they come.
+        """
+        directory = make_ring_directory(session)
+        control, detail = CONTROL_SLOTS, DETAIL_SLOTS
+        while True:
+            try:
+                return cls._create(directory, session, role, level, control, detail)
+            except OSError as error:
+                if error.errno not in _NO_ROOM:
+                    raise
+                if control <= _SMALLEST:
+                    raise NoRoom(error.errno, f"no room for a ring in {directory}: enlarge /dev/shm") from error
+                control, detail = control // 4, detail // 4
+
+    @classmethod
+    def _create(cls, directory: Path, session: str, role: str, level: int, control: int, detail: int) -> Ring:
+        size = records.HEADER_SIZE + (control + detail) * records.SLOT_SIZE
+        started = time.monotonic_ns()
+        final = directory / f"{role}-{os.getpid()}-{started}.ring"
+        partial = final.with_suffix(".partial")
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            # Reserved, not only sized: a full file system fails here, and never as a SIGBUS when a page is touched.
+            os.posix_fallocate(descriptor, 0, size)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            memory = mmap.mmap(descriptor, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            records.HEADER.pack_into(
+                memory,
+                0,
+                records.MAGIC,
+                records.VERSION,
+                records.SLOT_SIZE,
+                control,
+                detail,
+                os.getpid(),
+                started,
+                time.time_ns(),
+                0,
+                role.encode()[:32],
+                session.encode()[:32],
+                socket.gethostname().encode()[:64],
+            )
+            memory[records.LEVEL_OFFSET] = level
+            partial.rename(final)
+        except BaseException:
+            os.close(descriptor)
+            partial.unlink(missing_ok=True)
+            raise
+        return cls(final, descriptor, memory, control, detail)

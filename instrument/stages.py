@@ -1,0 +1,726 @@
+"""The vocabulary: one closed table of everything that stagetrace times, and the only place where a stage is named.
+
+Records carry a stage's id; span names, Parquet values, metric labels, report labels and docs/stages.md come from this
+table. An id is never reused. A stage's attributes are, in order, the words a0, a1, ... of its record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+
+MAX_ATTRIBUTES = 8
+
+
+class Level(IntEnum):
+    """How much is recorded; every level includes those below it."""
+
+    OFF = 0
+    REQUEST = 1
+    STEP = 2
+    LAYER = 3
+    KERNEL = 4
+
+
+class Kind(StrEnum):
+    """What a stage is to the accounting."""
+
+    SEGMENT = "segment"  # a synchronous call on one timeline; segments of a timeline nest or follow
+    ENVELOPE = "envelope"  # holds segments or states together; envelopes may overlap one another
+    STATE = "state"  # what a request is in; a request is in one at a time
+    OCCASION = "occasion"  # a segment that belongs to no step: now and then, or a gap
+
+
+class Timeline(StrEnum):
+    """The thread or device stream that a stage's time is taken on."""
+
+    SCHEDULER = "scheduler"
+    RANK = "rank"
+    DEVICE = "device"
+    FRONT_END = "front end"
+    REQUEST = "request"
+    ANY = "any"
+
+
+class Unit(StrEnum):
+    """Units of attributes; integers all, so that records and sums are exact."""
+
+    COUNT = "1"
+    TOKENS = "tokens"
+    BYTES = "bytes"
+    NANOSECONDS = "ns"
+    PPM = "1e-6"
+    ENUM = "enum"
+
+
+class IdleReason(IntEnum):
+    """Why a timeline stood still."""
+
+    NO_WORK = 1
+    WAITING_FOR_DEVICE = 2
+    WAITING_FOR_RANK = 3
+    HOST_BOUND = 4
+    WAITING_FOR_SCHEDULER = 5
+
+    @property
+    def text(self) -> str:
+        """The reason in words."""
+        return self.name.lower().replace("_", " ")
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One integer that a record carries beside its times."""
+
+    name: str
+    unit: Unit
+    means: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the vocabulary. `inside` names the possible parents, nearest first."""
+
+    id: int
+    name: str
+    kind: Kind
+    timeline: Timeline
+    level: Level
+    means: str
+    does_not_mean: str
+    inside: tuple[str, ...] = ()
+    attributes: tuple[Attribute, ...] = ()
+
+
+_RANK = Attribute("rank", Unit.COUNT, "global rank of the worker")
+_TOKENS = Attribute("tokens", Unit.TOKENS, "tokens that the call worked on")
+_LAYER = Attribute("layer", Unit.COUNT, "index of the transformer layer, from 0")
+_BYTES = Attribute("bytes", Unit.BYTES, "size of the tensor on this rank")
+_REQUESTS = Attribute("requests", Unit.COUNT, "requests that the call worked on")
+_PROMPT = Attribute("prompt_tokens", Unit.TOKENS, "tokens in the prompt")
+_OUTPUT = Attribute("output_tokens", Unit.TOKENS, "tokens generated so far")
+_CACHED = Attribute("cached_tokens", Unit.TOKENS, "prompt tokens whose KV was found in a cache")
+
+STAGES: tuple[Stage, ...] = (
+    # Envelopes
+    Stage(
+        1,
+        "step",
+        Kind.ENVELOPE,
+        Timeline.SCHEDULER,
+        Level.STEP,
+        "from the start of schedule to the end of update of the same scheduler output, over all ranks",
+        "device time, nor the period between steps: with several steps in flight steps overlap",
+    ),
+    Stage(
+        2,
+        "rank_step",
+        Kind.ENVELOPE,
+        Timeline.RANK,
+        Level.STEP,
+        "one rank's part of a step, from receiving the batch to handing the result back",
+        "time in which the rank was busy: it may wait in it for other ranks or for the scheduler. It can end after its"
+        " step, where the engine waits for one rank's output alone",
+        ("step",),
+        (_RANK, Attribute("tokens", Unit.TOKENS, "tokens scheduled in the step")),
+    ),
+    Stage(
+        3,
+        "request",
+        Kind.ENVELOPE,
+        Timeline.REQUEST,
+        Level.REQUEST,
+        "from the request's arrival in the front end to the last byte handed to the socket",
+        "the time that the client saw: the network and the client's own reading are outside",
+    ),
+    # States of a request
+    Stage(
+        10,
+        "request_tokenize",
+        Kind.STATE,
+        Timeline.REQUEST,
+        Level.REQUEST,
+        "arrival in the front end until the request is ready to be sent to the engine: template, tokenizer, validation",
+        "reading the HTTP body, which is over when a request arrives",
+        ("request",),
+        (
+            _PROMPT,
+            Attribute("max_tokens", Unit.TOKENS, "most tokens that the request may generate, 0 if unbounded"),
+            Attribute("by_http", Unit.COUNT, "1 when it came by HTTP, so that its last byte is seen, 0 otherwise"),
+        ),
+    ),
+    Stage(
+        11,
+        "request_dispatch",
+        Kind.STATE,
+        Timeline.REQUEST,
+        Level.REQUEST,
+        "sent by the front end until the scheduler took it in",
+        "network alone: serialising, the socket and the engine's wait until its current step is over are in it",
+        ("request",),
+        (_PROMPT,),
+    ),
+    Stage(
+        12,
+        "queue",
+        Kind.STATE,
+        Timeline.REQUEST,
+        Level.REQUEST,
+        "in the scheduler's waiting queue until first scheduled",
+        "time in the front end before, or waiting again after a preemption",
+        ("request",),
+        (_PROMPT,),
+    ),
+    Stage(
+        13,
+        "prefill",
+        Kind.STATE,
+        Timeline.REQUEST,
+        Level.REQUEST,
+        "first scheduled until the engine had the first token; after a preemption, until the lost context is rebuilt",
+        "time computing this prompt: other requests' work in the same and in interleaved steps is in it",
+        ("request",),
+        (_CACHED, Attribute("resumed", Unit.COUNT, "1 when the context is rebuilt after a preemption")),
+    ),
+    Stage(
+        14,
+        "decode",
+        Kind.STATE,
+        Timeline.REQUEST,
+        Level.REQUEST,
+        "the engine had the first token until it had the last",
+        "time computing this request: the steps are shared, and prefill of others may be in them",
+        ("request",),
+        (_OUTPUT,),
+    ),
+    Stage(
+        15,
+        "preempted",
+        Kind.STATE,
+        Timeline.REQUEST,
+        Level.REQUEST,
+        "thrown out of the running batch until scheduled again",
+        "all that a preemption costs: the prefill that follows rebuilds the lost context",
+        ("request",),
+        (_OUTPUT,),
+    ),
+    Stage(
+        16,
+        "kv_transfer",
+        Kind.STATE,
+        Timeline.REQUEST,
+        Level.REQUEST,
+        "waiting for KV blocks from another instance or a store",
+        "bytes on the wire alone",
+        ("request",),
+    ),
+    Stage(
+        17,
+        "output",
+        Kind.STATE,
+        Timeline.REQUEST,
+        Level.REQUEST,
+        "the engine had the last token until the last byte was handed to the socket",
+        "time on the network",
+        ("request",),
+        (_OUTPUT,),
+    ),
+    Stage(
+        18,
+        "prefill_chunk",
+        Kind.STATE,
+        Timeline.REQUEST,
+        Level.STEP,
+        "the part of a request's prefill that one step computed, as long as that step",
+        "time for this chunk alone: the step is shared with the rest of its batch",
+        ("prefill",),
+        (
+            Attribute("tokens", Unit.TOKENS, "q: tokens of the request in this step"),
+            Attribute("context", Unit.TOKENS, "kv: the request's context after this step"),
+            Attribute("last", Unit.COUNT, "1 for the chunk that completes the prefill"),
+            _CACHED,
+        ),
+    ),
+    # Scheduler timeline
+    Stage(
+        30,
+        "schedule",
+        Kind.SEGMENT,
+        Timeline.SCHEDULER,
+        Level.STEP,
+        "choosing the batch: the engine's scheduler call",
+        "waiting for work",
+        ("step",),
+    ),
+    Stage(
+        31,
+        "execute",
+        Kind.SEGMENT,
+        Timeline.SCHEDULER,
+        Level.STEP,
+        "handing the step to the workers until update, as far as no other segment covers it: the scheduler waits",
+        "device time; where worker and scheduler share a thread the rank's segments are inside it",
+        ("step",),
+    ),
+    Stage(
+        32,
+        "update",
+        Kind.SEGMENT,
+        Timeline.SCHEDULER,
+        Level.STEP,
+        "taking the step's tokens in: stop checks, freeing, building outputs",
+        "detokenizing, which the front end does",
+        ("step",),
+    ),
+    Stage(
+        33,
+        "grammar",
+        Kind.SEGMENT,
+        Timeline.SCHEDULER,
+        Level.STEP,
+        "structured output: filling the bitmask of allowed tokens",
+        "compiling a grammar, which is queue time of its request",
+        ("execute", "step"),
+    ),
+    Stage(
+        34,
+        "dp_sync",
+        Kind.SEGMENT,
+        Timeline.SCHEDULER,
+        Level.STEP,
+        "agreeing with the other data-parallel ranks on the next step",
+        "moving activations",
+        ("step",),
+    ),
+    Stage(
+        35,
+        "emit",
+        Kind.SEGMENT,
+        Timeline.SCHEDULER,
+        Level.STEP,
+        "sending outputs to the front end",
+        "the front end's own work",
+        ("between",),
+    ),
+    Stage(
+        36,
+        "between",
+        Kind.OCCASION,
+        Timeline.SCHEDULER,
+        Level.STEP,
+        "loop work of the scheduler that belongs to no step: taking requests in, aborts, outputs, empty schedules",
+        "idle time: the wait for requests is idle",
+    ),
+    # Rank timeline
+    Stage(
+        50,
+        "prepare",
+        Kind.SEGMENT,
+        Timeline.RANK,
+        Level.STEP,
+        "building the inputs of the forward pass from the batch",
+        "device time on a GPU: the host's clock",
+        ("rank_step", "execute"),
+        (_RANK,),
+    ),
+    Stage(
+        51,
+        "forward",
+        Kind.SEGMENT,
+        Timeline.RANK,
+        Level.STEP,
+        "the model's forward pass, logits included",
+        "device time on a GPU: there the host only launches it",
+        ("rank_step", "execute"),
+        (_RANK, _TOKENS),
+    ),
+    Stage(
+        52,
+        "sample",
+        Kind.SEGMENT,
+        Timeline.RANK,
+        Level.STEP,
+        "choosing the tokens from the logits",
+        "device time on a GPU",
+        ("rank_step", "execute"),
+        (_RANK,),
+    ),
+    Stage(
+        53,
+        "bookkeep",
+        Kind.SEGMENT,
+        Timeline.RANK,
+        Level.STEP,
+        "bringing the sampled tokens to the host and into the batch's state",
+        "the scheduler's own bookkeeping, which is update; a wait for the device shows up here",
+        ("rank_step", "execute"),
+        (_RANK,),
+    ),
+    Stage(
+        54,
+        "draft",
+        Kind.SEGMENT,
+        Timeline.RANK,
+        Level.STEP,
+        "proposing speculative tokens",
+        "verifying them",
+        ("rank_step", "execute"),
+        (_RANK,),
+    ),
+    Stage(
+        55,
+        "verify",
+        Kind.SEGMENT,
+        Timeline.RANK,
+        Level.STEP,
+        "accepting or rejecting speculative tokens",
+        "the forward pass over them",
+        ("sample", "rank_step"),
+        (_RANK,),
+    ),
+    Stage(
+        56,
+        "return",
+        Kind.SEGMENT,
+        Timeline.RANK,
+        Level.STEP,
+        "building the result and handing it back",
+        "its way to the scheduler's process",
+        ("rank_step", "execute"),
+        (_RANK,),
+    ),
+    Stage(
+        57,
+        "device_forward",
+        Kind.SEGMENT,
+        Timeline.DEVICE,
+        Level.STEP,
+        "the forward pass on the device's own clock",
+        "launch time on the host",
+        ("rank_step",),
+        (_RANK,),
+    ),
+    Stage(
+        58,
+        "device_sample",
+        Kind.SEGMENT,
+        Timeline.DEVICE,
+        Level.STEP,
+        "sampling on the device's own clock",
+        "launch time on the host",
+        ("rank_step",),
+        (_RANK,),
+    ),
+    # Front-end timeline
+    Stage(
+        70,
+        "tokenize",
+        Kind.SEGMENT,
+        Timeline.FRONT_END,
+        Level.STEP,
+        "one call of the tokenizer",
+        "waiting for a free tokenizer thread",
+    ),
+    Stage(
+        71,
+        "dispatch",
+        Kind.SEGMENT,
+        Timeline.FRONT_END,
+        Level.STEP,
+        "handing a request to the engine or to a data-parallel rank",
+        "its way there",
+    ),
+    Stage(
+        72,
+        "detokenize",
+        Kind.SEGMENT,
+        Timeline.FRONT_END,
+        Level.STEP,
+        "turning one batch of new tokens into text and waking the requests' streams",
+        "writing to sockets",
+        (),
+        (_REQUESTS,),
+    ),
+    # Layer level, inside forward
+    Stage(
+        90,
+        "embed",
+        Kind.SEGMENT,
+        Timeline.RANK,
+        Level.LAYER,
+        "token embedding",
+        "device time on a GPU",
+        ("forward",),
+        (_TOKENS,),
+    ),
+    Stage(
+        91,
+        "attention",
+        Kind.SEGMENT,
+        Timeline.RANK,
+        Level.LAYER,
+        "one layer's attention, of the kind that the attribute says",
+        "the projections around it",
+        ("forward",),
+        (
+            _LAYER,
+            Attribute("kind", Unit.ENUM, "1 full, 2 sliding, 3 MLA, 4 linear, 5 mamba, 6 cross"),
+            _TOKENS,
+        ),
+    ),
+    Stage(
+        92,
+        "mlp",
+        Kind.SEGMENT,
+        Timeline.RANK,
+        Level.LAYER,
+        "one layer's dense feed-forward block",
+        "experts",
+        ("forward",),
+        (_LAYER, _TOKENS),
+    ),
+    Stage(
+        93,
+        "moe_route",
+        Kind.SEGMENT,
+        Timeline.RANK,
+        Level.LAYER,
+        "choosing the experts of every token",
+        "the router's matrix product where the engine fuses it elsewhere",
+        ("forward",),
+        (_LAYER, _TOKENS),
+    ),
+    Stage(
+        94,
+        "expert_dispatch",
+        Kind.SEGMENT,
+        Timeline.RANK,
+        Level.LAYER,
+        "sending tokens to the ranks of their experts",
+        "the experts' computation",
+        ("forward",),
+        (_LAYER, _TOKENS, _BYTES),
+    ),
+    Stage(
+        95,
+        "expert_compute",
+        Kind.SEGMENT,
+        Timeline.RANK,
+        Level.LAYER,
+        "the routed experts' matrix products",
+        "shared experts",
+        ("forward",),
+        (_LAYER, _TOKENS),
+    ),
+    Stage(
+        96,
+        "expert_combine",
+        Kind.SEGMENT,
+        Timeline.RANK,
+        Level.LAYER,
+        "bringing the experts' results back and adding them up",
+        "the tensor-parallel all_reduce after it",
+        ("forward",),
+        (_LAYER, _TOKENS, _BYTES),
+    ),
+    Stage(
+        97,
+        "shared_experts",
+        Kind.SEGMENT,
+        Timeline.RANK,
+        Level.LAYER,
+        "the experts that every token passes",
+        "routed experts",
+        ("forward",),
+        (_LAYER, _TOKENS),
+    ),
+    Stage(
+        98,
+        "logits",
+        Kind.SEGMENT,
+        Timeline.RANK,
+        Level.LAYER,
+        "the last projection, onto the vocabulary",
+        "sampling",
+        ("forward",),
+        (_TOKENS,),
+    ),
+    Stage(
+        99,
+        "encode",
+        Kind.SEGMENT,
+        Timeline.RANK,
+        Level.LAYER,
+        "a multimodal encoder",
+        "fetching or decoding the image, sound or video",
+        ("prepare", "forward"),
+        (_TOKENS,),
+    ),
+    Stage(
+        100,
+        "collective",
+        Kind.SEGMENT,
+        Timeline.RANK,
+        Level.LAYER,
+        "one collective operation of a group of ranks",
+        "bytes moving alone: the wait for the last rank to arrive is in it",
+        ("expert_dispatch", "expert_combine", "forward"),
+        (
+            Attribute(
+                "op", Unit.ENUM, "1 all_reduce, 2 all_gather, 3 reduce_scatter, 4 all_to_all, 5 broadcast, 6 send"
+            ),
+            Attribute("group", Unit.COUNT, "handle of the group's name"),
+            _BYTES,
+            Attribute("algorithm", Unit.COUNT, "handle of the algorithm's name"),
+            Attribute("sequence", Unit.COUNT, "number of this operation in its group, the same on every rank"),
+        ),
+    ),
+    # Now and then
+    Stage(
+        120,
+        "model_load",
+        Kind.OCCASION,
+        Timeline.RANK,
+        Level.REQUEST,
+        "loading the weights",
+        "compiling or capturing",
+    ),
+    Stage(
+        121,
+        "compile",
+        Kind.OCCASION,
+        Timeline.RANK,
+        Level.REQUEST,
+        "compiling a graph",
+        "running it",
+    ),
+    Stage(
+        122,
+        "graph_capture",
+        Kind.OCCASION,
+        Timeline.RANK,
+        Level.REQUEST,
+        "capturing device graphs",
+        "replaying them",
+    ),
+    Stage(
+        123,
+        "eplb_rebalance",
+        Kind.OCCASION,
+        Timeline.RANK,
+        Level.REQUEST,
+        "moving experts between ranks to balance their load",
+        "the counting of the load",
+    ),
+    Stage(
+        124,
+        "kv_load",
+        Kind.OCCASION,
+        Timeline.RANK,
+        Level.STEP,
+        "loading KV blocks from a connector",
+        "KV found in the device's own cache",
+    ),
+    Stage(
+        125,
+        "kv_store",
+        Kind.OCCASION,
+        Timeline.RANK,
+        Level.STEP,
+        "storing KV blocks to a connector",
+        "writing KV in attention",
+    ),
+    Stage(
+        126,
+        "weight_update",
+        Kind.OCCASION,
+        Timeline.RANK,
+        Level.REQUEST,
+        "replacing weights in a running engine",
+        "the first load",
+    ),
+    Stage(
+        127,
+        "sleep",
+        Kind.OCCASION,
+        Timeline.RANK,
+        Level.REQUEST,
+        "the engine was put to sleep until it was woken",
+        "idle time",
+    ),
+    Stage(
+        128,
+        "gc_pause",
+        Kind.OCCASION,
+        Timeline.ANY,
+        Level.STEP,
+        "one collection of Python's cyclic garbage collector, in which the process's threads stand still",
+        "reference counting",
+        (),
+        (
+            Attribute("generation", Unit.COUNT, "generation collected, 0 to 2"),
+            Attribute("collected", Unit.COUNT, "objects freed"),
+        ),
+    ),
+    Stage(
+        129,
+        "idle",
+        Kind.OCCASION,
+        Timeline.ANY,
+        Level.STEP,
+        "a gap on a timeline, with its reason",
+        "a fault: most often there was no work",
+        ("rank_step",),
+        (Attribute("reason", Unit.ENUM, ", ".join(f"{reason.value} {reason.text}" for reason in IdleReason)),),
+    ),
+)
+
+BY_NAME: dict[str, Stage] = {stage.name: stage for stage in STAGES}
+BY_ID: dict[int, Stage] = {stage.id: stage for stage in STAGES}
+
+# What is in the batch, known when a step is scheduled: the words of a step's begin record, in order.
+# q: tokens of a request in this step; kv: its context after this step. Sums run over the requests of the phase.
+STEP_COMPOSITION: tuple[Attribute, ...] = (
+    Attribute("prefill_requests", Unit.COUNT, "requests with a prefill chunk in the step"),
+    Attribute("decode_requests", Unit.COUNT, "requests in decode in the step"),
+    Attribute("prefill_tokens", Unit.TOKENS, "sum of q over prefill"),
+    Attribute("prefill_context", Unit.TOKENS, "sum of kv over prefill"),
+    Attribute("prefill_q_q", Unit.COUNT, "sum of q squared over prefill"),
+    Attribute("prefill_q_kv", Unit.COUNT, "sum of q times kv over prefill"),
+    Attribute("decode_tokens", Unit.TOKENS, "sum of q over decode"),
+    Attribute("decode_context", Unit.TOKENS, "sum of kv over decode"),
+    Attribute("decode_q_q", Unit.COUNT, "sum of q squared over decode"),
+    Attribute("decode_q_kv", Unit.COUNT, "sum of q times kv over decode"),
+    Attribute("cached_tokens", Unit.TOKENS, "prompt tokens found in a cache, of the requests that joined in this step"),
+    Attribute("waiting", Unit.COUNT, "requests in the waiting queue after scheduling"),
+    Attribute("running", Unit.COUNT, "requests in the running batch after scheduling"),
+    Attribute("kv_usage", Unit.PPM, "share of the KV cache's blocks in use after scheduling"),
+    Attribute("preempted", Unit.COUNT, "requests preempted while scheduling"),
+    Attribute("draft_tokens", Unit.TOKENS, "speculative tokens to verify in the step"),
+)
+
+
+class Phase(StrEnum):
+    """What kind of work a step did."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+def phase(prefill_tokens: int, decode_tokens: int) -> Phase:
+    """The kind of a step, by what was scheduled in it."""
+    if prefill_tokens and decode_tokens:
+        return Phase.MIXED
+    return Phase.PREFILL if prefill_tokens else Phase.DECODE
+
+
+class Finish(IntEnum):
+    """Why a request ended; the word that its last records carry."""
+
+    UNKNOWN = 0
+    STOP = 1
+    LENGTH = 2
+    ABORT = 3
+    ERROR = 4
+    REPETITION = 5
