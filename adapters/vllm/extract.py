@@ -1,0 +1,140 @@
+"""Pure extractors: objects of vLLM in, words of records out. No clock, no ring, no import of vLLM.
+
+Written against vLLM 0.32.0: SchedulerOutput and CachedRequestData in v1/core/sched/output.py, RequestStatus in
+v1/request.py, FinishReason in v1/engine/__init__.py.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from stagetrace.instrument.stages import Finish
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_FINISH_BY_REASON = (Finish.STOP, Finish.LENGTH, Finish.ABORT, Finish.ERROR, Finish.REPETITION)
+_FINISH_BY_STATUS = {
+    "FINISHED_STOPPED": Finish.STOP,
+    "FINISHED_LENGTH_CAPPED": Finish.LENGTH,
+    "FINISHED_ABORTED": Finish.ABORT,
+    "FINISHED_IGNORED": Finish.LENGTH,
+    "FINISHED_ERROR": Finish.ERROR,
+    "FINISHED_REPETITION": Finish.REPETITION,
+}
+
+
+def composition(
+    output: Any, chunks: Iterable[tuple[int, int, int]], *, waiting: int, running: int, kv_usage: float, preempted: int
+) -> tuple[int, ...]:
+    """What is in a scheduled batch, in the order of stages.STEP_COMPOSITION.
+
+    `output` is the SchedulerOutput, `chunks` has (q, kv, cached) of every request in prefill: its tokens in the step,
+    its context after it, and the prompt tokens found in a cache when it joined (0 in later chunks). All others are in
+    decode. `kv_usage` is a fraction. Without speculation the batch is not looped over: decode's context is vLLM's own
+    column, summed in C.
+    """
+    prefill_requests = prefill_tokens = prefill_context = prefill_before = prefill_q_q = prefill_q_kv = 0
+    cached_tokens = 0
+    for q, kv, cached in chunks:
+        prefill_requests += 1
+        prefill_tokens += q
+        prefill_context += kv
+        prefill_before += kv - q
+        prefill_q_q += q * q
+        prefill_q_kv += q * kv
+        cached_tokens += cached
+    scheduled = output.num_scheduled_tokens
+    decode_requests = len(scheduled) - prefill_requests
+    decode_tokens = output.total_num_scheduled_tokens - prefill_tokens
+    decode_context = decode_q_q = decode_q_kv = 0
+    if decode_requests:
+        running_before = sum(output.scheduled_cached_reqs.num_computed_tokens)
+        new_before = sum(new.num_computed_tokens for new in output.scheduled_new_reqs)
+        decode_context = running_before + new_before - prefill_before + decode_tokens
+        decode_q_q, decode_q_kv = decode_requests, decode_context  # every q is 1
+    drafts = output.scheduled_spec_decode_tokens
+    draft_tokens = 0
+    if drafts:
+        before = dict(
+            zip(output.scheduled_cached_reqs.req_ids, output.scheduled_cached_reqs.num_computed_tokens, strict=True)
+        )
+        for request_id, tokens in drafts.items():
+            q = 1 + len(tokens)
+            draft_tokens += q - 1
+            kv = before.get(request_id, 0) + q
+            decode_q_q += q * q - 1
+            decode_q_kv += q * kv - kv
+    return (
+        prefill_requests,
+        decode_requests,
+        prefill_tokens,
+        prefill_context,
+        prefill_q_q,
+        prefill_q_kv,
+        decode_tokens,
+        decode_context,
+        decode_q_q,
+        decode_q_kv,
+        cached_tokens,
+        waiting,
+        running,
+        round(kv_usage * 1_000_000),
+        preempted,
+        draft_tokens,
+    )
+
+
+def finish_of_reason(reason: Any) -> Finish:
+    """stages.Finish of a FinishReason (an int from 0), as the front end has it."""
+    number = int(reason)
+    return _FINISH_BY_REASON[number] if 0 <= number < len(_FINISH_BY_REASON) else Finish.UNKNOWN
+
+
+def finish_of_status(status: Any) -> Finish:
+    """stages.Finish of a RequestStatus, as the scheduler has it."""
+    return _FINISH_BY_STATUS.get(getattr(status, "name", ""), Finish.UNKNOWN)
+
+
+def prompt_tokens(request: Any) -> int:
+    """Tokens in an EngineCoreRequest's prompt; 0 where it came as embeddings of unknown length."""
+    if request.prompt_token_ids is not None:
+        return len(request.prompt_token_ids)
+    embeddings = getattr(request, "prompt_embeds", None)
+    return 0 if embeddings is None else int(embeddings.shape[0])
+
+
+def max_tokens(request: Any) -> int:
+    """The most tokens that an EngineCoreRequest may generate; 0 where that is unbounded, or nothing is generated."""
+    return int(getattr(request.sampling_params, "max_tokens", None) or 0)
+
+
+def process_info(config: Any, version: str) -> dict[str, object]:
+    """What the manifest says of an engine's process, from its VllmConfig. Never anything from a request."""
+    parallel = config.parallel_config
+    scheduler = config.scheduler_config
+    model = config.model_config
+    return {
+        "engine": "vllm",
+        "engine_version": version,
+        "model": str(getattr(model, "served_model_name", None) or model.model),
+        "model_path": str(model.model),
+        "dtype": str(model.dtype),
+        "enforce_eager": bool(model.enforce_eager),
+        "max_model_len": int(model.max_model_len),
+        "max_num_seqs": int(scheduler.max_num_seqs),
+        "max_num_batched_tokens": int(scheduler.max_num_batched_tokens),
+        "async_scheduling": bool(getattr(scheduler, "async_scheduling", False)),
+        "block_size": int(config.cache_config.block_size or 0),
+        "prefix_caching": bool(config.cache_config.enable_prefix_caching),
+        "kv_cache_dtype": str(config.cache_config.cache_dtype),
+        "device": str(getattr(config.device_config, "device_type", "")),
+        "tensor_parallel": int(parallel.tensor_parallel_size),
+        "pipeline_parallel": int(parallel.pipeline_parallel_size),
+        "data_parallel": int(parallel.data_parallel_size),
+        "data_parallel_rank": int(parallel.data_parallel_rank),
+        "expert_parallel": bool(getattr(parallel, "enable_expert_parallel", False)),
+        "world_size": int(parallel.world_size),
+        "pid": os.getpid(),
+    }

@@ -1,0 +1,19 @@
+"""Puts the hooks into this process, once; forked children inherit them."""
+
+from __future__ import annotations
+
+from stagetrace.instrument.hooks import Hooks
+from stagetrace.instrument.recorder import RECORDER
+
+from .hooks import HOOK_POINTS
+
+_installed: list[Hooks] = []
+
+
+def install() -> Hooks:
+    """Patches vLLM in this process; a second call finds it done."""
+    if not _installed:
+        hooks = Hooks(HOOK_POINTS, RECORDER)
+        hooks.install()
+        _installed.append(hooks)
+    return _installed[0]
