@@ -1,0 +1,175 @@
+"""A real OTLP receiver on a loopback port, gRPC or HTTP: keeps what arrives, and can refuse, or answer late."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+
+if TYPE_CHECKING:
+    from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+    from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+
+@dataclass
+class Received:
+    """A span as it came over the wire, with its resource and scope."""
+
+    span: Span
+    resource: dict[str, Any]
+    scope: str
+
+    @property
+    def id(self) -> tuple[bytes, bytes]:
+        return self.span.trace_id, self.span.span_id
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return values(self.span.attributes)
+
+
+class Receiver:
+    """What both protocols have in common. Use as a context manager; `port` is known inside it."""
+
+    protocol: str
+    default_port = 0
+
+    def __init__(self, port: int = 0):
+        self.port = port
+        self.requests: list[ExportTraceServiceRequest] = []
+        self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
+        self.refuse = 0  # how many of the next requests are refused, not to be tried again
+        self.stuck = threading.Event()  # while it is set no request is answered
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def received(self) -> list[Received]:
+        """All spans so far, in the order of arrival."""
+        return [
+            Received(span, values(group.resource.attributes), scope.scope.name)
+            for request in self.requests
+            for group in request.resource_spans
+            for scope in group.scope_spans
+            for span in scope.spans
+        ]
+
+    def take(self, body: bytes, headers: dict[str, str], path: str) -> bool:
+        """Whether a request is accepted; then it is kept."""
+        self.headers.append(headers)
+        self.paths.append(path)
+        if self.refuse:
+            self.refuse -= 1
+            return False
+        self.requests.append(ExportTraceServiceRequest.FromString(body))
+        return True
+
+    def wait(self) -> None:
+        while self.stuck.is_set() and not self._over.wait(0.01):
+            pass
+
+    def __enter__(self) -> Receiver:
+        self._over = threading.Event()
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.stop()
+
+    def start(self) -> None:
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        raise NotImplementedError
+
+
+class GrpcReceiver(Receiver):
+    """With gRPC's own limit of 4 MiB a message."""
+
+    protocol = "grpc"
+
+    def start(self) -> None:
+        receiver = self
+
+        class Service(trace_service_pb2_grpc.TraceServiceServicer):
+            def Export(self, request: ExportTraceServiceRequest, context: grpc.ServicerContext) -> Any:  # noqa: N802
+                receiver.wait()
+                headers = {key: str(value) for key, value in context.invocation_metadata()}
+                if not receiver.take(request.SerializeToString(), headers, ""):
+                    context.abort(grpc.StatusCode.INVALID_ARGUMENT, "refused by the test")
+                return ExportTraceServiceResponse()
+
+        self.server = grpc.server(ThreadPoolExecutor(2))
+        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Service(), self.server)
+        self.port = self.server.add_insecure_port(f"127.0.0.1:{self.port}")
+        self.server.start()
+
+    def stop(self) -> None:
+        self.server.stop(0).wait()
+
+
+class HttpReceiver(Receiver):
+    """Protobuf over HTTP, on any path."""
+
+    protocol = "http/protobuf"
+
+    def start(self) -> None:
+        receiver = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                receiver.wait()
+                headers = {key.lower(): value for key, value in self.headers.items()}
+                accepted = receiver.take(body, headers, self.path)
+                answer = ExportTraceServiceResponse().SerializeToString()
+                try:
+                    self.send_response(200 if accepted else 400)
+                    self.send_header("Content-Type", "application/x-protobuf")
+                    self.send_header("Content-Length", str(len(answer)))
+                    self.end_headers()
+                    self.wfile.write(answer)
+                except ConnectionError:
+                    pass  # the exporter gave up: what the tests with `stuck` are about
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self.server.daemon_threads = True
+        self.port = self.server.server_address[1]
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+def values(attributes: Any) -> dict[str, Any]:
+    """Attributes as plain Python values."""
+    pairs: list[KeyValue] = list(attributes)
+    assert len({pair.key for pair in pairs}) == len(pairs), "an attribute twice"
+    return {pair.key: _value(pair.value) for pair in pairs}
+
+
+def _value(value: AnyValue) -> Any:
+    kind = value.WhichOneof("value")
+    if kind == "array_value":
+        return [_value(item) for item in value.array_value.values]
+    return getattr(value, kind)
