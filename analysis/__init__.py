@@ -1,0 +1,1 @@
+"""What runs after: load a session, break its time down, report."""

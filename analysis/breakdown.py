@@ -1,0 +1,536 @@
+"""Breaks a session's time down: requests, steps, stages and losses, as pure functions from frames to dataclasses.
+
+Times are nanoseconds. Percentiles interpolate linearly between the two nearest values (numpy's `linear`). What every
+number means is in docs/numbers.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from stagetrace.exporters.session import REQUESTS_SCHEMA, Losses, Manifest, Process
+from stagetrace.instrument.stages import BY_ID, BY_NAME, STAGES, Kind, Level, Phase, Timeline
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+REQUEST_STATUSES = ("finished", "aborted", "error", "lost", "open")
+STEP_STATUSES = ("complete", "incomplete", "ranks_missing", "partial")
+PERCENTILES = (50, 95, 99)
+LOSS_REASONS = tuple(each.name for each in fields(Losses) if each.name not in ("process", "ring", "read"))
+
+# A request's latencies as the difference of two times of it: name, from, to.
+_BETWEEN = (
+    ("ttft", "arrival_ns", "first_output_ns"),
+    ("ttft_client", "arrival_ns", "first_sent_ns"),
+    ("e2e", "arrival_ns", "last_output_ns"),
+    ("e2e_client", "arrival_ns", "last_sent_ns"),
+)
+_STATES = tuple(
+    name
+    for name in (stage.name.removeprefix("request_") for stage in STAGES if stage.kind is Kind.STATE)
+    if f"{name}_ns" in REQUESTS_SCHEMA.names
+)
+_BEGINNINGS = ["arrival_ns", "dispatched_ns", "queued_ns", "scheduled_ns"]
+_STEP_KEY = ["instance", "step"]
+_THREAD_KEY = ["process", "thread"]
+
+_SCHEDULER = Timeline.SCHEDULER.value
+_RANK = Timeline.RANK.value
+# Such a stage off the scheduler's or a rank's own thread has no envelope there.
+_HELPERS = {timeline: f"{timeline}, helper threads" for timeline in (Timeline.SCHEDULER, Timeline.RANK)}
+_STEP = BY_NAME["step"]
+_RANK_STEP = BY_NAME["rank_step"]
+INSTALLED, WAITING = "installed", "waiting"  # of a hook (instrument/hooks.py)
+UNATTRIBUTED = "unattributed"
+OBSERVED = "observed time"
+
+# The columns that the breakdown reads, by table: what to ask of load().
+COLUMNS: dict[str, list[str] | None] = {
+    "requests": None,
+    "steps": None,
+    "segments": [
+        *("process", "sequence", "thread", "stage", "begin_ns", "end_ns", "self_ns", "parent", "instance", "step")
+    ],
+    "intervals": None,
+}
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Count, mean and percentiles of times in ns; the numbers are None when there is nothing to count."""
+
+    count: int = 0
+    mean: float | None = None
+    p50: float | None = None
+    p95: float | None = None
+    p99: float | None = None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Per second of the span from the first arrival to the last end; None when the span is empty."""
+
+    span_ns: int = 0
+    requests: float | None = None  # that finished
+    output_tokens: float | None = None
+    total_tokens: float | None = None  # prompt and output
+
+
+@dataclass(frozen=True)
+class Requests:
+    """The requests of a session."""
+
+    count: int
+    by_status: dict[str, int]
+    partial: int  # of any status
+    measured: int  # that the distributions are taken over
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    preemptions: int
+    latencies: dict[str, Distribution]
+    intervals_by_phase: dict[str, Distribution]  # inter-token latency, by the kind of step that gave the token
+    rates: Rates
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """The complete steps of one kind."""
+
+    count: int
+    total_ns: int
+    duration: Distribution
+    tokens: float | None  # scheduled per step, mean
+    requests: float | None  # in the batch, mean
+    output_tokens: int  # of the steps whose membership is known
+    membership_unknown: int  # steps
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The scheduler steps of a session."""
+
+    count: int
+    by_status: dict[str, int]
+    kinds: dict[str, StepKind]
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """One stage's part of a timeline. `duration` is with what is nested in it, `self_ns` without; share is of self."""
+
+    stage: str
+    count: int
+    self_ns: int
+    share: float | None
+    duration: Distribution
+
+
+@dataclass(frozen=True)
+class TimelineBreakdown:
+    """Where the time of one timeline went. The stages' shares and the share of `unattributed` add up to 1."""
+
+    name: str
+    threads: int
+    of: str  # what the shares are of: the envelope, or `observed time`
+    envelope_ns: int  # sum of the envelopes' durations
+    accounted_ns: int  # sum of self times and unattributed: less than the envelopes where these overlap
+    stages: list[StageTime]
+    unattributed: StageTime
+    by_phase: dict[str, list[StageTime]] = field(default_factory=dict)  # unattributed last
+
+
+@dataclass(frozen=True)
+class OutsideTime:
+    """A stage's time that belongs to no step."""
+
+    stage: str
+    count: int
+    total_ns: int
+    inside_ns: int  # of it in a segment of a timeline above, where it has a row as well
+    duration: Distribution
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The stages of a session, by timeline, and what belongs to no step."""
+
+    timelines: list[TimelineBreakdown]
+    outside: list[OutsideTime]
+    left_out: int  # segments of steps that are not complete
+    above_level: list[str]  # segments of the vocabulary without a row, that a higher level records
+    no_rows: list[str]  # those without a row although the level records them
+
+
+@dataclass(frozen=True)
+class HookTrouble:
+    """A hook that was not installed, and in how many processes."""
+
+    name: str
+    status: str
+    why: str
+    processes: int
+
+
+@dataclass(frozen=True)
+class Health:
+    """What is missing from the session, and why."""
+
+    lost: dict[str, int]  # by reason, over all rings
+    rings: list[Losses]  # those that lost something
+    read: int
+    accounting_conflicts: int
+    hooks: list[HookTrouble]
+    errors: dict[str, int]  # contained errors of ours, by hook
+    counts: dict[str, int]  # the manifest's, as they are
+
+
+def weighted_percentiles(
+    values: npt.NDArray[np.int64], weights: npt.NDArray[np.int64], percentiles: Sequence[float]
+) -> list[float]:
+    """Percentiles of `values`, each counted `weights` times (at least 1), as of the array with its values repeated."""
+    order = np.argsort(values, kind="stable")
+    ordered, ends = values[order].astype(np.float64), np.cumsum(weights[order])
+    last = int(ends[-1]) - 1
+    results = []
+    for percentile in percentiles:
+        position = last * percentile / 100
+        below = int(position)
+        low, high = ordered[np.searchsorted(ends, [below, min(below + 1, last)], side="right")]
+        results.append(float(low + (high - low) * (position - below)))
+    return results
+
+
+def distribution(values: pd.Series[int], weights: pd.Series[int] | None = None) -> Distribution:
+    """The distribution of times in ns; missing ones are left out, and so is what has no weight."""
+    known = values.notna() if weights is None else values.notna() & (weights > 0)
+    numbers = np.asarray(values[known], dtype=np.int64)
+    if not len(numbers):
+        return Distribution()
+    if weights is None:
+        middle = [float(value) for value in np.percentile(numbers, PERCENTILES)]
+        return Distribution(len(numbers), float(numbers.mean()), *middle)
+    repeats = np.asarray(weights[known], dtype=np.int64)
+    mean = float(np.average(numbers, weights=repeats))
+    return Distribution(int(repeats.sum()), mean, *weighted_percentiles(numbers, repeats, PERCENTILES))
+
+
+# Requests
+
+
+def request_breakdown(requests: pd.DataFrame, intervals: pd.DataFrame, steps: pd.DataFrame) -> Requests:
+    """Counts, tokens, latencies and rates. What was lost, open or partial is outside every distribution."""
+    measured = requests[~requests["status"].isin(["lost", "open"]) & ~requests["partial"]]
+    whole = outside_of(intervals, steps[steps["status"] != "complete"])
+    latencies = {name: distribution(measured[end] - measured[begin]) for name, begin, end in _BETWEEN}
+    latencies["tpot"] = distribution(_time_per_output_token(measured))
+    latencies["itl"] = distribution(whole["interval_ns"], whole["tokens"])
+    latencies |= {name: distribution(measured[f"{name}_ns"]) for name in _STATES}
+    by_phase = {
+        phase.value: distribution(part["interval_ns"], part["tokens"])
+        for phase in Phase
+        if len(part := whole[whole["phase"] == phase.value])
+    }
+    return Requests(
+        count=len(requests),
+        by_status=_counts(requests["status"], REQUEST_STATUSES),
+        partial=int(requests["partial"].sum()),
+        measured=len(measured),
+        prompt_tokens=int(requests["prompt_tokens"].sum()),
+        output_tokens=int(requests["output_tokens"].sum()),
+        cached_tokens=int(requests["cached_tokens"].sum()),
+        preemptions=int(requests["preemptions"].sum()),
+        latencies=latencies,
+        intervals_by_phase=by_phase,
+        rates=rates(requests),
+    )
+
+
+def _time_per_output_token(requests: pd.DataFrame) -> pd.Series[int]:
+    """Mean time between the tokens of each request that has two or more, rounded to a nanosecond."""
+    several = requests[requests["output_tokens"] > 1]
+    between = (several["last_token_ns"] - several["first_token_ns"]) / (several["output_tokens"] - 1)
+    return between.round().astype("Int64")
+
+
+def rates(requests: pd.DataFrame) -> Rates:
+    """Rates over the span from the first arrival (or the first time known) to the last end, all requests counted."""
+    if not len(requests):
+        return Rates()
+    span = _span([requests[column] for column in (*_BEGINNINGS, "end_ns")])
+    if span <= 0:
+        return Rates()
+    output = int(requests["output_tokens"].sum())
+    return Rates(
+        span_ns=span,
+        requests=int((requests["status"] == "finished").sum()) * 1e9 / span,
+        output_tokens=output * 1e9 / span,
+        total_tokens=(output + int(requests["prompt_tokens"].sum())) * 1e9 / span,
+    )
+
+
+def _span(times: Iterable[pd.Series[int]]) -> int:
+    """From the first to the last of all times, in ns; 0 when there is none."""
+    known = [series.dropna() for series in times]
+    known = [series for series in known if len(series)]
+    return max(int(series.max()) for series in known) - min(int(series.min()) for series in known) if known else 0
+
+
+# Steps
+
+
+def step_breakdown(steps: pd.DataFrame) -> Steps:
+    """Steps by kind. Only complete ones are measured; the others are counted by their status."""
+    complete = steps[steps["status"] == "complete"]
+    kinds = {}
+    for phase in Phase:
+        part = complete[complete["phase"] == phase.value]
+        if not len(part):
+            continue
+        durations = part["end_ns"] - part["begin_ns"]
+        kinds[phase.value] = StepKind(
+            count=len(part),
+            total_ns=int(durations.sum()),
+            duration=distribution(durations),
+            tokens=float((part["prefill_tokens"] + part["decode_tokens"]).mean()),
+            requests=float((part["prefill_requests"] + part["decode_requests"]).mean()),
+            output_tokens=int(part["output_tokens"].sum()),
+            membership_unknown=int(part["output_tokens"].isna().sum()),
+        )
+    return Steps(len(steps), _counts(steps["status"], STEP_STATUSES), kinds)
+
+
+# Stages
+
+
+def stage_breakdown(requests: pd.DataFrame, steps: pd.DataFrame, segments: pd.DataFrame, level: Level | None) -> Stages:
+    """Each timeline's time by stage, unattributed included, and what belongs to no step.
+
+    A timeline with an envelope (step on the scheduler's thread, rank_step on a rank's) is measured against its
+    envelopes, over complete steps. Any other (front end, device, helper threads) has none and is measured against the
+    observed time. Which timeline a segment is on is a question of its thread: where the worker runs on the scheduler's
+    thread its segments nest in `execute` there, and one timeline holds all.
+    """
+    complete = steps[steps["status"] == "complete"]
+    rows = _described(segments).merge(_threads(segments, steps), how="left", on=_THREAD_KEY)
+    rows = rows.merge(_owners(complete), how="left", on=_STEP_KEY)
+    at_scheduler = (rows["process"] == rows["step_process"]) & (rows["thread"] == rows["step_thread"])
+    at_scheduler = at_scheduler.fillna(False)
+    at_rank = (rows["timeline"] == _RANK) & rows["phase"].notna()
+    enveloped = rows["timeline"].isin([_SCHEDULER, _RANK])
+    free = rows["timeline"].notna() & ~enveloped
+
+    timelines = []
+    if len(complete):
+        timelines.append(_scheduler(complete, rows[at_scheduler]))
+    if at_rank.any():
+        timelines.append(_rank(rows[at_rank]))
+    # Model loading and the like is not what the session observes.
+    working = rows[rows["kind"] == Kind.SEGMENT]
+    observed = _span(
+        [requests[column] for column in (*_BEGINNINGS, "end_ns")]
+        + [table[column] for table in (steps, working) for column in ("begin_ns", "end_ns")]
+    )
+    timelines += [_free(str(name), part, observed) for name, part in rows[free].groupby("timeline", sort=True)]
+
+    timed = rows["kind"] != Kind.ENVELOPE
+    stepless = (enveloped & rows["step"].isna()) | ((rows["kind"] == Kind.OCCASION) & ~rows["own_step"])
+    present = set(segments["stage"].unique())
+    absent = [stage for stage in STAGES if stage.kind is Kind.SEGMENT and stage.id not in present]
+    return Stages(
+        timelines=timelines,
+        outside=_outside(rows[stepless & timed].assign(placed=at_scheduler | at_rank | free)),
+        left_out=int((enveloped & timed & rows["step"].notna() & rows["phase"].isna()).sum()),
+        above_level=[stage.name for stage in absent if level is not None and stage.level > level],
+        no_rows=[stage.name for stage in absent if level is None or stage.level <= level],
+    )
+
+
+def _described(segments: pd.DataFrame) -> pd.DataFrame:
+    """Segments with what the vocabulary says of their stage; one of a newer vocabulary goes by its number."""
+    stages = [int(stage) for stage in segments["stage"].unique()]
+    known = pd.DataFrame(
+        {
+            "stage": pd.Series(stages, dtype=segments["stage"].dtype),
+            "name": pd.Series([BY_ID[s].name if s in BY_ID else f"stage {s}" for s in stages], dtype="object"),
+            "kind": pd.Series([BY_ID[s].kind if s in BY_ID else Kind.SEGMENT for s in stages], dtype="object"),
+        }
+    )
+    described = segments[COLUMNS["segments"]].merge(known, on="stage")
+    described["duration"] = described["end_ns"] - described["begin_ns"]
+    described["own_step"] = described["step"].notna()
+    return _with_step_of_parent(described)
+
+
+def _with_step_of_parent(rows: pd.DataFrame) -> pd.DataFrame:
+    """What belongs to no step by itself, but is inside a segment of one (a gc_pause), takes that step."""
+    rows = rows.copy()
+    seeking = rows["step"].isna() & rows["parent"].notna()
+    while seeking.any():
+        known = rows.loc[rows["step"].notna(), ["process", "sequence", *_STEP_KEY]].drop_duplicates(
+            ["process", "sequence"]
+        )
+        known = known.rename(columns={"sequence": "parent"}).astype({"parent": "Int64"})
+        found = rows.loc[seeking, ["process", "parent"]].merge(known, how="left", on=["process", "parent"])
+        if found["step"].isna().all():
+            break
+        for key in _STEP_KEY:
+            rows.loc[seeking, key] = found[key].array
+        seeking &= rows["step"].isna()
+    return rows
+
+
+def _threads(segments: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
+    """The timeline of each thread: one with steps is the scheduler's, one with rank_steps a rank's.
+
+    Any other goes by the stage that took most of its time; a thread with occasions alone has none.
+    """
+    scheduler = steps[_THREAD_KEY].drop_duplicates().assign(timeline=_SCHEDULER)
+    ranks = segments.loc[segments["stage"] == _RANK_STEP.id, _THREAD_KEY].drop_duplicates().assign(timeline=_RANK)
+    homes = {
+        stage.id: _HELPERS.get(stage.timeline, stage.timeline.value) for stage in STAGES if stage.kind is Kind.SEGMENT
+    }
+    timed = segments[[*_THREAD_KEY, "self_ns"]].assign(timeline=segments["stage"].map(homes).astype("object"))
+    time = timed.dropna().groupby([*_THREAD_KEY, "timeline"])["self_ns"].sum().reset_index()
+    other = time.sort_values(by="self_ns", ascending=False)[[*_THREAD_KEY, "timeline"]]
+    found = [frame for frame in (scheduler, ranks, other) if len(frame)]
+    return (pd.concat(found) if found else scheduler).drop_duplicates(_THREAD_KEY)
+
+
+def _owners(steps: pd.DataFrame) -> pd.DataFrame:
+    """Each step's phase and the thread that it is on."""
+    threads = {f"step_{key}": steps[key].astype("Int64") for key in _THREAD_KEY}  # exact also where there is no match
+    return steps[[*_STEP_KEY, "phase"]].assign(**threads)
+
+
+def _scheduler(steps: pd.DataFrame, rows: pd.DataFrame) -> TimelineBreakdown:
+    """The scheduler's thread within complete steps."""
+    # A rank_step that nests in a segment took its time out of that segment's: what it does not hand on is unattributed.
+    nested = rows[(rows["stage"] == _RANK_STEP.id) & rows["parent"].notna()]
+    inside = nested.groupby(_STEP_KEY)["self_ns"].sum().rename("inside").reset_index()
+    gaps = steps[[*_STEP_KEY, "phase", "unattributed_ns"]].merge(inside, how="left", on=_STEP_KEY)
+    gaps["gap"] = gaps["unattributed_ns"] + gaps["inside"].fillna(0).astype("int64")
+    threads = len(steps[_THREAD_KEY].drop_duplicates())
+    total = int((steps["end_ns"] - steps["begin_ns"]).sum())
+    return _with_envelope((_SCHEDULER, threads, _STEP.name, total), rows, gaps)
+
+
+def _rank(rows: pd.DataFrame) -> TimelineBreakdown:
+    """The ranks' threads within complete steps, all ranks together."""
+    envelopes = rows[rows["stage"] == _RANK_STEP.id]
+    gaps = envelopes[["phase", "self_ns"]].rename(columns={"self_ns": "gap"})
+    threads = len(rows[_THREAD_KEY].drop_duplicates())
+    total = int(envelopes["duration"].sum())
+    return _with_envelope((_RANK, threads, _RANK_STEP.name, total), rows, gaps)
+
+
+def _with_envelope(head: tuple[str, int, str, int], rows: pd.DataFrame, gaps: pd.DataFrame) -> TimelineBreakdown:
+    """A timeline's breakdown from its segments and, one row an envelope, what these leave uncovered (`gap`).
+
+    `head` is its name, threads, envelope and the envelopes' time.
+    """
+    parts = rows[rows["kind"] != Kind.ENVELOPE]
+    stages, unattributed, accounted = _partition(parts, gaps["gap"])
+    by_phase = {}
+    for phase in Phase:
+        if len(phase_gaps := gaps[gaps["phase"] == phase.value]):
+            found, rest, _ = _partition(parts[parts["phase"] == phase.value], phase_gaps["gap"])
+            by_phase[phase.value] = [*found, rest]
+    return TimelineBreakdown(*head, accounted, stages, unattributed, by_phase)
+
+
+def _partition(parts: pd.DataFrame, gaps: pd.Series[int]) -> tuple[list[StageTime], StageTime, int]:
+    """Stages in the order of the vocabulary, unattributed, and the time that they add up to."""
+    uncovered = int(gaps.sum())
+    accounted = int(parts["self_ns"].sum()) + uncovered
+    stages = [
+        StageTime(
+            stage=str(part["name"].iloc[0]),
+            count=len(part),
+            self_ns=(self_ns := int(part["self_ns"].sum())),
+            share=self_ns / accounted if accounted else None,
+            duration=distribution(part["duration"]),
+        )
+        for _, part in parts.groupby("stage", sort=True)
+    ]
+    share = uncovered / accounted if accounted else None
+    return stages, StageTime(UNATTRIBUTED, len(gaps), uncovered, share, distribution(gaps)), accounted
+
+
+def _free(name: str, rows: pd.DataFrame, observed_ns: int) -> TimelineBreakdown:
+    """The breakdown of threads that have no envelope: their share of the observed time, once for each thread."""
+    threads = len(rows[_THREAD_KEY].drop_duplicates())
+    parts = rows[rows["kind"] != Kind.ENVELOPE]
+    total = threads * observed_ns
+    rest = pd.Series([total - int(parts["self_ns"].sum())], dtype="int64")
+    stages, unattributed, accounted = _partition(parts, rest)
+    unmeasured = StageTime(UNATTRIBUTED, threads, unattributed.self_ns, unattributed.share, Distribution())
+    return TimelineBreakdown(name, threads, OBSERVED, total, accounted, stages, unmeasured)
+
+
+def _outside(rows: pd.DataFrame) -> list[OutsideTime]:
+    return [
+        OutsideTime(
+            stage=str(part["name"].iloc[0]),
+            count=len(part),
+            total_ns=int(part["duration"].sum()),
+            inside_ns=int(part.loc[part["placed"], "duration"].sum()),
+            duration=distribution(part["duration"]),
+        )
+        for _, part in rows.groupby("stage", sort=True)
+    ]
+
+
+def outside_of(rows: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose step (instance and number) is not among `steps`."""
+    marked = rows.merge(steps[_STEP_KEY].drop_duplicates(), how="left", on=_STEP_KEY, indicator="found")
+    return marked[marked["found"] == "left_only"].drop(columns="found")
+
+
+# Losses and hooks
+
+
+def health(manifest: Manifest) -> Health:
+    """What did not reach the session, by reason, and the hooks that were not installed."""
+    return Health(
+        lost={reason: sum(getattr(losses, reason) for losses in manifest.losses) for reason in LOSS_REASONS},
+        rings=[losses for losses in manifest.losses if losses.lost],
+        read=sum(losses.read for losses in manifest.losses),
+        accounting_conflicts=manifest.counts.get("accounting_conflict", 0),
+        hooks=hook_troubles(manifest.processes),
+        errors=dict(sorted(sum((Counter(process.errors) for process in manifest.processes), Counter()).items())),
+        counts=dict(sorted(manifest.counts.items())),
+    )
+
+
+def hook_troubles(processes: Sequence[Process]) -> list[HookTrouble]:
+    """The hooks that are not installed, with the reason, and in how many processes that is so.
+
+    A hook that waits for a module is no trouble in a process that has no use for the module, as long as another
+    process has it installed, or another hook that gives the same (engines choose between modules).
+    """
+    hooks = [hook for process in processes for hook in process.hooks]
+    given = {_gift(hook) for hook in hooks if hook.get("status") == INSTALLED}
+    found = Counter(
+        (hook.get("name", ""), hook.get("status", ""), hook.get("why", ""))
+        for hook in hooks
+        if hook.get("status") != INSTALLED and not (hook.get("status") == WAITING and _gift(hook) in given)
+    )
+    return [HookTrouble(*what, processes=count) for what, count in sorted(found.items())]
+
+
+def _gift(hook: dict[str, str]) -> str | None:
+    return hook.get("gives") or hook.get("name")
+
+
+def _counts(values: pd.Series[str], expected: Sequence[str]) -> dict[str, int]:
+    """How often each value occurs: those expected always, others (of a newer version) after them."""
+    found = {str(value): int(count) for value, count in values.value_counts().items()}
+    return {name: found.pop(name, 0) for name in expected} | dict(sorted(found.items()))

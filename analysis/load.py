@@ -1,0 +1,120 @@
+"""Loads a session's tables as typed pandas frames, whole or the last part of it.
+
+Columns keep the units of the schema (times are integer nanoseconds). An integer column that may be null is `Int64`, any
+other integer keeps its width; strings that are missing are missing values, not empty ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import pyarrow as pa
+
+from stagetrace.exporters.session import TABLES, Manifest, Session, SessionError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_NULLABLE = {
+    pa.int8(): pd.Int8Dtype(),
+    pa.int16(): pd.Int16Dtype(),
+    pa.int32(): pd.Int32Dtype(),
+    pa.int64(): pd.Int64Dtype(),
+}
+_REQUEST_KEY = ["handle", "end_ns"]
+_STEP_KEY = ["instance", "step", "end_ns"]
+_WITH_REQUEST = ("states", "members")
+_WITH_STEP = ("segments", "intervals")
+
+
+@dataclass(frozen=True)
+class Frames:
+    """What was loaded of a session; `since_ns` is where the window begins (monotonic), None for the whole session."""
+
+    manifest: Manifest
+    tables: dict[str, pd.DataFrame]
+    rows: Mapping[str, int]  # of each loaded table in the whole session, window or not
+    since_ns: int | None = None
+
+    def __getitem__(self, name: str) -> pd.DataFrame:
+        """The frame of a table that was asked for. Raises KeyError for one that was not."""
+        return self.tables[name]
+
+
+def frame(table: pa.Table, schema: pa.Schema) -> pd.DataFrame:
+    """An Arrow table as a frame whose columns have the types that `schema` promises."""
+    return pd.DataFrame(
+        {
+            field.name: table[field.name].to_pandas(types_mapper=_NULLABLE.get if field.nullable else None)
+            for field in schema
+            if field.name in table.column_names
+        }
+    )
+
+
+def read(session: Session, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """One table of a session, or some of its columns. Raises SessionError when a part of it cannot be read."""
+    try:
+        table = session.read_table(name, None if columns is None else list(columns))
+    except (pa.ArrowException, OSError) as error:
+        raise SessionError(
+            f"the table {name} of {session.path} cannot be read ({error}): a file under tables/{name} is damaged"
+        ) from error
+    return frame(table, TABLES[name])
+
+
+def load(
+    session: Session, last_s: float | None = None, columns: Mapping[str, Sequence[str] | None] | None = None
+) -> Frames:
+    """A session's tables, or of each table in `columns` the columns named (None: all), over the last `last_s` seconds.
+
+    What ended in the window is in it, whole. The window ends at the last thing recorded; in a session that is still
+    being written at the manifest's last update if that is later, so that a server that went quiet shows nothing. A
+    window needs a few more columns than those named and adds them. Raises SessionError.
+    """
+    manifest = session.read_manifest()
+    wanted = dict.fromkeys(TABLES) if columns is None else dict(columns)
+    if last_s is not None:
+        wanted = {"requests": _REQUEST_KEY, "steps": _STEP_KEY} | wanted
+        wanted = {name: _with_keys(name, names) for name, names in wanted.items()}
+    tables = {name: read(session, name, names) for name, names in wanted.items()}
+    rows = {name: len(table) for name, table in tables.items()}
+    if last_s is None:
+        return Frames(manifest, tables, rows)
+    since = _last_time(manifest, tables) - round(last_s * 1e9)
+    return Frames(manifest, _windowed(tables, since), rows, since)
+
+
+def _windowed(tables: Mapping[str, pd.DataFrame], since: int) -> dict[str, pd.DataFrame]:
+    """What ended after `since`: states and members go with their request, segments and intervals with their step."""
+    requests = tables["requests"].loc[tables["requests"]["end_ns"] > since]
+    ends = tables["steps"][_STEP_KEY].astype("Int64").rename(columns={"end_ns": "step_end_ns"})
+    kept = {}
+    for name, table in tables.items():
+        if name in _WITH_REQUEST:
+            part = table[table["handle"].isin(requests["handle"])]
+        elif name in _WITH_STEP:
+            end = table.merge(ends, how="left", on=_STEP_KEY[:2])["step_end_ns"]
+            own = table["end_ns"].astype("Int64") if "end_ns" in table else pd.Series(since, end.index, dtype="Int64")
+            part = table[(end.fillna(own) > since).to_numpy(dtype=bool)]
+        else:
+            part = table[table["end_ns"] > since]
+        kept[name] = part.reset_index(drop=True)
+    return kept
+
+
+def _with_keys(name: str, columns: Sequence[str] | None) -> Sequence[str] | None:
+    """The columns asked for, and those that the window needs."""
+    keys = [key for key in (*_REQUEST_KEY[:1], *_STEP_KEY) if key in TABLES[name].names]
+    return None if columns is None else list(dict.fromkeys([*columns, *keys]))
+
+
+def _last_time(manifest: Manifest, tables: Mapping[str, pd.DataFrame]) -> int:
+    """The last time known of the session, ns on the monotonic clock; 0 when nothing is known."""
+    times = [int(table["end_ns"].max()) for table in tables.values() if "end_ns" in table and len(table)]
+    if not manifest.complete and manifest.anchors:
+        monotonic, wall = manifest.anchors[-1]
+        times.append(monotonic + manifest.updated_ns - wall)
+    return max(times, default=0)

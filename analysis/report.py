@@ -1,0 +1,531 @@
+"""The summary of a session: gathered once, shown as tables on a terminal, plain text in a pipe, or one JSON object.
+
+docs/numbers.md says what each number means and documents the keys of the JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich import box
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
+
+from stagetrace.instrument.stages import STAGES, Level, Phase
+
+from .breakdown import (
+    COLUMNS,
+    OBSERVED,
+    Distribution,
+    Health,
+    Requests,
+    Stages,
+    StageTime,
+    Steps,
+    TimelineBreakdown,
+    health,
+    request_breakdown,
+    stage_breakdown,
+    step_breakdown,
+)
+from .load import load
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from rich.console import Console
+
+    from stagetrace.exporters.session import Manifest, Session
+
+JSON_VERSION = 1
+MISSING = "-"
+LONGEST_NAME = 200
+
+_NO_PROCESS = (
+    "No process has opened a ring, so nothing was recorded. Either the server has not come up yet, or the command"
+    " loaded no supported engine (vLLM), or VLLM_PLUGINS is set and leaves stagetrace out."
+    " What to do: check that the command starts vLLM in an environment in which stagetrace is installed; where the"
+    " command or its environment sets VLLM_PLUGINS, add `stagetrace` to its comma-separated list."
+)
+_OFF = (
+    "The engine was instrumented, but recording is off (level off), so nothing was recorded."
+    " What to do: record with `stagetrace run --level step -- COMMAND` (or STAGETRACE_LEVEL=step) and send requests."
+)
+_NO_REQUEST = (
+    "The engine was instrumented, but no request was recorded."
+    " What to do: send requests to the server while it records; if you did, see the hooks and losses."
+)
+_NONE_IN_WINDOW = (
+    "Nothing ended in the last {last}, though the session has requests or steps before that."
+    " What to do: name a longer time, or leave --last out to see the whole session."
+)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine that was instrumented."""
+
+    name: str
+    version: str
+    model: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Everything that a report shows."""
+
+    path: str
+    session: str
+    complete: bool  # the collector ended in order
+    engines: list[Engine]
+    level: str
+    host: str
+    processes: int
+    duration_ns: int | None  # of the session, by the wall clock
+    last_s: float | None  # the window asked for
+    requests: Requests
+    steps: Steps
+    stages: Stages
+    health: Health
+    message: str | None  # what to do when there is nothing, or not all, to show
+
+
+def summarise(session: Session, last_s: float | None = None) -> Summary:
+    """The summary of a session, or of its last `last_s` seconds. Raises SessionError when it cannot be read."""
+    frames = load(session, last_s, COLUMNS)
+    manifest = frames.manifest
+    requests, steps, segments = frames["requests"], frames["steps"], frames["segments"]
+    level = Level[manifest.level.upper()] if manifest.level.upper() in Level.__members__ else None
+    return Summary(
+        path=str(session.path),
+        session=manifest.session,
+        complete=manifest.complete,
+        engines=_engines(manifest),
+        level=manifest.level,
+        host=manifest.host,
+        processes=len(manifest.processes),
+        duration_ns=max(manifest.updated_ns - manifest.started_ns, 0) if manifest.started_ns else None,
+        last_s=last_s,
+        requests=request_breakdown(requests, frames["intervals"], steps),
+        steps=step_breakdown(steps),
+        stages=stage_breakdown(requests, steps, segments, level),
+        health=health(manifest),
+        message=_message(manifest, len(requests), len(steps), sum(frames.rows.values()), last_s),
+    )
+
+
+def _engines(manifest: Manifest) -> list[Engine]:
+    keys = ("engine", "engine_version", "model")
+    found = (tuple(str(process.info.get(key, "")) for key in keys) for process in manifest.processes)
+    return [Engine(*words) for words in dict.fromkeys(found) if any(words)]
+
+
+def _message(manifest: Manifest, requests: int, steps: int, rows: int, last_s: float | None) -> str | None:
+    """What to do when there is no request to report; None when there is one."""
+    if requests:
+        return None
+    if not manifest.processes and not rows:
+        return _NO_PROCESS
+    if last_s is not None and rows and not steps:
+        return _NONE_IN_WINDOW.format(last=duration_text(last_s * 1e9))
+    if manifest.level.upper() == Level.OFF.name and not rows:
+        return _OFF
+    return _NO_REQUEST
+
+
+# JSON
+
+
+def to_json(summary: Summary) -> str:
+    """The summary as one JSON object; its keys are documented in docs/numbers.md. Strings are as they were recorded."""
+    return json.dumps(as_dict(summary), indent=1)
+
+
+def as_dict(summary: Summary) -> dict[str, Any]:
+    """What to_json writes."""
+    requests, steps, stages, state = summary.requests, summary.steps, summary.stages, summary.health
+    return {
+        "version": JSON_VERSION,
+        "session": {
+            "path": summary.path,
+            "id": summary.session,
+            "complete": summary.complete,
+            "engines": [vars(engine) for engine in summary.engines],
+            "level": summary.level,
+            "host": summary.host,
+            "processes": summary.processes,
+            "duration_ns": summary.duration_ns,
+            "last_s": summary.last_s,
+        },
+        "message": summary.message,
+        "requests": {
+            "count": requests.count,
+            "by_status": requests.by_status,
+            "partial": requests.partial,
+            "measured": requests.measured,
+            "prompt_tokens": requests.prompt_tokens,
+            "output_tokens": requests.output_tokens,
+            "cached_tokens": requests.cached_tokens,
+            "preemptions": requests.preemptions,
+            "latencies": {name: _distribution(each) for name, each in requests.latencies.items()},
+            "itl_by_phase": {name: _distribution(each) for name, each in requests.intervals_by_phase.items()},
+            "rates": {
+                "span_ns": requests.rates.span_ns,
+                "requests_per_s": requests.rates.requests,
+                "output_tokens_per_s": requests.rates.output_tokens,
+                "total_tokens_per_s": requests.rates.total_tokens,
+            },
+        },
+        "steps": {
+            "count": steps.count,
+            "by_status": steps.by_status,
+            "by_phase": {
+                name: {
+                    "count": kind.count,
+                    "total_ns": kind.total_ns,
+                    "duration": _distribution(kind.duration),
+                    "tokens_mean": kind.tokens,
+                    "requests_mean": kind.requests,
+                    "output_tokens": kind.output_tokens,
+                    "membership_unknown": kind.membership_unknown,
+                }
+                for name, kind in steps.kinds.items()
+            },
+        },
+        "timelines": [
+            {
+                "name": timeline.name,
+                "threads": timeline.threads,
+                "share_of": timeline.of,
+                "envelope_ns": timeline.envelope_ns,
+                "accounted_ns": timeline.accounted_ns,
+                "stages": [_stage(stage) for stage in [*timeline.stages, timeline.unattributed]],
+                "by_phase": {name: [_stage(stage) for stage in part] for name, part in timeline.by_phase.items()},
+            }
+            for timeline in stages.timelines
+        ],
+        "outside_steps": [
+            {
+                "stage": row.stage,
+                "count": row.count,
+                "total_ns": row.total_ns,
+                "inside_ns": row.inside_ns,
+                "duration": _distribution(row.duration),
+            }
+            for row in stages.outside
+        ],
+        "segments_left_out": stages.left_out,
+        "not_recorded": {"above_level": stages.above_level, "no_rows": stages.no_rows},
+        "losses": {
+            "slots_read": state.read,
+            "by_reason": state.lost,
+            "rings": [{**vars(ring), "lost": ring.lost} for ring in state.rings],
+        },
+        "accounting_conflicts": state.accounting_conflicts,
+        "hooks_not_installed": [vars(hook) for hook in state.hooks],
+        "contained_errors": state.errors,
+        "counts": state.counts,
+    }
+
+
+def _distribution(values: Distribution) -> dict[str, int | None]:
+    times = {"mean_ns": values.mean, "p50_ns": values.p50, "p95_ns": values.p95, "p99_ns": values.p99}
+    return {"count": values.count} | {name: None if time is None else round(time) for name, time in times.items()}
+
+
+def _stage(row: StageTime) -> dict[str, Any]:
+    return {
+        "stage": row.stage,
+        "count": row.count,
+        "self_ns": row.self_ns,
+        "share": row.share,
+        "duration": _distribution(row.duration),
+    }
+
+
+# Cells
+
+
+def duration_text(nanoseconds: float | None) -> str:
+    """A time with three significant digits, in ns, µs, ms or s, whichever has one to three digits before the point."""
+    if nanoseconds is None:
+        return MISSING
+    for unit, size in (("ns", 1.0), ("µs", 1e3), ("ms", 1e6)):
+        digits = _three_digits(nanoseconds / size)
+        if abs(float(digits)) < 1000:
+            return f"{digits} {unit}"
+    return f"{_three_digits(nanoseconds / 1e9)} s"
+
+
+def number_text(number: float | None) -> str:
+    """A count as it is, another number with three significant digits, more when it has more before the point."""
+    if number is None:
+        return MISSING
+    return str(number) if isinstance(number, int) else _three_digits(number)
+
+
+def _three_digits(number: float) -> str:
+    if not number:
+        return "0"
+    exponent = int(f"{number:.2e}".partition("e")[2])  # after rounding: 9.999 has two digits before the point
+    return f"{number:.{max(2 - exponent, 0)}f}"
+
+
+def share_text(share: float | None) -> str:
+    """A share in percent."""
+    return MISSING if share is None else f"{share:.1%}"
+
+
+def plain(text: str) -> str:
+    """A string from outside, safe to show: bounded, what could steer a terminal or turn the text around spelled out."""
+    shown = text if len(text) <= LONGEST_NAME else text[:LONGEST_NAME] + "..."
+    return "".join(
+        character.encode("unicode_escape").decode("ascii") if _steers(character) else character for character in shown
+    )
+
+
+def _steers(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+# Tables
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table before it is drawn. The first column is a name, the others are numbers unless `text` says otherwise."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    text: bool = False
+
+
+Part = Grid | str
+
+_DISTRIBUTION = ("count", "mean", "p50", "p95", "p99")
+
+
+def _cells(values: Distribution) -> list[str]:
+    return [str(values.count), *(duration_text(time) for time in (values.mean, values.p50, values.p95, values.p99))]
+
+
+def print_summary(summary: Summary, console: Console) -> None:
+    """Prints the summary: rich tables on a terminal, else aligned plain text that no width wraps."""
+    for part in parts(summary):
+        if not console.is_terminal:
+            text = (_aligned(part) if isinstance(part, Grid) else part) + "\n"
+            console.out(_encodable(text, console.encoding), highlight=False)
+        elif isinstance(part, Grid):
+            console.print(Text(part.title, style="bold"), _drawn(part), sep="\n")
+        else:
+            console.print(Text(part + "\n"))
+
+
+def parts(summary: Summary) -> list[Part]:
+    """What a report shows, in order. All strings are safe to show."""
+    shown: list[Part] = [_header(summary)]
+    if summary.message:
+        shown.append(plain_message(summary.message))
+    if summary.requests.count:
+        shown += _requests(summary.requests)
+    if summary.steps.count:
+        shown += _steps(summary.steps)
+    shown += _stages(summary)
+    shown += _health(summary.health)
+    return shown
+
+
+def plain_message(message: str) -> str:
+    """A message with a line of its own for what to do."""
+    return message.replace(" What to do: ", "\nWhat to do: ")
+
+
+def _header(summary: Summary) -> Grid:
+    engines = dict.fromkeys(plain(f"{engine.name} {engine.version}".strip()) for engine in summary.engines)
+    models = dict.fromkeys(plain(engine.model) for engine in summary.engines)
+    state = "ended" if summary.complete else "still recording, or its collector was stopped"
+    rows = [
+        ("session", plain(summary.path)),
+        ("engine", ", ".join(filter(None, engines)) or MISSING),
+        ("model", ", ".join(filter(None, models)) or MISSING),
+        ("level", plain(summary.level)),
+        ("duration", f"{duration_text(summary.duration_ns)} ({state})"),
+        ("host", plain(summary.host) or MISSING),
+    ]
+    if summary.last_s is not None:
+        rows.append(("window", f"what ended in the last {duration_text(summary.last_s * 1e9)}"))
+    return Grid("stagetrace report", ("", ""), rows, text=True)
+
+
+def _requests(requests: Requests) -> list[Part]:
+    statuses = ", ".join(f"{count} {status}" for status, count in requests.by_status.items() if count)
+    if requests.partial:
+        statuses += f" ({requests.partial} of them partial)"
+    rates = requests.rates
+    rows = [
+        ("requests", f"{requests.count}: {plain(statuses)}"),
+        ("prompt tokens", f"{requests.prompt_tokens}, {requests.cached_tokens} of them cached"),
+        ("output tokens", str(requests.output_tokens)),
+        ("preemptions", str(requests.preemptions)),
+        (
+            "rates",
+            f"{number_text(rates.requests)} requests/s, {number_text(rates.output_tokens)} output tokens/s,"
+            f" {number_text(rates.total_tokens)} total tokens/s over {duration_text(rates.span_ns)}",
+        ),
+    ]
+    latencies = [[name, *_cells(values)] for name, values in requests.latencies.items() if values.count]
+    if len(requests.intervals_by_phase) > 1:
+        place = next((row for row, cells in enumerate(latencies, 1) if cells[0] == "itl"), len(latencies))
+        latencies[place:place] = [
+            [f"itl, {phase} steps", *_cells(values)] for phase, values in requests.intervals_by_phase.items()
+        ]
+    title = f"Latencies and states of {requests.measured} requests (without lost, open and partial ones)"
+    return [Grid("Requests", ("", ""), rows, text=True), Grid(title, ("", *_DISTRIBUTION), latencies)]
+
+
+def _steps(steps: Steps) -> list[Part]:
+    columns = ("phase", "count", "total", "p50", "p95", "p99", "tokens/step", "requests/step", "output tokens")
+    rows = [
+        [
+            name,
+            str(kind.count),
+            *(duration_text(time) for time in (kind.total_ns, kind.duration.p50, kind.duration.p95, kind.duration.p99)),
+            number_text(kind.tokens),
+            number_text(kind.requests),
+            f"{kind.output_tokens}"
+            + (f" + {kind.membership_unknown} steps unknown" if kind.membership_unknown else ""),
+        ]
+        for name, kind in steps.kinds.items()
+    ]
+    others = ", ".join(f"{n} {status}" for status, n in steps.by_status.items() if n and status != "complete")
+    title = f"Steps: {steps.by_status['complete']} complete" + (f"; left out: {plain(others)}" if others else "")
+    return [Grid(title, columns, rows)]
+
+
+def _stages(summary: Summary) -> list[Part]:
+    stages = summary.stages
+    shown: list[Part] = []
+    for timeline in stages.timelines:
+        shown.append(_timeline(timeline))
+        if timeline.accounted_ns != timeline.envelope_ns:
+            shown.append(
+                f"Stages and unattributed of the {timeline.name} add up to {duration_text(timeline.accounted_ns)}, its"
+                f" {timeline.of}s to {duration_text(timeline.envelope_ns)}: they differ where steps overlap, or"
+                " where what belongs to no step ran within one."
+            )
+        if len(timeline.by_phase) > 1:
+            shown.append(_by_phase(timeline))
+    if stages.outside:
+        columns = ("stage", "count", "total", "of it above", "p50", "p95", "p99")
+        rows = [
+            [
+                plain(row.stage),
+                str(row.count),
+                *(duration_text(time) for time in (row.total_ns, row.inside_ns)),
+                *(duration_text(time) for time in (row.duration.p50, row.duration.p95, row.duration.p99)),
+            ]
+            for row in stages.outside
+        ]
+        shown.append(Grid("Outside steps, and now and then", columns, rows))
+    if stages.left_out:
+        shown.append(f"{stages.left_out} segments are of steps that are not complete and are left out of the shares.")
+    if summary.steps.count and stages.above_level:
+        shown.append(_above_level(summary.level, stages.above_level))
+    if summary.steps.count and stages.no_rows:
+        names = ", ".join(stages.no_rows)
+        shown.append(f"No rows: {names} (they did not happen, or their hook is not there).")
+    return shown
+
+
+def _above_level(level: str, names: Iterable[str]) -> str:
+    levels = {stage.name: stage.level for stage in STAGES}
+    needed = min(levels[name] for name in names)
+    return f"Not recorded at level {plain(level)}: {', '.join(names)} (recorded from level {needed.name.lower()} on)."
+
+
+def _timeline(timeline: TimelineBreakdown) -> Grid:
+    threads = "1 thread" if timeline.threads == 1 else f"{timeline.threads} threads"
+    of = timeline.of if timeline.of == OBSERVED else f"{timeline.of} time"
+    total = duration_text(timeline.accounted_ns)
+    title = f"Stages on the {timeline.name} timeline ({threads}), share of {total} of {of}"
+    rows = [
+        [
+            plain(row.stage),
+            str(row.count),
+            duration_text(row.self_ns),
+            share_text(row.share),
+            *(duration_text(time) for time in (row.duration.p50, row.duration.p95, row.duration.p99)),
+        ]
+        for row in [*timeline.stages, timeline.unattributed]
+    ]
+    return Grid(title, ("stage", "count", "self time", "share", "p50", "p95", "p99"), rows)
+
+
+def _by_phase(timeline: TimelineBreakdown) -> Grid:
+    phases = [phase.value for phase in Phase if phase.value in timeline.by_phase]
+    found = {phase: {row.stage: row for row in timeline.by_phase[phase]} for phase in phases}
+    rows = []
+    for each in [*timeline.stages, timeline.unattributed]:
+        cells = [plain(each.stage)]
+        for phase in phases:
+            row = found[phase].get(each.stage)
+            cells += [share_text(row.share), duration_text(row.duration.p50)] if row else [MISSING, MISSING]
+        rows.append(cells)
+    columns = ["stage", *(f"{phase} {what}" for phase in phases for what in ("share", "p50"))]
+    return Grid(f"Stages on the {timeline.name} timeline by kind of step", columns, rows)
+
+
+def _health(state: Health) -> list[Part]:
+    shown: list[Part] = []
+    lost = ", ".join(f"{count} {reason}" for reason, count in state.lost.items() if count)
+    conflicts = state.accounting_conflicts
+    accounting = f"{conflicts} accounting conflicts" if conflicts != 1 else "1 accounting conflict"
+    shown.append(f"Losses: {lost or 'none'}; {state.read} slots read; {accounting}.")
+    if state.hooks:
+        rows = [[plain(hook.name), plain(hook.status), plain(hook.why), str(hook.processes)] for hook in state.hooks]
+        shown.append(Grid("Hooks that are not installed", ("hook", "status", "why", "processes"), rows, text=True))
+    if state.errors:
+        rows = [[plain(name), str(count)] for name, count in state.errors.items()]
+        shown.append(Grid("Errors of stagetrace's own, contained", ("hook", "errors"), rows))
+    return shown
+
+
+def _drawn(grid: Grid) -> Table:
+    headed = any(grid.columns)
+    table = Table(box=box.SIMPLE, show_header=headed, pad_edge=False)
+    for number, name in enumerate(grid.columns):
+        table.add_column(name, justify=_justify(grid, number), overflow="fold")
+    for row in grid.rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def _aligned(grid: Grid) -> str:
+    lines = [list(grid.columns), *grid.rows] if any(grid.columns) else list(grid.rows)
+    widths = [max(cell_len(line[number]) for line in lines) for number in range(len(grid.columns))] if lines else []
+    drawn = [grid.title]
+    for line in lines:
+        cells = []
+        for number, (cell, width) in enumerate(zip(line, widths, strict=True)):
+            space = " " * (width - cell_len(cell))
+            cells.append(cell + space if _justify(grid, number) == "left" else space + cell)
+        drawn.append(("  " + "  ".join(cells)).rstrip())
+    return "\n".join(drawn)
+
+
+def _justify(grid: Grid, column: int) -> Literal["left", "right"]:
+    return "left" if grid.text or column == 0 else "right"
+
+
+def _encodable(text: str, encoding: str) -> str:
+    """The text in what the output can encode: a pipe may be ASCII, and a report must not end in an error for a µ."""
+    try:
+        text.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return text.replace("µ", "u").encode("ascii", "backslashreplace").decode("ascii")
+    return text

@@ -1,0 +1,30 @@
+"""The command `stagetrace`: its subcommands, one file each."""
+
+from __future__ import annotations
+
+import typer
+
+from .collect import collect
+from .report import report
+from .run import run
+
+app = typer.Typer(
+    name="stagetrace",
+    help="Where the time goes in LLM inference, and what to do about it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+PASS_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+app.command(context_settings=PASS_ON)(run)
+app.command()(report)
+app.command()(collect)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""`stagetrace report`: where the time of a session went."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def seconds(text: str) -> float:
+    """A length of time such as 90, 90s, 10m, 1.5h or 2d, in seconds. Raises typer.BadParameter."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip(), re.ASCII)
+    if found is None or not float(found[1]):
+        raise typer.BadParameter(f"{text!r} is not a length of time: write it as 90s, 10m, 1.5h or 2d")
+    return float(found[1]) * _UNITS_S[found[2]]
+
+
+def report(
+    session: Annotated[
+        Path | None, typer.Argument(help="A session's directory. Default: the newest under ./stagetrace-sessions.")
+    ] = None,
+    last: Annotated[
+        str | None, typer.Option(help="Only what ended in the last part of the session, as 90s, 10m or 2h.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+) -> None:
+    """Show where the time of a session went: requests, steps, stages, and what is missing."""
+    last_s = None if last is None else seconds(last)
+    # Imported here: pandas takes longer to import than most commands to run.
+    from rich.console import Console
+
+    from stagetrace.analysis.report import print_summary, summarise, to_json
+    from stagetrace.exporters.session import Session, SessionError
+
+    try:
+        summary = summarise(Session.newest() if session is None else Session.open(session), last_s)
+    except SessionError as error:
+        typer.echo(f"stagetrace report: {error}", err=True)
+        raise typer.Exit(2) from None
+    if as_json:
+        typer.echo(to_json(summary))
+    else:
+        print_summary(summary, Console())

@@ -1,0 +1,79 @@
+"""stagetrace run: a server under recording, and where its time went when it ends."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from stagetrace.instrument.identity import claim_identity
+from stagetrace.instrument.stages import Level
+
+LEVELS = [level.name.lower() for level in Level]
+
+
+def run(
+    command: Annotated[list[str], typer.Argument(help="The server's command, after `--`.", show_default=False)],
+    session: Annotated[
+        Path | None, typer.Option(help="Where to record; by default a new directory in ./stagetrace-sessions.")
+    ] = None,
+    level: Annotated[str, typer.Option(help=f"How much to record: {', '.join(LEVELS)}.")] = "step",
+    log: Annotated[Path | None, typer.Option(help="Send the command's output to this file.")] = None,
+    report: Annotated[bool, typer.Option(help="Print where the time went when the command has ended.")] = True,
+) -> None:
+    """Runs COMMAND with its engine recorded: same terminal, same signals, same exit status.
+
+    Example: stagetrace run -- python -m vllm.entrypoints.openai.api_server --model M
+    """
+    # Imported here: pyarrow takes longer to import than most commands to run.
+    from stagetrace.exporters.arm import armed_environment
+    from stagetrace.exporters.background import Background
+    from stagetrace.exporters.foreground import CannotStart, end_as, run_in_foreground
+    from stagetrace.exporters.session import Session, SessionError, new_session_path
+
+    if level not in LEVELS:
+        _fail(f"there is no level {level!r}: choose one of {', '.join(LEVELS)}", 2)
+    path = session or new_session_path()
+    if (path / "session.json").exists():
+        _fail(f"{path} holds a session already: name a new directory, or leave --session out", 2)
+    with ExitStack() as closing:
+        try:
+            output = closing.enter_context(open(log, "wb")) if log else None
+        except OSError as error:
+            _fail(f"cannot write {log}: {error.strerror}", 2)
+        try:
+            recording = Session(path, claim_identity(path))
+        except OSError as error:
+            _fail(f"cannot record into {path}: {error}", 2)
+        environment, notes = armed_environment(os.environ, path, level)
+        for note in (*notes, f"recording into {path}"):
+            typer.echo(f"stagetrace: {note}", err=True)
+        collector = Background(recording, level, command)
+        try:
+            status = run_in_foreground(command, environment, output)
+        except CannotStart as error:
+            collector.stop()
+            _fail(f"cannot start the command: {error}", error.status)
+        trouble = collector.stop()
+    if trouble:
+        typer.echo(f"stagetrace: {trouble}", err=True)
+    if report:
+        # Imported here: the command need not wait for pandas.
+        from rich.console import Console
+
+        from stagetrace.analysis.report import print_summary, summarise
+
+        try:
+            print_summary(summarise(recording), Console())
+        except SessionError as error:
+            typer.echo(f"stagetrace: {error}", err=True)
+    typer.echo(f"session: {path}")
+    raise typer.Exit(end_as(status))
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    typer.echo(f"stagetrace run: {message}", err=True)
+    raise typer.Exit(status)
