@@ -1,0 +1,75 @@
+"""Run by the engine's Python: the extractor on vLLM's own classes, against a plain loop; prints what differs."""
+
+import json
+import random
+import sys
+from typing import Any
+
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from vllm.v1.engine import FinishReason
+from vllm.v1.request import RequestStatus
+
+from stagetrace.adapters.vllm import extract
+from stagetrace.instrument.stages import STEP_COMPOSITION, Finish
+
+
+def batch(chance: random.Random) -> tuple[SchedulerOutput, list[tuple[int, int, int]], dict[str, int]]:
+    """A random batch, its prefill chunks, and the composition that a plain loop finds."""
+    expected = dict.fromkeys((attribute.name for attribute in STEP_COMPOSITION), 0)
+    cached = CachedRequestData.make_empty()
+    output = SchedulerOutput.make_empty()
+    chunks = []
+    for number in range(chance.randint(1, 40)):
+        name = f"request-{number}"
+        before = chance.randint(0, 500)
+        new = chance.random() < 0.2
+        in_prefill = new or chance.random() < 0.2
+        q = chance.randint(1, 300) if in_prefill else 1
+        if not in_prefill and chance.random() < 0.3:
+            drafts = [0] * chance.randint(1, 5)
+            output.scheduled_spec_decode_tokens[name] = drafts
+            q += len(drafts)
+            expected["draft_tokens"] += len(drafts)
+        kv = before + q
+        output.num_scheduled_tokens[name] = q
+        output.total_num_scheduled_tokens += q
+        if new:
+            output.scheduled_new_reqs.append(
+                NewRequestData(name, [0] * kv, [], None, None, ([],), before, lora_request=None)
+            )
+        else:
+            cached.req_ids.append(name)
+            cached.num_computed_tokens.append(before)
+            cached.num_output_tokens.append(0 if in_prefill else 3)
+        if in_prefill:
+            chunks.append((q, kv, before if new else 0))
+            expected["cached_tokens"] += before if new else 0
+        phase = "prefill" if in_prefill else "decode"
+        expected[f"{phase}_requests"] += 1
+        expected[f"{phase}_tokens"] += q
+        expected[f"{phase}_context"] += kv
+        expected[f"{phase}_q_q"] += q * q
+        expected[f"{phase}_q_kv"] += q * kv
+    output.scheduled_cached_reqs = cached
+    expected |= {"waiting": 3, "running": 4, "kv_usage": 250_000, "preempted": 1}
+    return output, chunks, expected
+
+
+def main() -> None:
+    chance = random.Random(1)
+    differences: list[Any] = []
+    for _ in range(500):
+        output, chunks, expected = batch(chance)
+        found = extract.composition(output, chunks, waiting=3, running=4, kv_usage=0.25, preempted=1)
+        named = dict(zip(expected, found, strict=True))
+        if named != expected:
+            differences.append([named, expected])
+    reasons = {reason.name: extract.finish_of_reason(reason).name for reason in FinishReason}
+    differences += [[name, found] for name, found in reasons.items() if name != found]
+    ended = [status for status in RequestStatus if RequestStatus.is_finished(status)]
+    differences += [[str(status), "?"] for status in ended if extract.finish_of_status(status) is Finish.UNKNOWN]
+    json.dump(differences[:3], sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Several ranks: every rank's part of every step arrives, with the step's id that travelled on the SchedulerOutput."""
+
+from __future__ import annotations
+
+import asyncio
+
+from engines.recording import record
+from quickstart.load import run_load
+
+from stagetrace.instrument.stages import BY_NAME
+
+
+def test_tensor_parallel(model, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
+    directory = tmp_path_factory.mktemp("tp")
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    arguments = ("--enforce-eager", "--tensor-parallel-size", "2")
+    # vLLM 0.32.0 itself leaves its CPU all_reduce's shared memory (cpushm) behind, without stagetrace too.
+    with record(model, directory, *arguments, env=env, may_leave_behind=True) as recording:
+        server = recording.server
+        results = asyncio.run(run_load(server.base_url, server.model, requests=10, seed=5, concurrency=(4,)))
+    assert [result.error for result in results] == [None] * 10
+    frames = recording.frames()
+    steps, segments = frames["steps"], frames["segments"]
+    assert set(steps["status"]) == {"complete"}
+    assert set(steps["ranks_expected"]) == set(steps["ranks_reported"]) == {2}
+    assert recording.manifest.counts["accounting_conflict"] == 0
+    workers = [process for process in recording.manifest.processes if process.role == "worker"]
+    assert sorted(process.info["rank"] for process in workers) == [0, 1]
+    for name in ("rank_step", "prepare", "forward", "sample", "bookkeep", "return"):
+        stage = BY_NAME[name]
+        rows = segments[segments["stage"] == stage.id]
+        rank = f"a{[attribute.name for attribute in stage.attributes].index('rank')}"
+        assert rows.groupby(rank).size().to_dict() == {0: len(steps), 1: len(steps)}, name
+        assert set(rows["instance"]) == set(steps["instance"])
+        assert set(rows["step"]) == set(steps["step"])
+        if name != "rank_step":
+            assert set(rows["parent_stage"]) == {BY_NAME["rank_step"].id}
+    # The step waits for the output of one rank, the first; the other one may still be busy when the step is over.
+    ranked = segments[segments["stage"] == BY_NAME["rank_step"].id].merge(steps, on="step", suffixes=("", "_step"))
+    assert (ranked["begin_ns"] >= ranked["begin_ns_step"]).all()
+    awaited = ranked[ranked["a0"] == 0]
+    assert (awaited["end_ns"] <= awaited["end_ns_step"]).all()

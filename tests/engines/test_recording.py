@@ -1,0 +1,347 @@
+"""A recorded server against what its client saw, what vLLM's own metrics say, and what arrives by OTLP."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import pytest
+from backends.receiver import GrpcReceiver, Received
+from engines.recording import Recording, abort_after, ask, complete, metrics, record
+from quickstart.load import Request, Result, run_load
+
+from stagetrace.analysis.report import print_summary, summarise
+from stagetrace.instrument.ids import step_trace_id
+from stagetrace.instrument.stages import BY_NAME
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from stagetrace.analysis.load import Frames
+
+TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+TRACEPARENT = {"traceparent": f"00-{TRACE_ID}-{PARENT_ID}-01", "tracestate": "vendor=1"}
+ABORTED_MAX_TOKENS = 3000
+SHORT = Request(({"role": "user", "content": "one question"},), max_tokens=20)
+
+
+@dataclass
+class Recorded:
+    """What the tests of this file look at."""
+
+    recording: Recording
+    frames: Frames
+    results: list[Result]
+    before: dict[str, float]
+    after: dict[str, float]
+    spans: list[Received]
+
+
+@pytest.fixture(scope="module")
+def recorded(model, tmp_path_factory) -> Recorded:  # type: ignore[no-untyped-def]
+    """One server: a load between two looks at its metrics, then requests of special kinds, then its end."""
+    directory = tmp_path_factory.mktemp("recording")
+    with GrpcReceiver() as receiver:
+        env = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint,
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
+            "OTEL_EXPORTER_OTLP_INSECURE": "true",
+        }
+        arguments = ("--enforce-eager", "--max-num-batched-tokens", "256")
+        with record(model, directory, *arguments, env=env) as recording:
+            server = recording.server
+            before = metrics(server)
+            results = asyncio.run(run_load(server.base_url, server.model, requests=42, seed=3))
+            after = metrics(server)
+            results += ask(server, SHORT, headers=TRACEPARENT)
+            abort_after(server, chunks=5, max_tokens=ABORTED_MAX_TOKENS)
+            complete(server, prompt=["first prompt", "second prompt"], max_tokens=7, n=2, ignore_eos=True)
+            complete(server, prompt="only one token", max_tokens=1)
+            time.sleep(0.5)  # the abort of a client that went away is noticed by and by
+        spans = receiver.received()
+    return Recorded(recording, recording.frames(), results, before, after, spans)
+
+
+def by_external_id(recorded: Recorded) -> pd.DataFrame:
+    return recorded.frames["requests"].set_index("external_id")
+
+
+def test_requests_and_tokens_are_the_clients(recorded: Recorded) -> None:
+    requests = by_external_id(recorded)
+    for result in recorded.results:
+        row = requests.loc[result.id]
+        assert row["status"] == "finished"
+        assert row["prompt_tokens"] == result.prompt_tokens
+        assert row["output_tokens"] == result.output_tokens
+        assert row["finish"] == "length"
+        assert not row["partial"]
+    # two prompts with two answers each, one request with a single token, and the aborted one
+    assert len(requests) == len(recorded.results) + 4 + 1 + 1
+    assert requests["status"].value_counts().to_dict() == {"finished": len(requests) - 1, "aborted": 1}
+
+
+def test_times_are_within_what_the_client_saw(recorded: Recorded) -> None:
+    requests = by_external_id(recorded)
+    for result in recorded.results:
+        row = requests.loc[result.id]
+        assert result.first_token_s is not None
+        first = (row["first_sent_ns"] - row["arrival_ns"]) / 1e9
+        last = (row["last_sent_ns"] - row["arrival_ns"]) / 1e9
+        assert 0 < first <= result.first_token_s
+        assert first <= last <= result.duration_s
+
+
+def test_order_of_a_requests_moments(recorded: Recorded) -> None:
+    moments = [
+        *("arrival_ns", "dispatched_ns", "queued_ns", "scheduled_ns", "first_token_ns", "first_output_ns"),
+        *("first_sent_ns", "last_sent_ns", "end_ns"),
+    ]
+    finished = recorded.frames["requests"].query("status == 'finished'")
+    assert finished[moments].notna().all().all()
+    assert (finished[moments].astype("int64").diff(axis=1).iloc[:, 1:] >= 0).all().all()
+    assert (finished["last_token_ns"] >= finished["first_token_ns"]).all()
+    assert (finished["last_output_ns"] >= finished["last_token_ns"]).all()
+    sums = ["tokenize_ns", "dispatch_ns", "queue_ns", "prefill_ns", "decode_ns", "output_ns"]
+    assert (finished[sums].sum(axis=1) == finished["end_ns"] - finished["arrival_ns"]).all()
+
+
+def test_accounting(recorded: Recorded) -> None:
+    manifest = recorded.recording.manifest
+    assert manifest.complete
+    assert manifest.counts["accounting_conflict"] == 0
+    assert sum(losses.lost for losses in manifest.losses) == 0
+    assert not any(process.errors for process in manifest.processes)
+    steps = recorded.frames["steps"]
+    assert set(steps["status"]) == {"complete"}
+    assert steps["unattributed_ns"].sum() < 0.05 * (steps["end_ns"] - steps["begin_ns"]).sum()
+    assert (steps["unattributed_ns"] >= 0).all()
+    segments = recorded.frames["segments"]
+    rank_steps = segments[segments["stage"] == BY_NAME["rank_step"].id]
+    assert len(rank_steps) == len(steps)
+    assert rank_steps["self_ns"].sum() < 0.05 * (rank_steps["end_ns"] - rank_steps["begin_ns"]).sum()
+
+
+def test_every_hook_is_installed_where_it_is_called(recorded: Recorded) -> None:
+    """All but those on the HTTP parser that uvicorn did not choose."""
+    processes = recorded.recording.manifest.processes
+    assert {process.role for process in processes} == {"front_end", "engine_core", "worker"}
+    best: dict[str, set[str]] = {}
+    for process in processes:
+        for hook in process.hooks:
+            best.setdefault(hook["name"], set()).add(hook["status"])
+    missing = {name for name, statuses in best.items() if "installed" not in statuses}
+    assert all("h11_impl" in name for name in missing), missing
+    assert all(statuses <= {"installed", "waiting"} for statuses in best.values()), best
+
+
+def test_steps_tell_prefill_and_decode_apart(recorded: Recorded) -> None:
+    steps, states = recorded.frames["steps"], recorded.frames["states"]
+    requests = recorded.frames["requests"]
+    assert set(steps["phase"]) == {"prefill", "decode", "mixed"}
+    chunks = states[states["stage"] == BY_NAME["prefill_chunk"].id]
+    # Every prompt token was either found in the cache or computed in a chunk: by request, exactly.
+    computed = chunks.groupby("handle")["a0"].sum()
+    expected = (requests["prompt_tokens"] - requests["cached_tokens"]).set_axis(requests["handle"])
+    assert (computed.sort_index() == expected.sort_index().astype("int64")).all()
+    assert chunks.groupby("handle")["a2"].sum().eq(1).all(), "one last chunk a request"
+    assert chunks.groupby("handle").size().max() > 1, "no prompt was long enough to be chunked"
+    # The chunks' tokens are the steps' prefill tokens, step by step.
+    by_step = chunks.groupby("step")["a0"].sum().to_dict()
+    prefill = steps.set_index("step")["prefill_tokens"]
+    assert prefill[prefill > 0].to_dict() == by_step
+    # Without speculation: one token a request in decode.
+    assert (steps["decode_tokens"] == steps["decode_requests"]).all()
+    assert (steps["decode_q_q"] == steps["decode_tokens"]).all()
+    assert (steps["decode_q_kv"] == steps["decode_context"]).all()
+    assert (steps["members"] == steps["prefill_requests"] + steps["decode_requests"]).all()
+    assert (steps["step"].sort_values().diff().dropna() == 1).all()
+
+
+def test_decode_context_follows_from_the_requests(recorded: Recorded) -> None:
+    """A request in decode has in its k-th decode step a context of its prompt and k tokens; summed over requests."""
+    requests = recorded.frames["requests"].query("status == 'finished'")
+    steps = recorded.frames["steps"]
+    aborted = recorded.frames["members"][~recorded.frames["members"]["handle"].isin(requests["handle"])]
+    apart = set()
+    for _, row in aborted.iterrows():
+        apart |= set(range(row["first_step"], row["last_step"] + 1))
+    alone = steps[~steps["step"].isin(apart)]
+    decoded = requests["output_tokens"] - 1
+    total = (decoded * requests["prompt_tokens"] + decoded * (decoded + 1) // 2).sum()
+    assert alone["decode_context"].sum() == total
+
+
+def test_tokens_of_the_steps_are_the_requests(recorded: Recorded) -> None:
+    requests, steps, intervals = recorded.frames["requests"], recorded.frames["steps"], recorded.frames["intervals"]
+    finished = requests.query("status == 'finished'")
+    aborted = requests.query("status == 'aborted'").iloc[0]
+    given = steps["output_tokens"].sum() - finished["output_tokens"].sum()
+    assert aborted["output_tokens"] <= given <= aborted["output_tokens"] + 1  # the abort can come during a step
+    gaps = finished["output_tokens"].sum() - len(finished)
+    assert 0 <= intervals["tokens"].sum() - gaps <= given
+
+
+# Each quantity: vLLM's histogram, ours from the requests' moments, and who is in it. All of these histograms are
+# observed for requests that the front end saw finished; an aborted request is in none but TTFT's, which is observed at
+# the first token. Prefill and decode of vLLM include preemption, of which there is none here.
+COMPARED = {
+    "vllm:time_to_first_token_seconds": ("first_output_ns", "arrival_ns"),
+    "vllm:request_queue_time_seconds": ("scheduled_ns", "queued_ns"),
+    "vllm:request_prefill_time_seconds": ("first_token_ns", "scheduled_ns"),
+    "vllm:request_decode_time_seconds": ("last_token_ns", "first_token_ns"),
+    "vllm:request_inference_time_seconds": ("last_token_ns", "scheduled_ns"),
+    "vllm:e2e_request_latency_seconds": ("last_output_ns", "arrival_ns"),
+}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_agrees_with_vllms_own_metrics(recorded: Recorded, name: str) -> None:
+    """Over the load, which lies between two looks at the metrics: counts exact, times to 2 % or 100 µs a request."""
+    load = by_external_id(recorded).loc[[result.id for result in recorded.results[:-1]]]
+    later, earlier = COMPARED[name]
+    ours = (load[later] - load[earlier]).sum() / 1e9
+    count = recorded.after[f"{name}_count"] - recorded.before.get(f"{name}_count", 0)
+    theirs = recorded.after[f"{name}_sum"] - recorded.before.get(f"{name}_sum", 0)
+    assert count == len(load) == load[later].notna().sum()
+    assert abs(ours - theirs) <= max(0.02 * theirs, 100e-6 * len(load)), (ours, theirs)
+
+
+def test_counts_of_vllms_own_metrics(recorded: Recorded) -> None:
+    load = by_external_id(recorded).loc[[result.id for result in recorded.results[:-1]]]
+    for name, column in (("prompt_tokens", "prompt_tokens"), ("generation_tokens", "output_tokens")):
+        counter = f"vllm:{name}_total"
+        assert recorded.after[counter] - recorded.before.get(counter, 0) == load[column].sum()
+    tokens = "vllm:inter_token_latency_seconds"
+    gaps = load["output_tokens"].sum() - len(load)
+    assert recorded.after[f"{tokens}_count"] - recorded.before.get(f"{tokens}_count", 0) == gaps
+
+
+def test_traceparent_is_continued(recorded: Recorded) -> None:
+    row = by_external_id(recorded).loc[recorded.results[-1].id]
+    assert (row["trace_id"], row["parent_span_id"], row["trace_flags"]) == (TRACE_ID, PARENT_ID, 1)
+    assert row["trace_state"] == "vendor=1"
+    others = recorded.frames["requests"].query("trace_id != @TRACE_ID")
+    assert others["trace_id"].is_unique
+    assert others["parent_span_id"].isna().all()
+
+
+def test_aborted_request(recorded: Recorded) -> None:
+    row = recorded.frames["requests"].query("status == 'aborted'").iloc[0]
+    assert row["finish"] == "abort"
+    assert row["max_tokens"] == ABORTED_MAX_TOKENS
+    assert 5 <= row["output_tokens"] < ABORTED_MAX_TOKENS
+    assert row.isna()["last_sent_ns"]
+    assert row["decode_ns"] > 0
+    (span,) = [span for span in requests_of(recorded) if span.attributes.get("stagetrace.status") == "aborted"]
+    assert span.span.status.code == 0
+
+
+def requests_of(recorded: Recorded) -> list[Received]:
+    return [span for span in recorded.spans if span.span.name == "request"]
+
+
+def test_otlp_has_every_request_and_step(recorded: Recorded) -> None:
+    names = Counter(span.span.name for span in recorded.spans)
+    assert names["request"] == len(recorded.frames["requests"])
+    for phase, count in recorded.frames["steps"]["phase"].value_counts().items():
+        assert names[f"step {phase}"] == count
+        assert names[f"forward {phase}"] == count
+    counts = recorded.recording.manifest.counts
+    assert counts["spans_exported"] == len(recorded.spans)
+
+
+def test_otlp_parents_and_times(recorded: Recorded) -> None:
+    spans = {span.id: span for span in recorded.spans}
+    assert len(spans) == len(recorded.spans)
+    for received in recorded.spans:
+        span = received.span
+        assert span.start_time_unix_nano <= span.end_time_unix_nano
+        if not span.parent_span_id:
+            assert span.name.startswith(("step ", "request"))
+            continue
+        parent = spans.get((span.trace_id, span.parent_span_id))
+        if parent is None:
+            assert span.name == "request"
+            assert (span.trace_id.hex(), span.parent_span_id.hex()) == (TRACE_ID, PARENT_ID)
+        else:
+            assert parent.span.start_time_unix_nano <= span.start_time_unix_nano
+            assert span.end_time_unix_nano <= parent.span.end_time_unix_nano
+    now = time.time_ns()
+    assert all(0 < now - received.span.end_time_unix_nano < 3600 * 10**9 for received in recorded.spans)
+
+
+def test_otlp_attributes_and_links(recorded: Recorded) -> None:
+    key = recorded.recording.session.identity.key
+    result = recorded.results[-1]
+    (span,) = [span for span in requests_of(recorded) if span.span.trace_id.hex() == TRACE_ID]
+    row = by_external_id(recorded).loc[result.id]
+    attributes = span.attributes
+    assert attributes["gen_ai.request.id"] == result.id
+    assert attributes["gen_ai.usage.input_tokens"] == result.prompt_tokens
+    assert attributes["gen_ai.usage.output_tokens"] == result.output_tokens
+    expected = (row["first_output_ns"] - row["arrival_ns"]) / 1e9
+    assert attributes["gen_ai.latency.time_to_first_token"] == pytest.approx(expected)
+    # Alone in the engine: its steps are those with a link, one a token.
+    assert len(span.span.links) == result.output_tokens
+    runs = recorded.frames["members"].query("handle == @row.handle")
+    steps = [step for run in runs.itertuples() for step in range(run.first_step, run.last_step + 1)]
+    assert [link.trace_id for link in span.span.links] == [
+        step_trace_id(key, int(row["instance"]), step) for step in steps
+    ]
+    states = {
+        child.span.name
+        for child in recorded.spans
+        if child.span.trace_id == span.span.trace_id and child.span.parent_span_id == span.span.span_id
+    }
+    assert states == {"request_tokenize", "request_dispatch", "queue", "prefill", "decode", "output"}
+
+
+def test_report(recorded: Recorded, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    summary = summarise(recorded.recording.session)
+    print_summary(summary, Console())
+    text = capsys.readouterr().out
+    for word in ("ttft", "tpot", "itl", "queue", "prefill", "decode", "mixed", "unattributed", "Losses: none"):
+        assert word in text
+    assert "tiny" in text
+    assert "\x1b" not in text
+
+
+def test_nothing_of_a_prompt_or_an_answer_is_recorded(recorded: Recorded) -> None:
+    """The texts that were sent and received, long enough to be no accident, are in no file of the session."""
+    files = [path for path in recorded.recording.path.rglob("*") if path.is_file()]
+    assert len(files) > 5
+    raw = recorded.recording.session
+    data = b"".join(path.read_bytes() for path in files if path.suffix != ".parquet")
+    data += b"".join(
+        slot for part in raw.raw_parts() for slot in raw.read_raw(part)[0]["slot"].combine_chunks().to_pylist()
+    )
+    assert recorded.results[0].id.encode() in data.replace(b"\0", b"") or len(data) > 100_000
+    for text in ["one question", "go away", "first prompt", "only one token"]:
+        assert text.encode() not in data
+    for result in recorded.results:
+        assert len(result.text) < 12 or result.text[:12].encode() not in data
+
+
+def test_output_is_the_same_with_and_without(model, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
+    """Greedy, one at a time, on three servers: two plain ones, which have to agree, and a recorded one."""
+    from engines.server import serve
+
+    arguments = ("--enforce-eager", "--no-enable-prefix-caching")
+    questions = [
+        replace(SHORT, messages=({"role": "user", "content": text},), max_tokens=40)
+        for text in ("a", "where does the time go " * 20, "list the stages of a step", "0123456789" * 30)
+    ]
+    answers = []
+    for _ in range(2):
+        with serve(model, *arguments) as server:
+            answers.append([result.text for result in ask(server, *questions)])
+    assert answers[0] == answers[1], "plain vLLM disagrees with itself: nothing can be said"
+    with record(model, tmp_path_factory.mktemp("same"), *arguments) as recording:
+        answers.append([result.text for result in ask(recording.server, *questions)])
+    assert answers[2] == answers[0]
+    assert len(recording.frames()["requests"]) == len(questions)
