@@ -52,21 +52,17 @@ def record(
     *arguments: str,
     env: Mapping[str, str] | None = None,
     run: Sequence[str] = (),
-    may_leave_behind: bool = False,
 ) -> Iterator[Recording]:
     """A server of `model` under `stagetrace run`; the session is complete when the body has been left.
 
     `run` are further options of `stagetrace run`. The rings lie in `directory`, as the session does.
-    `may_leave_behind` is for engines that leave something of their own in /dev/shm.
     """
     path = directory / "session"
     wrapper = (*STAGETRACE, "run", "--session", str(path), *run, "--")
     rings = directory / "rings"
     with ExitStack() as stack:
         settings = {"STAGETRACE_RING_DIR": str(rings), **(env or {})}
-        server = stack.enter_context(
-            serve(model, *arguments, env=settings, wrapper=wrapper, may_leave_behind=may_leave_behind)
-        )
+        server = stack.enter_context(serve(model, *arguments, env=settings, wrapper=wrapper))
         yield Recording(path, server)
     assert not list(rings.rglob("*")), "rings were left behind"
 

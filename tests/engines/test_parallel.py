@@ -13,9 +13,7 @@ from stagetrace.instrument.stages import BY_NAME
 def test_tensor_parallel(model, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
     directory = tmp_path_factory.mktemp("tp")
     env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    arguments = ("--enforce-eager", "--tensor-parallel-size", "2")
-    # vLLM 0.32.0 itself leaves its CPU all_reduce's shared memory (cpushm) behind, without stagetrace too.
-    with record(model, directory, *arguments, env=env, may_leave_behind=True) as recording:
+    with record(model, directory, "--enforce-eager", "--tensor-parallel-size", "2", env=env) as recording:
         server = recording.server
         results = asyncio.run(run_load(server.base_url, server.model, requests=10, seed=5, concurrency=(4,)))
     assert [result.error for result in results] == [None] * 10

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -46,7 +47,7 @@ def main() -> int:
 def make_dev() -> None:
     lock = HERE / "dev.lock"
     environment = CHECKOUT / ".venv"
-    wanted = digest(lock, CHECKOUT / "pyproject.toml")
+    wanted = digest(lock) + packaging()
     if stamp(environment) == wanted:
         return
     say(f"making {environment.name} from {lock.name}")
@@ -59,7 +60,7 @@ def make_dev() -> None:
 def make_engine(name: str) -> None:
     base = cached_engine(name)
     environment = CHECKOUT / f".venv-{name}"
-    wanted = f"{base}\n{digest(CHECKOUT / 'pyproject.toml')}"
+    wanted = f"{base}\n{packaging()}"
     if stamp(environment) == wanted:
         return
     say(f"making {environment.name}: this checkout's stagetrace over {base.name}")
@@ -98,7 +99,7 @@ def install(environment: Path, *arguments: str) -> None:
     started = time.monotonic()
     command = [str(environment / "bin" / "python"), "-m", "pip", "install", "--progress-bar", "off", *arguments]
     # pip names every package that it collects: that is the progress on long work.
-    done = subprocess.run(command, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
     if done.returncode:
         sys.exit(
             "pip could not install the packages (its message is above). On a machine with a proxy or a mirror set pip's"
@@ -117,6 +118,12 @@ def digest(*files: Path) -> str:
     for file in files:
         whole.update(file.read_bytes())
     return whole.hexdigest()
+
+
+def packaging() -> str:
+    """What of pyproject.toml an editable install is made of; settings of tools are not."""
+    settings = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
+    return repr([settings["build-system"], settings["project"], settings["tool"]["setuptools"]])
 
 
 def stamp(environment: Path) -> str | None:
