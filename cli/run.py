@@ -21,6 +21,10 @@ def run(
         Path | None, typer.Option(help="Where to record; by default a new directory in ./stagetrace-sessions.")
     ] = None,
     level: Annotated[str, typer.Option(help=f"How much to record: {', '.join(LEVELS)}.")] = "step",
+    max_level: Annotated[
+        str | None,
+        typer.Option(help="Install hooks up to this level, for `stagetrace ctl`; by default --level or step."),
+    ] = None,
     log: Annotated[Path | None, typer.Option(help="Send the command's output to this file.")] = None,
     report: Annotated[bool, typer.Option(help="Print where the time went when the command has ended.")] = True,
 ) -> None:
@@ -34,8 +38,9 @@ def run(
     from stagetrace.exporters.foreground import CannotStart, end_as, run_in_foreground
     from stagetrace.exporters.session import Session, SessionError, new_session_path
 
-    if level not in LEVELS:
-        _fail(f"there is no level {level!r}: choose one of {', '.join(LEVELS)}", 2)
+    for name in (level, max_level or level):
+        if name not in LEVELS:
+            _fail(f"there is no level {name!r}: choose one of {', '.join(LEVELS)}", 2)
     path = session or new_session_path()
     if (path / "session.json").exists():
         _fail(f"{path} holds a session already: name a new directory, or leave --session out", 2)
@@ -48,7 +53,7 @@ def run(
             recording = Session(path, claim_identity(path))
         except OSError as error:
             _fail(f"cannot record into {path}: {error}", 2)
-        environment, notes = armed_environment(os.environ, path, level)
+        environment, notes = armed_environment(os.environ, path, level, max_level)
         for note in (*notes, f"recording into {path}"):
             typer.echo(f"stagetrace: {note}", err=True)
         collector = Background(recording, level, command)

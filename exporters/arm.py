@@ -14,9 +14,16 @@ PLUGIN_VARIABLES = {"VLLM_PLUGINS": False, "SGLANG_PLUGINS": True}  # variable -
 RING_DIRECTORY = "STAGETRACE_RING_DIR"
 
 
-def armed_environment(environment: Mapping[str, str], session: Path, level: str) -> tuple[dict[str, str], list[str]]:
-    """The environment for an engine that records into `session` at `level`, and what the user should be told."""
+def armed_environment(
+    environment: Mapping[str, str], session: Path, level: str, maximum: str | None = None
+) -> tuple[dict[str, str], list[str]]:
+    """The environment for an engine that records into `session` at `level`, and what the user should be told.
+
+    With `maximum` hooks up to that level are installed, for `stagetrace ctl` to switch to.
+    """
     armed = {**environment, "STAGETRACE_SESSION": str(session.resolve()), "STAGETRACE_LEVEL": level}
+    if maximum is not None:
+        armed["STAGETRACE_MAX_LEVEL"] = maximum
     if environment.get(RING_DIRECTORY):
         armed[RING_DIRECTORY] = str(Path(environment[RING_DIRECTORY]).resolve())
     notes = []

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from stagetrace.instrument.records import Change, RecordType, Text
-from stagetrace.instrument.stages import BY_ID, BY_NAME, STEP_COMPOSITION, Kind, phase
+from stagetrace.instrument.stages import BY_ID, BY_NAME, STEP_COMPOSITION, Kind, Level, phase
 
 from .decode import Parts, decode, text_of
 from .requests import Request, state_row
@@ -22,9 +22,11 @@ from .session import TABLES
 from .timelines import Segment, nest, overlap
 
 if TYPE_CHECKING:
+    from .control import Switch
     from .drain import Batch
 
 RANKS_PATIENCE_NS = 5_000_000_000  # a step whose ranks have not all reported by then is `ranks_missing`
+SWITCH_PATIENCE_NS = 5_000_000_000  # what a switch to a lower level left open is closed as partial then
 REQUEST_PATIENCE_NS = 60_000_000_000  # a request that ended on one side is closed without the other's word then
 STEP_PATIENCE_NS = 1_000_000_000  # a request waits so long for the end of its last step
 _MOST_PENDING = 20_000  # segments of a timeline held back for a parent
@@ -78,6 +80,7 @@ class Instance:
     members: dict[int, int] = field(default_factory=dict)  # request -> first step of its run
     known: bool = False  # whether `members` is what the engine has
     last_token: dict[int, int] = field(default_factory=dict)
+    last_end: int = 0  # of the last step that ended
     closed: int = 0  # highest step whose end came
     covered: deque[tuple[int, int]] = field(default_factory=deque)  # outermost segments of the scheduler's timeline
 
@@ -106,6 +109,7 @@ class Assembler:
         self.hooks: dict[int, dict[str, dict[str, str]]] = {}  # process -> hook point -> what became of it
         self.hook_names: dict[int, dict[int, str]] = {}  # process -> index -> hook point
         self.counts: Counter[str] = Counter()
+        self.switches: list[Switch] = []  # of the level, so far; set by the owner before records are added
         self._over: set[int] = set()  # requests that were over at the last take
         self._rows: Rows = {name: [] for name in TABLES}
 
@@ -233,6 +237,9 @@ class Assembler:
         if step_number != instance.closed + 1:  # who received tokens in the steps between is not recorded
             instance.last_token.clear()
         instance.closed = max(instance.closed, step_number)
+        if self._cut(instance.last_end, step.begin, Level.STEP):  # tokens came that were not recorded
+            instance.last_token.clear()
+        instance.last_end = end
         self._advance_members(number, instance, step_number, step)
 
     def _advance_members(self, number: int, instance: Instance, step_number: int, step: Step) -> None:
@@ -325,6 +332,7 @@ class Assembler:
                     self._close_step(number, instance, step_number, "ranks_missing")
             self._forget_strays(instance)
         # A request that is over is closed at the next take: records of it may be on their way through another ring.
+        self._close_what_was_cut(now_ns)
         over = {request.handle for request in self.requests.values() if self._is_over(request, now_ns)}
         for request in [*self.requests.values()]:
             late = request.ending and now_ns - request.last_ns > REQUEST_PATIENCE_NS
@@ -351,6 +359,28 @@ class Assembler:
         for request in [*self.requests.values()]:
             self._close_request(request, open_status)
         return self._tables()
+
+    def _close_what_was_cut(self, now_ns: int) -> None:
+        """Closes what was open when the level went below what it needs: its end was not recorded and will not be."""
+        for switch in self.switches:
+            if now_ns - switch.end_ns < SWITCH_PATIENCE_NS:
+                continue
+            if switch.crosses(Level.STEP) and switch.after < Level.STEP:
+                for number, instance in self.instances.items():
+                    for step_number, step in [*instance.steps.items()]:
+                        if not step.end and step.begin <= switch.end_ns:
+                            step.end = step.scheduled
+                            self._close_step(number, instance, step_number, "partial")
+            if switch.crosses(Level.REQUEST) and switch.after < Level.REQUEST:
+                for request in [*self.requests.values()]:
+                    if request.last_ns <= switch.end_ns and not request.over:
+                        self._close_request(request, "open", cut=True)
+
+    def _cut(self, begin: int, end: int, level: Level) -> bool:
+        """Whether recording at `level` was switched on or off in [begin, end], in ns."""
+        return any(
+            switch.crosses(level) and switch.begin_ns <= end and begin <= switch.end_ns for switch in self.switches
+        )
 
     def _process_ended(self, process: int, source: Source) -> None:
         self._settle_rest(process, source)
@@ -380,6 +410,8 @@ class Assembler:
 
     def _close_step(self, number: int, instance: Instance, step_number: int, status: str) -> None:
         step = instance.steps.pop(step_number)
+        if self._cut(step.begin, step.end, Level.STEP):
+            status = "partial"
         named = dict(zip((attribute.name for attribute in STEP_COMPOSITION), step.composition, strict=True))
         self._rows["steps"].append(
             {
@@ -413,7 +445,7 @@ class Assembler:
         for step_number in [n for n in instance.reported if n not in instance.steps and n <= instance.closed]:
             del instance.reported[step_number]
 
-    def _close_request(self, request: Request, open_status: str) -> None:
+    def _close_request(self, request: Request, open_status: str, cut: bool = False) -> None:
         self.requests.pop(request.handle, None)
         if (instance := self.instances.get(request.instance)) is not None:
             instance.last_token.pop(request.handle, None)
@@ -424,6 +456,8 @@ class Assembler:
             self.counts["requests_without_state"] += bool(request.events)
             return
         row, states = request.rows(self.key, open_status)
+        begin = min(time_ns for time_ns, *_ in request.states)
+        row["partial"] |= cut or self._cut(begin, row["end_ns"], Level.REQUEST)
         self._rows["requests"].append(row)
         self._rows["states"].extend(states)
 

@@ -6,18 +6,24 @@ control rings' slots back, then writes what could be derived, the manifest, and 
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import time
-from typing import TYPE_CHECKING
+from collections import Counter
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+
+from stagetrace.instrument.identity import FILE
 
 from .assemble import Assembler
+from .control import read_switches
 from .discover import Discovery
-from .drain import CONTROL, DETAIL, SLOT, Batch, RingReader
-from .session import RAW_SCHEMA, Manifest, Process, Session
+from .drain import CONTROL, DETAIL, RING_NAMES, SLOT, Batch, RingReader
+from .session import RAW_SCHEMA, TABLES, Losses, Manifest, Process, Session, SessionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,13 +47,17 @@ class Collector:
     ):
         self.session = session
         self.sink = sink
+        self._held = hold(session)
         self.discovery = Discovery(session.identity.session)
         self.assembler = Assembler(session.identity.key)
         self.readers: list[RingReader] = []
         self._batches: list[Batch] = []
         self._slots = 0
-        self._part = 0
+        self._raw_parts = 0  # written so far; so are the derived ones
+        self._table_parts = 0
         self._cursors: dict[str, list[int]] = {}
+        self._read: Counter[tuple[int, int]] = Counter()  # process, ring -> slots in the parts of an earlier collector
+        self._unexported = {name: schema.empty_table() for name, schema in TABLES.items()}
         self._last_anchor = 0.0
         self.manifest = Manifest(session=session.identity.session, command=list(command), level=level)
         self._resume()
@@ -56,19 +66,46 @@ class Collector:
 
     def _resume(self) -> None:
         """Takes up a session that a collector before this one left: its raw records are the truth, the rest follows."""
+        before = self.session.read_manifest()
+        if before.started_ns:
+            self.manifest = before
+            self.manifest.complete = False
         parts = self.session.raw_parts()
         if not parts:
             return
-        self.manifest = self.session.read_manifest()
-        self.manifest.complete = False
         self.session.clear_tables()
+        self.assembler.switches = read_switches(self.session)
         for part in parts:
             table, self._cursors = self.session.read_raw(part)
-            self._part += 1
+            self._raw_parts += 1
+            if self._raw_parts > 1:
+                self._derive_again()
+                self._keep_for_open_requests()
             for batch in batches_of(table):
+                self._read[batch.process, CONTROL] += len(batch.control)
+                self._read[batch.process, DETAIL] += len(batch.detail)
                 self.assembler.add(batch)
-            self._write_tables(self.assembler.take(0))
+        for process in self.manifest.processes:
+            if not (self.discovery.directory / process.ring).exists():  # nothing more will come of it
+                process.ended = True
+                self.assembler.add(Batch(process.key, ended=True))
+        self._derive_again()
         log.info("resumed %s with %d parts", self.session.path, len(parts))
+
+    def _derive_again(self) -> None:
+        """Writes tables of an earlier collector's records; what that one may have died over is to be exported too."""
+        tables = self.assembler.take(0)
+        self._write_tables(tables)
+        if self.sink is not None:
+            for name, table in tables.items():
+                self._unexported[name] = pa.concat_tables([self._unexported[name], table])
+
+    def _keep_for_open_requests(self) -> None:
+        """Of what was exported, keeps what the sink lacks when a request is over: its states and steps until then."""
+        still_open = pa.array([*self.assembler.requests], pa.int64())
+        for name, table in self._unexported.items():
+            inner = name in ("states", "members")
+            self._unexported[name] = table.filter(pc.is_in(table["handle"], still_open)) if inner else table.slice(0, 0)
 
     def run(self, should_stop: Callable[[], bool]) -> None:
         """Collects until `should_stop`, then drains once more and closes the session."""
@@ -77,6 +114,7 @@ class Collector:
         except OSError:
             log.info("could not lower the collector's priority")
         next_commit = time.monotonic() + COMMIT_S
+        self.poll()
         self.commit()
         while not should_stop():
             self.poll()
@@ -95,7 +133,7 @@ class Collector:
         for reader in self.discovery.look():
             known = self._cursors.get(reader.path.name)
             if known is not None:
-                reader.resume(known, [loss for loss in self.manifest.losses if loss.process == reader.key])
+                reader.resume(known, self._losses_at(known, reader.key))
             self.readers.append(reader)
             log.info("ring of %s, pid %d: %s", reader.role, reader.pid, reader.path)
         for reader in self.readers:
@@ -113,13 +151,14 @@ class Collector:
             self.manifest.anchors.append((time.monotonic_ns(), time.time_ns()))
             self._last_anchor = now
         batches, self._batches, self._slots = self._batches, [], 0
-        self._part += 1
         raw = raw_table(batches)
         if raw.num_rows:
+            self._raw_parts += 1
             self._cursors |= {reader.path.name: reader.cursors for reader in self.readers}
-            self.session.write_raw(raw, self._cursors, self._part)
+            self.session.write_raw(raw, self._cursors, self._raw_parts)
         for reader in self.readers:
             reader.committed()
+        self.assembler.switches = read_switches(self.session)
         for batch in batches:
             self.assembler.add(batch)
         if finishing:
@@ -129,7 +168,10 @@ class Collector:
         self._write_tables(tables)
         self._describe()
         if self.sink is not None:
-            self._export(self.sink, tables)
+            # A collector before this one may have died over the last of its parts, and of no other.
+            late = {name: pa.concat_tables([self._unexported[name], table]) for name, table in tables.items()}
+            self._export(self.sink, late)
+            self._unexported = {name: schema.empty_table() for name, schema in TABLES.items()}
         self.manifest.complete = finishing
         self.session.write_manifest(self.manifest)
         self._remove_dead_rings()
@@ -144,10 +186,21 @@ class Collector:
         for reader in self.readers:
             reader.close()
         self.discovery.tidy()
+        self._held.close()
+
+    def _losses_at(self, cursors: list[int], process: int) -> list[Losses]:
+        """What is known of a process's losses at these cursors; the manifest may be older or newer than they are."""
+        losses = {loss.ring: loss for loss in self.manifest.losses if loss.process == process}
+        for ring, (name, cursor) in enumerate(zip(RING_NAMES, cursors, strict=True)):
+            loss = losses.setdefault(name, Losses(process, name))
+            loss.read = self._read[process, ring]
+            loss.overwritten = max(0, cursor - loss.read - loss.torn - loss.unfinished)
+        return list(losses.values())
 
     def _write_tables(self, tables: dict[str, pa.Table]) -> None:
+        self._table_parts += 1
         for name, table in tables.items():
-            self.session.write_table(name, table, self._part)
+            self.session.write_table(name, table, self._table_parts)
 
     def _export(self, sink: OtlpSink, tables: dict[str, pa.Table]) -> None:
         result = sink.export(tables, self.manifest)
@@ -181,6 +234,22 @@ class Collector:
         for reader in self.readers:
             if reader.ended:
                 self.discovery.remove(reader.path)
+
+
+def hold(session: Session) -> IO[bytes]:
+    """Takes the session for one collector, as long as the file stays open.
+
+    Raises SessionError when another has it, since each would write over the other's parts.
+    """
+    held = open(session.path / FILE, "rb")  # noqa: SIM115
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        held.close()
+        raise SessionError("another collector has it: leave it to that one, or end that one first") from None
+    except OSError as error:
+        log.warning("%s cannot be locked against a second collector: %s", session.path, error)
+    return held
 
 
 def raw_table(batches: Sequence[Batch]) -> pa.Table:

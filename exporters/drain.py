@@ -73,7 +73,9 @@ class Area:
         """
         size = len(self.slots)
         read: list[Slots] = []
-        self._skip_to(limit - size)
+        if self.cursor < limit - size:  # everything a whole ring before the newest slot is gone
+            self.losses.overwritten += limit - size - self.cursor
+            self.cursor = self.lost_at = limit - size
         waiting = False
         while self.cursor < limit and not waiting:
             count = min(limit - self.cursor, _CHUNK, size)
@@ -103,15 +105,7 @@ class Area:
                 self.lost_at = self.cursor + int(np.flatnonzero(~whole)[-1]) + 1
             read.append(copy[whole])
             self.cursor += count
-            if count and lapped.all():  # far behind
-                self._skip_to(int(first.max()) - size)
         return np.concatenate(read) if read else np.empty(0, SLOT)
-
-    def _skip_to(self, oldest: int) -> None:
-        """Everything a whole ring before the newest slot is gone."""
-        if oldest > self.cursor:
-            self.losses.overwritten += oldest - self.cursor
-            self.cursor = self.lost_at = oldest
 
 
 def _stray(first: Numbers, last: Numbers, numbers: Numbers, size: int) -> npt.NDArray[np.bool_]:
@@ -157,7 +151,7 @@ class RingReader:
             raise
 
     def _read_header(self, size: int) -> None:
-        (magic, version, slot_size, control, detail, pid, started, wall, _, role, session, host) = (
+        (magic, version, slot_size, control, detail, pid, started, wall, maximum, role, session, host) = (
             records.HEADER.unpack_from(self._memory)
         )
         if magic != records.MAGIC:
@@ -168,12 +162,13 @@ class RingReader:
         if not powers or size != records.HEADER_SIZE + (control + detail) * records.SLOT_SIZE:
             raise NotARing(f"{self.path} has a damaged header")
         self.pid, self.started_ns, self.wall_ns = pid, started, wall
+        self.maximum = Level(min(maximum, Level.KERNEL))
         self.role, self.session, self.host = (
             text.rstrip(b"\0").decode("utf-8", "replace") for text in (role, session, host)
         )
         bounds = (records.HEADER_SIZE, records.HEADER_SIZE + control * records.SLOT_SIZE)
         self.areas = [
-            Area(np.frombuffer(self._memory, SLOT, count, offset), Losses(self.key, name))
+            Area(np.frombuffer(self._memory, SLOT, count, offset), Losses(self.key, name, count))
             for name, count, offset in zip(RING_NAMES, (control, detail), bounds, strict=True)
         ]
         self._dropped = np.frombuffer(self._memory, "<u8", 2, records.CONTROL_DROPPED_OFFSET)
@@ -211,6 +206,7 @@ class RingReader:
             area.cursor = cursor
             area.heads.extend([cursor] * _PATIENCE)
             area.losses = before.get(area.losses.ring, area.losses)
+            area.losses.slots = len(area.slots)
 
     def poll(self) -> Batch:
         """What came since the last poll; once the process is dead, all of the rest."""

@@ -114,7 +114,10 @@ class Request:
         end = max(end, begin, states[-1][0] if states else 0)
         first = {stage: time_ns for time_ns, stage, _, _ in reversed(states)}
         attributes = {stage: values for _, stage, _, values in reversed(states)}
+        completed = finish not in (Finish.UNKNOWN, Finish.ABORT, Finish.ERROR)
         engine_end = engine[0] if engine else None
+        if engine and front and completed and engine[1][0] == Finish.ABORT:
+            engine_end = min(engine[0], front[0])  # a stop string: the engine went on until the front end told it
         if engine_end is not None and states and states[-1][1] in (_QUEUE, _PREFILL, _DECODE, _PREEMPTED):
             over = max(engine_end, states[-1][0])
             end = max(end, over)
@@ -125,7 +128,6 @@ class Request:
             if stage in _SUMS:
                 sums[_SUMS[stage]] = (sums[_SUMS[stage]] or 0) + until - time_ns
             rows.append(state_row(self.handle, stage, time_ns, until, self.instance, step, values))
-        completed = finish not in (Finish.UNKNOWN, Finish.ABORT, Finish.ERROR)
         context = parse_trace_context(self.texts.get(Text.TRACE_CONTEXT, ""))
         prompt = next((values[0] for values in (attributes.get(_TOKENIZE), attributes.get(_QUEUE)) if values), None)
         row: dict[str, Any] = {

@@ -15,6 +15,7 @@ import json
 import os
 import time
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,7 @@ class Losses:
 
     process: int
     ring: str
+    slots: int = 0  # size of the ring
     read: int = 0
     overwritten: int = 0
     dropped: int = 0
@@ -306,12 +308,17 @@ class Session:
         if table.num_rows:
             _write_part(self.path / "tables" / name, table, number)
 
-    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """A derived table, whole, in the order of its parts; empty (with its schema) when nothing was derived yet."""
+    def read_table(self, name: str, columns: list[str] | None = None, committed_ns: int | None = None) -> pa.Table:
+        """A derived table in the order of its parts; empty (with its schema) when nothing was derived yet.
+
+        With `committed_ns` (wall clock) parts that were committed before it are left out, but for the newest: a table
+        that is read as empty is empty.
+        """
         schema = TABLES[name]
         if columns is not None:
             schema = pa.schema([schema.field(column) for column in columns])
-        parts = [pq.read_table(part, columns=columns) for part in _parts(self.path / "tables" / name)]
+        directory = self.path / "tables" / name
+        parts = [pq.read_table(part, columns=columns) for part in _parts(directory, committed_ns)]
         return (
             pa.concat_tables([part.select(schema.names).cast(schema) for part in parts])
             if parts
@@ -325,8 +332,19 @@ class Session:
                 part.unlink()
 
 
-def _parts(directory: Path) -> list[Path]:
-    return sorted(directory.glob("part-*.parquet"))
+def _parts(directory: Path, committed_ns: int | None = None) -> list[Path]:
+    """The parts in a directory, oldest first; with `committed_ns` (wall clock) the newest and those since then."""
+    try:
+        with os.scandir(directory) as entries:
+            names = sorted(entry.name for entry in entries if fnmatchcase(entry.name, "part-*.parquet"))
+    except FileNotFoundError:
+        return []
+    first = 0
+    if committed_ns is not None and names:  # from the newest back: a long session has many
+        first = len(names) - 1
+        while first and (directory / names[first - 1]).stat().st_mtime_ns >= committed_ns:
+            first -= 1
+    return [directory / name for name in names[first:]]
 
 
 def _write_part(directory: Path, table: pa.Table, number: int) -> None:

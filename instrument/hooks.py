@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("stagetrace")
 
 ERRORS_UNTIL_OUT = 5
+FITS = "fits"  # what `check` says of a hook point that can be installed
 _NEVER = 255  # a level that is never reached
 _MARK = "_stagetrace_hook"  # attribute of a wrapper: the target that it hooks
 
@@ -90,39 +91,50 @@ class Hook:
 
     def install(self, module: ModuleType) -> None:
         """Patches the function, if it is there and takes what the handler relies on."""
-        path = self.point.target.partition(":")[2].split(".")
-        owner: Any = module
-        try:
-            for name in path[:-1]:
-                owner = getattr(owner, name)
-            original = inspect.getattr_static(owner, path[-1])
-        except AttributeError as error:
-            self.set("missing", str(error))
-            return
-        if not inspect.isfunction(original):
-            self.set("mismatch", f"it is a {type(original).__name__}, not a function")
-            return
-        if getattr(original, _MARK, None) == self.point.target:  # twice would record everything twice
-            self.set("installed", "it was hooked before")
-            return
-        found = tuple(inspect.signature(original).parameters)
-        wanted = self.point.parameters
-        if found[: len(wanted)] != wanted:
-            self.set("mismatch", f"it takes ({', '.join(found)}), the hook needs ({', '.join(wanted)})")
-            return
-        wrapper = functools.wraps(original)(self.point.handler(original, self))
-        setattr(wrapper, _MARK, self.point.target)
-        setattr(owner, path[-1], wrapper)
-        self.set("installed")
+        status, why = check(module, self.point)
+        if status == FITS:
+            owner, name, original = _find(module, self.point)
+            wrapper = functools.wraps(original)(self.point.handler(original, self))
+            setattr(wrapper, _MARK, self.point.target)
+            setattr(owner, name, wrapper)
+            status = "installed"
+        self.set(status, why)
+
+
+def check(module: ModuleType, point: HookPoint) -> tuple[str, str]:
+    """Whether the hook point fits the module: FITS, or missing, mismatch or installed (already), and why. Pure."""
+    try:
+        original = _find(module, point)[-1]
+    except AttributeError as error:
+        return "missing", str(error)
+    if not inspect.isfunction(original):
+        return "mismatch", f"it is a {type(original).__name__}, not a function"
+    if getattr(original, _MARK, None) == point.target:  # twice would record everything twice
+        return "installed", "it was hooked before"
+    found = tuple(inspect.signature(original).parameters)
+    wanted = point.parameters
+    if found[: len(wanted)] != wanted:
+        return "mismatch", f"it takes ({', '.join(found)}), the hook needs ({', '.join(wanted)})"
+    return FITS, ""
+
+
+def _find(module: ModuleType, point: HookPoint) -> tuple[Any, str, Any]:
+    """Where the function is kept: its owner, its name there, and itself. Raises AttributeError."""
+    *owners, name = point.target.partition(":")[2].split(".")
+    owner: Any = module
+    for each in owners:
+        owner = getattr(owner, each)
+    return owner, name, inspect.getattr_static(owner, name)
 
 
 class Hooks(importlib.abc.MetaPathFinder):
     """The hooks of one engine in this process; also the import finder that patches modules when they are loaded."""
 
-    def __init__(self, points: Sequence[HookPoint], recorder: Recorder):
+    def __init__(self, points: Sequence[HookPoint], recorder: Recorder, maximum: Level = Level.KERNEL):
         if len(points) > MAX_HOOKS:
             raise ValueError(f"{len(points)} hook points; a ring's header has room for {MAX_HOOKS}")
         self.hooks = [Hook(point, index, recorder) for index, point in enumerate(points)]
+        self.maximum = maximum
         self._waiting: dict[str, list[Hook]] = {}
         self._searching = threading.local()
         recorder.on_open(self.tell)
@@ -130,11 +142,16 @@ class Hooks(importlib.abc.MetaPathFinder):
     def install(self) -> None:
         """Patches what is imported already and waits for the import of the rest."""
         for hook in self.hooks:
-            self._waiting.setdefault(hook.point.module, []).append(hook)
+            if hook.point.level > self.maximum:
+                hook.set("left out", f"it records at level {hook.point.level.name.lower()}, above the maximum level")
+                continue
+            waiting = self._waiting.setdefault(hook.point.module, [])
+            if hook not in waiting:
+                waiting.append(hook)
         for name in list(self._waiting):
             if name in sys.modules:
                 self._loaded(name, sys.modules[name])
-        if self._waiting:
+        if self._waiting and self not in sys.meta_path:
             sys.meta_path.insert(0, self)
 
     def tell(self) -> None:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 from . import records
 from .identity import claim_identity
 from .ids import handle as hash_handle
+from .levels import maximum_level, session_level
 from .ring import Ring
-from .stages import Level
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -49,6 +49,7 @@ class Recorder:
     def _close(self) -> None:
         # Hooks that are in the middle of a call when this happens (a fork) still write: into the scratch slot.
         self.level: bytes | memoryview = bytes(1)
+        self.epoch: memoryview = memoryview(bytes(4)).cast("I")  # changes with every switch of the level
         self._control_memory = self._detail_memory = memoryview(bytearray(records.SLOT_SIZE))
         self._control_mask = self._detail_mask = 0
         self._control_slots = itertools.count()
@@ -80,7 +81,8 @@ class Recorder:
 
     def _open(self, session: Path, role: str) -> None:
         identity = claim_identity(session)
-        ring = Ring.create(identity.session, role, _level())
+        ring = Ring.create(identity.session, role, session_level(session), maximum_level())
+        ring.memory[records.LEVEL_OFFSET] = session_level(session)  # again: it may have been switched meanwhile
         memory = memoryview(ring.memory)
         control = records.HEADER_SIZE
         detail = control + ring.control_slots * records.SLOT_SIZE
@@ -101,6 +103,7 @@ class Recorder:
         self.ring = ring
         for tell in self._opened:
             tell()
+        self.epoch = memory[records.EPOCH_OFFSET :][:4].cast("I")
         self.level = memory[records.LEVEL_OFFSET :][:1]
 
     def on_open(self, tell: Callable[[], None]) -> None:
@@ -320,12 +323,6 @@ class Recorder:
 
 _STEP_END = records.header_word(records.RecordType.STEP_END)
 _NO_ATTRIBUTES = (0,) * 8
-
-
-def _level() -> int:
-    """The level that a process starts with: STAGETRACE_LEVEL, by name; `step` without it or when it is unknown."""
-    name = os.environ.get("STAGETRACE_LEVEL", "step").upper()
-    return Level[name] if name in Level.__members__ else Level.STEP
 
 
 RECORDER = Recorder()

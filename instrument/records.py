@@ -22,8 +22,9 @@ SLOT = struct.Struct("<QQ13qQ")
 # and a cache line of its own.
 HEADER_SIZE = 4096
 HEADER = struct.Struct("<8sIIIIQqqI32s32s64s")
-"""magic, version, slot size, control slots, detail slots, pid, monotonic ns, wall ns, reserved, role, session, host"""
-LEVEL_OFFSET = 512  # one byte: stages.Level; written by `stagetrace ctl` only
+"""magic, version, slot size, control slots, detail slots, pid, started, wall, maximum level, role, session, host"""
+LEVEL_OFFSET = 512  # one byte: stages.Level; written by `stagetrace ctl` once the ring is in place
+EPOCH_OFFSET = 516  # u32: how often the level was switched; written before the level
 CONTROL_READ_OFFSET = 1024  # u64: control slots that the collector has committed; written by the collector
 CONTROL_DROPPED_OFFSET = 1088  # u64: control records dropped because their ring was full; written by the engine
 ERRORS_OFFSET = 2048  # u64 each: contained errors by hook, in the order of the process's hook table

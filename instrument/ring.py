@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import mmap
 import os
 import socket
@@ -15,10 +16,15 @@ import time
 from pathlib import Path
 
 from . import records
+from .stages import Level
 
+# What 20 seconds of a fast engine need at step level: 300 steps a second of 11 slots each; 50 requests a second of 16.
+SECONDS = 20.0
 CONTROL_SLOTS = 16 * 1024
 DETAIL_SLOTS = 64 * 1024
+_LAYER_FACTOR = 8  # layer level writes far more; its ring is bounded rather than as long in seconds
 _SMALLEST = 1024
+_LARGEST = 1 << 20  # 128 MiB
 _NO_ROOM = (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG)  # EFBIG: the limit of `ulimit -f`
 
 
@@ -48,6 +54,26 @@ def make_ring_directory(session: str) -> Path:
     return directory
 
 
+def chosen_slots(maximum: int) -> tuple[int, int]:
+    """Slots of the control and the detail ring, powers of two, of a process with hooks up to level `maximum`.
+
+    STAGETRACE_RING_SECONDS says for how long the collector may stand still before records are lost, at an engine's
+    highest usual rate; `stagetrace doctor` and `top` show what that is at the rate observed.
+    """
+    try:
+        seconds = float(os.environ.get("STAGETRACE_RING_SECONDS") or SECONDS)
+    except ValueError:
+        seconds = SECONDS
+    scale = seconds / SECONDS if 0 < seconds < float("inf") else 1.0
+    detail = DETAIL_SLOTS * (_LAYER_FACTOR if maximum >= Level.LAYER else 1)
+    return _power_of_two(CONTROL_SLOTS * scale), _power_of_two(detail * scale)
+
+
+def _power_of_two(slots: float) -> int:
+    """The next power of two within bounds."""
+    return 1 << (min(max(math.ceil(slots), _SMALLEST), _LARGEST) - 1).bit_length()
+
+
 class Ring:
     """The writer's side of a ring file, for the process that made it."""
 
@@ -59,17 +85,17 @@ class Ring:
         self.detail_slots = detail_slots
 
     @classmethod
-    def create(cls, session: str, role: str, level: int) -> Ring:
+    def create(cls, session: str, role: str, level: int, maximum: int) -> Ring:
         """A ring for this process, in place, locked, with all its memory reserved and touched.
 
         Where there is little room the ring is smaller. Raises NoRoom when not even the smallest fits, other OSErrors
         as they come.
         """
         directory = make_ring_directory(session)
-        control, detail = CONTROL_SLOTS, DETAIL_SLOTS
+        control, detail = chosen_slots(maximum)
         while True:
             try:
-                return cls._create(directory, session, role, level, control, detail)
+                return cls._create(directory, session, role, level, maximum, control, detail)
             except OSError as error:
                 if error.errno not in _NO_ROOM:
                     raise
@@ -78,7 +104,9 @@ class Ring:
                 control, detail = control // 4, detail // 4
 
     @classmethod
-    def _create(cls, directory: Path, session: str, role: str, level: int, control: int, detail: int) -> Ring:
+    def _create(
+        cls, directory: Path, session: str, role: str, level: int, maximum: int, control: int, detail: int
+    ) -> Ring:
         size = records.HEADER_SIZE + (control + detail) * records.SLOT_SIZE
         started = time.monotonic_ns()
         final = directory / f"{role}-{os.getpid()}-{started}.ring"
@@ -100,7 +128,7 @@ class Ring:
                 os.getpid(),
                 started,
                 time.time_ns(),
-                0,
+                maximum,
                 role.encode()[:32],
                 session.encode()[:32],
                 socket.gethostname().encode()[:64],

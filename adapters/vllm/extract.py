@@ -7,6 +7,7 @@ v1/request.py, FinishReason in v1/engine/__init__.py.
 from __future__ import annotations
 
 import os
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 from stagetrace.instrument.stages import Finish
@@ -32,8 +33,8 @@ def composition(
 
     `output` is the SchedulerOutput, `chunks` has (q, kv, cached) of every request in prefill: its tokens in the step,
     its context after it, and the prompt tokens found in a cache when it joined (0 in later chunks). All others are in
-    decode. `kv_usage` is a fraction. Without speculation the batch is not looped over: decode's context is vLLM's own
-    column, summed in C.
+    decode. `kv_usage` is a fraction. The batch is not looped over in Python: decode's context is vLLM's own column, summed
+    in C, and so is what speculation needs.
     """
     prefill_requests = prefill_tokens = prefill_context = prefill_before = prefill_q_q = prefill_q_kv = 0
     cached_tokens = 0
@@ -50,22 +51,23 @@ def composition(
     decode_tokens = output.total_num_scheduled_tokens - prefill_tokens
     decode_context = decode_q_q = decode_q_kv = 0
     if decode_requests:
-        running_before = sum(output.scheduled_cached_reqs.num_computed_tokens)
-        new_before = sum(new.num_computed_tokens for new in output.scheduled_new_reqs)
-        decode_context = running_before + new_before - prefill_before + decode_tokens
+        before = sum(output.scheduled_cached_reqs.num_computed_tokens)
+        for new in output.scheduled_new_reqs:
+            before += new.num_computed_tokens
+        decode_context = before - prefill_before + decode_tokens
         decode_q_q, decode_q_kv = decode_requests, decode_context  # every q is 1
     drafts = output.scheduled_spec_decode_tokens
     draft_tokens = 0
     if drafts:
-        before = dict(
-            zip(output.scheduled_cached_reqs.req_ids, output.scheduled_cached_reqs.num_computed_tokens, strict=True)
-        )
-        for request_id, tokens in drafts.items():
-            q = 1 + len(tokens)
-            draft_tokens += q - 1
-            kv = before.get(request_id, 0) + q
-            decode_q_q += q * q - 1
-            decode_q_kv += q * kv - kv
+        sizes = set(map(len, drafts.values()))
+        q = 1 + max(sizes)
+        if len(sizes) == 1 and decode_tokens == decode_requests * q:  # the same number for everyone
+            draft_tokens = decode_tokens - decode_requests
+            decode_q_q, decode_q_kv = decode_tokens * q, decode_context * q
+        else:
+            draft_tokens = sum(map(len, drafts.values()))
+            q_q, q_kv = _products(output)
+            decode_q_q, decode_q_kv = q_q - prefill_q_q, q_kv - prefill_q_kv
     return (
         prefill_requests,
         decode_requests,
@@ -84,6 +86,19 @@ def composition(
         preempted,
         draft_tokens,
     )
+
+
+def _products(output: Any) -> tuple[int, int]:
+    """Sums of q squared and of q times kv over the whole batch; in C, since a loop would cost 0.3 µs a request."""
+    scheduled, cached = output.num_scheduled_tokens, output.scheduled_cached_reqs
+    chunks = list(map(scheduled.__getitem__, cached.req_ids))
+    q_q = sum(map(mul, chunks, chunks))
+    q_kv = q_q + sum(map(mul, chunks, cached.num_computed_tokens))
+    for new in output.scheduled_new_reqs:
+        q = scheduled[new.req_id]
+        q_q += q * q
+        q_kv += q * (new.num_computed_tokens + q)
+    return q_q, q_kv
 
 
 def finish_of_reason(reason: Any) -> Finish:

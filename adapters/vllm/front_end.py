@@ -164,11 +164,13 @@ def request_finished(original: Callable[..., Any], hook: Hook) -> Callable[..., 
 
     def wrapper(self: Any, req_state: Any, finish_reason: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, req_state, finish_reason, *args, **kwargs)
-        if recorder.level[0] >= hook.threshold:
-            try:
+        try:
+            if _Outputs.waiting:  # its first output may have come while nothing was recorded
+                _Outputs.waiting.pop(req_state.request_id, None)
+            if recorder.level[0] >= hook.threshold:
                 record(req_state, finish_reason)
-            except Exception:
-                hook.failed()
+        except Exception:
+            hook.failed()
         return result
 
     return wrapper
@@ -180,13 +182,14 @@ def abort_requests(original: Callable[..., Any], hook: Hook) -> Callable[..., An
 
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
-        if recorder.level[0] >= hook.threshold:
-            try:
-                for request_id in result:
-                    _Outputs.waiting.pop(request_id, None)
+        try:
+            recording = recorder.level[0] >= hook.threshold
+            for request_id in result:
+                _Outputs.waiting.pop(request_id, None)
+                if recording:
                     recorder.state(_ABORTED, now(), recorder.handle(request_id))
-            except Exception:
-                hook.failed()
+        except Exception:
+            hook.failed()
         return result
 
     return wrapper

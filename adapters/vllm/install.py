@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from stagetrace.instrument.gc_pauses import watch
 from stagetrace.instrument.hooks import Hooks
+from stagetrace.instrument.levels import maximum_level
 from stagetrace.instrument.recorder import RECORDER
 
 from .hooks import HOOK_POINTS
@@ -13,7 +15,8 @@ _installed: list[Hooks] = []
 def install() -> Hooks:
     """Patches vLLM in this process; a second call finds it done."""
     if not _installed:
-        hooks = Hooks(HOOK_POINTS, RECORDER)
+        hooks = Hooks(HOOK_POINTS, RECORDER, maximum_level())
         hooks.install()
+        watch(RECORDER)
         _installed.append(hooks)
     return _installed[0]

@@ -49,13 +49,24 @@ class Tracker:
         self.step = 0
         self.handles: dict[str, int] = {}  # of the requests in the scheduler
         self.prefilling: dict[str, int] = {}  # request -> tokens that complete its prefill
-        self.batch: list[str] = []  # the requests of the last step, in the engine's order
+        self.batch: list[str] = []  # the requests of the last step: those that were running, then the new ones
         self.in_flight: dict[int, tuple[int, tuple[str, ...]]] = {}  # step -> end of schedule, who gets a first token
         self.finished: list[tuple[int, tuple[int, ...]]] | None = None  # held back while in update
         self.last_end = 0  # end of the last segment on this timeline
         self.idle = False  # no request was left then
         self.preempted = 0  # since the last step
         self.snapshot_at = 0  # step at which the next snapshot is due
+        self.epoch = recorder.epoch[0]
+
+    def resume(self, scheduler: Any) -> None:
+        """The level was switched: what happened since the last record is not known, so it is taken from the engine."""
+        self.epoch = self.recorder.epoch[0]
+        self.handles = {request_id: self.recorder.handle(request_id) for request_id in scheduler.requests}
+        self.prefilling = {
+            request.request_id: request.num_tokens for request in scheduler.running if not request.num_output_tokens
+        }
+        self.batch = []
+        self.last_end = self.preempted = self.snapshot_at = 0
 
     # Requests
 
@@ -96,6 +107,8 @@ class Tracker:
         if not output.total_num_scheduled_tokens:
             return  # a flush of finished requests: no step, its time is `between`
         recorder = self.recorder
+        if recorder.epoch[0] != self.epoch:
+            self.resume(scheduler)
         deep = recorder.level[0] >= Level.STEP
         self.step = step = self.step + 1
         instance = self.instance
@@ -166,25 +179,28 @@ class Tracker:
 
     def _membership(self, output: Any) -> None:
         """Records who takes part in the step and did not in the last one, and the reverse; at times everybody."""
-        batch = list(output.num_scheduled_tokens)
+        running, new = output.scheduled_cached_reqs.req_ids, output.scheduled_new_reqs
         recorder, instance, step = self.recorder, self.instance, self.step
         handles = self.handles
         due = step >= self.snapshot_at
-        if batch != self.batch:  # in steady decode equal, at the cost of comparing pointers
+        if new or running != self.batch:  # in steady decode equal, at the cost of comparing pointers
+            batch = [*running, *(request.req_id for request in new)]
             before, after = set(self.batch), set(batch)
-            for request_id in before - after:
-                handle = handles.get(request_id)
-                if handle is None:
-                    handle = recorder.handle(request_id)  # it ended
-                due |= not recorder.member(_LEAVE, handle, 0, 0, instance, step)
-            for request_id in after - before:
+            joined = after - before
+            if len(before) + len(joined) != len(after):
+                for request_id in before - after:
+                    handle = handles.get(request_id)
+                    if handle is None:
+                        handle = recorder.handle(request_id)  # it ended
+                    due |= not recorder.member(_LEAVE, handle, 0, 0, instance, step)
+            for request_id in joined:
                 handle = handles.get(request_id)
                 if handle is None:
                     handle = handles[request_id] = recorder.handle(request_id)
                 due |= not recorder.member(_JOIN, handle, 0, 0, instance, step)
             self.batch = batch
         if due:
-            members = [handles.get(request_id) or recorder.handle(request_id) for request_id in batch]
+            members = [handles.get(request_id) or recorder.handle(request_id) for request_id in self.batch]
             written = recorder.snapshot(instance, step, members)
             self.snapshot_at = step + (SNAPSHOT_EVERY if written else 1)
 

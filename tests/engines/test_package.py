@@ -126,7 +126,7 @@ def test_not_armed_vllm_is_untouched(thin_python: Path, tmp_path: Path):
     found = run_in(thin_python, LOAD, TARGETS, tmp_path / "found.json")
     assert found["kept"] == dict.fromkeys(TARGETS, True)
     assert found["finders"]
-    parts = "stagetrace.adapters.vllm.plugin".split(".")
+    parts = ["stagetrace", "adapters", "vllm", "plugin"]
     # Its own entry point was called: this test would pass without a plugin otherwise.
     assert found["ours"] == [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 

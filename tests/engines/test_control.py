@@ -1,0 +1,74 @@
+"""Levels at run time: `stagetrace ctl` on a real server under load, and what it cuts."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from engines.recording import STAGETRACE, Recording, ask, record
+from quickstart.load import Request, Result
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SHORT = Request(({"role": "user", "content": "short"},), max_tokens=10)
+LONG = Request(({"role": "user", "content": "long"},), max_tokens=1500)
+
+
+def ctl(recording: Recording, *words: str) -> str:
+    done = subprocess.run(
+        [*STAGETRACE, "ctl", *words, "--session", str(recording.path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"STAGETRACE_RING_DIR": str(recording.path.parent / "rings"), "PATH": ""},
+    )
+    return done.stdout
+
+
+def test_levels_at_run_time(model: Path, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
+    with record(model, tmp_path_factory.mktemp("control"), "--enforce-eager") as recording:
+        server = recording.server
+        before = ask(server, SHORT, SHORT)
+        long: list[Result] = []
+        thread = threading.Thread(target=lambda: long.extend(ask(server, LONG)))
+        thread.start()
+        time.sleep(1.5)
+        said = ctl(recording, "disarm")
+        assert said.count("step -> off") == 3, said
+        disarmed_at = time.monotonic_ns()
+        unseen = ask(server, SHORT, SHORT)
+        time.sleep(1.0)
+        armed_at = time.monotonic_ns()
+        assert ctl(recording, "arm").count("off -> step") == 3
+        thread.join()
+        after = ask(server, SHORT, SHORT)
+        ctl(recording, "level", "request")
+        requests_only_at = time.monotonic_ns()
+        shallow = ask(server, SHORT)
+        time.sleep(0.2)  # its last records, at this level
+    assert [result.error for result in (*before, *long, *unseen, *after, *shallow)] == [None] * 8
+    frames = recording.frames()
+    requests = frames["requests"].set_index("external_id")
+    whole = requests[~requests["partial"]]
+    assert set(whole.index) == {result.id for result in (*before, *after, *shallow)}
+    assert set(whole["status"]) == {"finished"}
+    assert set(whole["output_tokens"]) == {SHORT.max_tokens}
+    assert not set(requests.index) & {result.id for result in unseen}
+    assert requests.loc[long[0].id, "partial"]
+    steps = frames["steps"]
+    assert not ((steps["begin_ns"] > disarmed_at) & (steps["end_ns"] < armed_at)).any()
+    assert not (steps["begin_ns"] > requests_only_at).any()
+    complete = steps[steps["status"] == "complete"]
+    assert len(complete) > 100
+    assert set(steps["status"]) <= {"complete", "partial"}
+    assert (steps["status"] == "partial").sum() <= 4
+    assert complete["members"].notna().all()
+    # No interval reaches over the time in which nothing was recorded.
+    assert frames["intervals"]["interval_ns"].max() < armed_at - disarmed_at
+    # Alone or with the short ones in the engine, the long request is in every step until it ends.
+    manifest = recording.manifest
+    assert manifest.counts["accounting_conflict"] == 0
+    assert not any(process.errors for process in manifest.processes)

@@ -1,0 +1,379 @@
+"""Tests of the collector on real rings: what it commits survives its own death, and each record is there once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import struct
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from backends.receiver import HttpReceiver
+from unit.commands import PATIENCE_S, Commands, commands_in, said, wait_for
+from unit.recording import STEPS
+
+from stagetrace.exporters.collector import Collector
+from stagetrace.exporters.discover import process_key
+from stagetrace.exporters.drain import RingReader
+from stagetrace.exporters.session import TABLES, Session
+from stagetrace.instrument.identity import claim_identity
+from stagetrace.instrument.ids import request_span_id, segment_span_id, state_span_id, step_span_id
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Iterator
+
+# A collector that SIGKILLs itself on entering a function once the session has so many parts; it commits often.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from stagetrace.exporters import collector
+from stagetrace.exporters.otlp import OtlpSink
+from stagetrace.exporters.session import Session
+from stagetrace.instrument.identity import claim_identity
+path, function, parts = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+session = Session(path, claim_identity(path))
+owner = Session if hasattr(Session, function) else collector.Collector
+original = getattr(owner, function)
+def killed(*arguments, **more):
+    if len(session.raw_parts()) >= parts:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **more)
+setattr(owner, function, killed)
+collector.COMMIT_S = 0.2
+sink = OtlpSink.from_environment(os.environ, session.identity.key)
+collector.Collector(session, ["the", "command"], sink=sink).run(lambda: False)
+"""
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Iterator[Commands]:
+    with commands_in(tmp_path) as commands:
+        yield commands
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    path = tmp_path / "session"
+    return Session(path, claim_identity(path))
+
+
+def killed_collector(commands: Commands, session: Session, function: str, parts: int) -> None:
+    """Runs a collector until it was killed at `function`."""
+    process = commands.start(sys.executable, "-c", KILLED, session.path, function, str(parts))
+    _, err = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == -signal.SIGKILL, err.decode()
+
+
+def stop_when_rings_are_gone(commands: Commands, session: Session) -> None:
+    """Has a collector take what is in the rings of dead processes."""
+    collector = commands.collect(session.path)
+    wait_for(lambda: not commands.ring_files() or collector.poll() is not None)
+    assert collector.poll() is None, session.path.with_suffix(".log").read_text()
+    stop(collector)
+
+
+def stop(collector: subprocess.Popen[bytes]) -> None:
+    collector.terminate()
+    assert collector.wait(PATIENCE_S) == 0
+
+
+def raw_numbers(session: Session) -> dict[tuple[int, int], list[int]]:
+    """The slot numbers in the session, in its order, by process and ring."""
+    numbers = defaultdict(list)
+    for part in session.raw_parts():
+        for row in session.read_raw(part)[0].to_pylist():
+            numbers[row["process"], row["ring"]].append(struct.unpack_from("<Q", row["slot"])[0])
+    return dict(numbers)
+
+
+def written_numbers(ring: Path) -> dict[tuple[int, int], list[int]]:
+    """The slot numbers that a process wrote into its ring, which it has not filled once."""
+    key = process_key(ring.name)
+    reader = RingReader(ring, key)
+    return {(key, area): [*range(1, int(slots.slots["first"].max()) + 1)] for area, slots in enumerate(reader.areas)}
+
+
+def rows(session: Session) -> dict[str, list[str]]:
+    """Every table's rows, in an order that does not depend on that of the file."""
+    return {name: sorted(map(repr, session.read_table(name).to_pylist())) for name in TABLES}
+
+
+def uninterrupted(session: Session, rings: list[Path], directory: Path, monkeypatch: pytest.MonkeyPatch) -> Session:
+    """Another session with the same identity, made by one collector from the same rings."""
+    again = directory / "uninterrupted"
+    again.mkdir()
+    shutil.copy(session.path / "session.json", again)
+    for ring in rings:
+        copy = again / "rings" / session.identity.session / ring.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ring, copy)
+    monkeypatch.setenv("STAGETRACE_RING_DIR", str(again / "rings"))
+    copied = Session(again, session.identity)
+    Collector(copied).finish()
+    assert not [*(again / "rings").iterdir()]
+    return copied
+
+
+def keep(commands: Commands) -> list[Path]:
+    """Second names of the rings that are there: the collector removes the first when the process is dead."""
+    kept = []
+    for ring in sorted(commands.ring_files()):
+        name = commands.directory / "kept" / ring.name
+        name.parent.mkdir(exist_ok=True)
+        os.link(ring, name)
+        kept.append(name)
+    return kept
+
+
+# Its own death
+
+
+@pytest.mark.parametrize("function", ["write_raw", "write_table", "write_manifest"])
+def test_a_killed_collector_loses_and_repeats_nothing(
+    commands: Commands, session: Session, function: str, monkeypatch: pytest.MonkeyPatch
+):
+    until = commands.directory / "until"
+    writer = commands.recording("--steady", "--pause", "0.02", "--open", "1", "--until", until, session=session.path)
+    killed_collector(commands, session, function, 2)
+    before = raw_numbers(session)
+    assert all(before.values())
+    killed_collector(commands, session, function, 3)  # the second killed one had to resume first
+    kept = keep(commands)
+    until.touch()
+    count = int(said(writer).split()[1])
+    stop_when_rings_are_gone(commands, session)
+    (ring,) = kept
+    found = raw_numbers(session)
+    assert found == written_numbers(ring)
+    assert all(found[ring][: len(numbers)] == numbers for ring, numbers in before.items())
+    manifest = session.read_manifest()
+    assert manifest.complete and manifest.command == ["the", "command"]
+    assert {losses.ring: (losses.read, losses.lost) for losses in manifest.losses} == {
+        name: (len(found[process_key(ring.name), area]), 0) for area, name in enumerate(("control", "detail"))
+    }
+    whole = uninterrupted(session, kept, commands.directory, monkeypatch)
+    assert rows(session) == rows(whole)
+    assert whole.read_table("requests").num_rows == count
+    assert whole.read_table("steps").num_rows == count * STEPS
+
+
+def test_a_collector_that_is_killed_at_any_time(commands: Commands, session: Session, monkeypatch: pytest.MonkeyPatch):
+    until = commands.directory / "until"
+    writer = commands.recording("--steady", "--pause", "0.02", "--until", until, session=session.path)
+    for _ in range(2):
+        parts = len(session.raw_parts())
+        collector = commands.collect(session.path)
+        wait_for(lambda parts=parts: len(session.raw_parts()) > parts)
+        collector.kill()
+        collector.wait()
+    kept = keep(commands)
+    until.touch()
+    count = int(said(writer).split()[1])
+    stop_when_rings_are_gone(commands, session)
+    assert raw_numbers(session) == written_numbers(kept[0])
+    whole = uninterrupted(session, kept, commands.directory, monkeypatch)
+    assert rows(session) == rows(whole)
+    assert whole.read_table("requests")["status"].to_pylist() == ["finished"] * count
+
+
+def test_a_process_that_died_before_the_collector_stays_dead(commands: Commands, session: Session):
+    # Its ring is gone when the next collector comes, and another engine lives on.
+    dead = commands.recording("--requests", "2", "--open", "1", "--die", session=session.path)
+    assert dead.wait(PATIENCE_S) == -signal.SIGKILL
+    killed_collector(commands, session, "poll", 1)
+    assert not commands.ring_files()
+    until = commands.directory / "until"
+    living = commands.recording("--requests", "1", "--open", "1", "--until", until, session=session.path)
+    assert said(living) == "recorded 2 requests"
+    collector = commands.collect(session.path)
+    wait_for(lambda: len(session.read_manifest().processes) == 2)
+    stop(collector)
+    requests = session.read_table("requests").to_pylist()
+    instance = {process.pid: process.info["instance"] for process in session.read_manifest().processes}
+    statuses = {
+        who.pid: sorted(row["status"] for row in requests if row["instance"] == instance[who.pid])
+        for who in (dead, living)
+    }
+    assert statuses == {dead.pid: ["finished", "finished", "lost"], living.pid: ["finished", "open"]}
+    until.touch()
+    assert living.wait(PATIENCE_S) == 0
+    stop_when_rings_are_gone(commands, session)
+
+
+def test_parts_of_a_session_that_was_idle_are_not_written_over(commands: Commands, session: Session):
+    # Commits without records leave no part; the number of the next part must not be one that is taken.
+    until = commands.directory / "until"
+    writer = commands.recording("--steady", "--pause", "0.5", "--until", until, session=session.path)
+    killed_collector(commands, session, "poll", 2)
+    before = raw_numbers(session)
+    for parts in (3, 4):
+        killed_collector(commands, session, "poll", parts)
+    found = raw_numbers(session)
+    assert all(found[ring][: len(numbers)] == numbers for ring, numbers in before.items())
+    (ring,) = keep(commands)
+    until.touch()
+    said(writer)
+    stop_when_rings_are_gone(commands, session)
+    assert raw_numbers(session) == written_numbers(ring)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_spans_that_a_killed_collector_did_not_export_are_exported(commands: Commands, session: Session, parts: int):
+    until = commands.directory / "until"
+    with HttpReceiver() as receiver:
+        commands.environment |= {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint,
+            "OTEL_EXPORTER_OTLP_PROTOCOL": receiver.protocol,
+            "NO_PROXY": "127.0.0.1",
+        }
+        more = ("--steady", "--long", "--pause", "0.05", "--until", until)
+        writer = commands.recording("--open", "1", *more, session=session.path)
+        killed_collector(commands, session, "_export", parts)
+        until.touch()
+        writer.wait(PATIENCE_S)
+        stop_when_rings_are_gone(commands, session)
+        received = {span.span.span_id for span in receiver.received()}
+    key = session.identity.key
+    tables = {name: session.read_table(name).to_pylist() for name in TABLES}
+    assert tables["requests"] and len(tables["steps"]) == len(tables["requests"]) * STEPS
+    ids = {
+        "requests": {request_span_id(key, row["handle"]) for row in tables["requests"]},
+        "states": {
+            state_span_id(key, row["handle"], row["stage"], row["begin_ns"], row["step"] or 0)
+            for row in tables["states"]
+        },
+        "steps": {step_span_id(key, row["instance"], row["step"]) for row in tables["steps"]},
+        "segments": {segment_span_id(key, row["process"], row["sequence"]) for row in tables["segments"]},
+    }
+    assert {name: len(wanted - received) for name, wanted in ids.items()} == dict.fromkeys(ids, 0)
+
+
+def test_a_collector_that_died_before_its_first_record_leaves_the_command(commands: Commands, session: Session):
+    killed_collector(commands, session, "poll", 0)
+    assert not (session.path / "manifest.json").exists()
+    killed_collector(commands, session, "_remove_dead_rings", 0)
+    assert session.read_manifest().command == ["the", "command"]
+    before = session.read_manifest().updated_ns
+    collector = commands.collect(session.path)
+    wait_for(lambda: session.read_manifest().updated_ns > before)
+    stop(collector)
+    assert session.read_manifest().command == ["the", "command"]
+
+
+# Who comes and goes
+
+
+def test_collect_before_the_engines_and_one_that_joins_later(commands: Commands, tmp_path: Path):
+    path = tmp_path / "made" / "by-collect"
+    path.parent.mkdir()
+    collector = commands.collect(path)
+    wait_for((path / "manifest.json").exists)
+    session = Session.open(path)
+    assert session.read_manifest().processes == []
+    first = commands.recording("--requests", "2", session=path)
+    assert first.wait(PATIENCE_S) == 0
+    wait_for(lambda: not commands.ring_files())
+    second = commands.recording("--requests", "3", "--role", "other", session=path)
+    assert second.wait(PATIENCE_S) == 0
+    wait_for(lambda: not commands.ring_files())
+    stop(collector)
+    manifest = session.read_manifest()
+    assert [(process.pid, process.ended) for process in manifest.processes] == [(first.pid, True), (second.pid, True)]
+    assert [process.role for process in manifest.processes] == ["engine_core", "other"]
+    assert session.read_table("requests")["status"].to_pylist() == ["finished"] * 5
+    assert sum(losses.lost for losses in manifest.losses) == 0
+
+
+def test_collect_after_the_engine_and_told_to_stop_before_it_ends(commands: Commands, session: Session):
+    until = commands.directory / "until"
+    writer = commands.recording("--requests", "1", "--open", "1", "--until", until, session=session.path)
+    assert said(writer) == "recorded 2 requests"
+    kept = keep(commands)
+    collector = commands.collect(session.path)
+    wait_for(lambda: session.read_table("requests").num_rows)  # a ring with next to no traffic is read as well
+    stop(collector)
+    manifest = session.read_manifest()
+    assert manifest.complete
+    assert [process.ended for process in manifest.processes] == [False]
+    assert session.read_table("requests")["status"].to_pylist() == ["finished", "open"]
+    assert len(commands.ring_files()) == 1  # its process still writes
+    until.touch()
+    assert writer.wait(PATIENCE_S) == 0
+    stop_when_rings_are_gone(commands, session)
+    assert session.read_manifest().complete
+    assert raw_numbers(session) == written_numbers(kept[0])
+    assert session.read_table("requests")["status"].to_pylist() == ["finished", "lost"]
+
+
+def test_a_ring_without_traffic(commands: Commands, session: Session):
+    writer = commands.recording(session=session.path)
+    assert writer.wait(PATIENCE_S) == 0
+    stop_when_rings_are_gone(commands, session)
+    (process,) = session.read_manifest().processes
+    assert (process.pid, process.ended, process.info["engine"]) == (writer.pid, True, "none")
+    assert {name: len(table) for name, table in rows(session).items()} == dict.fromkeys(TABLES, 0)
+
+
+def test_collect_again_on_a_session_that_ended_changes_nothing(commands: Commands, session: Session):
+    writer = commands.recording("--requests", "3", session=session.path)
+    assert writer.wait(PATIENCE_S) == 0
+    stop_when_rings_are_gone(commands, session)
+    before, numbers = rows(session), raw_numbers(session)
+    collector = commands.collect(session.path)
+    wait_for(lambda: not session.read_manifest().complete)
+    collector.send_signal(signal.SIGINT)  # Ctrl-C in its terminal, as good as SIGTERM
+    assert collector.wait(PATIENCE_S) == 0
+    assert (rows(session), raw_numbers(session)) == (before, numbers)
+    assert session.read_manifest().complete
+
+
+def test_a_second_collector_is_refused(commands: Commands, session: Session):
+    first = commands.collect(session.path)
+    wait_for((session.path / "manifest.json").exists)
+    second = commands.collect(session.path)
+    assert second.wait(PATIENCE_S) == 2
+    assert "another collector" in session.path.with_suffix(".log").read_text()
+    stop(first)
+
+
+# What it cannot use
+
+
+def refused(commands: Commands, path: Path) -> str:
+    """What `collect` says of a directory that it cannot use."""
+    collector = commands.collect(path)
+    assert collector.wait(PATIENCE_S) == 2
+    message = path.with_suffix(".log").read_text()
+    assert str(path) in message
+    assert "Traceback" not in message
+    return message
+
+
+def test_a_file_in_place_of_the_directory(commands: Commands, tmp_path: Path):
+    path = tmp_path / "session"
+    path.write_text("a file\n")
+    assert "cannot use" in refused(commands, path)
+
+
+def test_a_directory_with_an_unreadable_identity(commands: Commands, tmp_path: Path):
+    path = tmp_path / "session"
+    path.mkdir()
+    (path / "session.json").write_text("{")
+    assert "remove the directory or name another" in refused(commands, path)
+
+
+@pytest.mark.parametrize("text", ["{", '{"version": 99}'], ids=["not JSON", "another version"])
+def test_a_session_with_a_manifest_that_it_cannot_read(commands: Commands, session: Session, text: str):
+    writer = commands.recording("--requests", "1", session=session.path)
+    assert writer.wait(PATIENCE_S) == 0
+    stop_when_rings_are_gone(commands, session)
+    (session.path / "manifest.json").write_text(text)
+    numbers = raw_numbers(session)
+    refused(commands, session.path)
+    assert (session.path / "manifest.json").read_text() == text
+    assert raw_numbers(session) == numbers

@@ -1,0 +1,485 @@
+"""Tests of hooks: what is patched and when, and that the engine's function stays what it was whatever ours do."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import itertools
+import json
+import logging
+import sys
+import threading
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from unit.rings import die, environment, opened, read_all, reader_of, sized, variables
+
+from stagetrace.exporters.assemble import Assembler
+from stagetrace.exporters.decode import Parts, decode, text_of
+from stagetrace.instrument.hooks import ERRORS_UNTIL_OUT, Hook, HookPoint, Hooks
+from stagetrace.instrument.recorder import Recorder, now
+from stagetrace.instrument.records import MAX_HOOKS, RecordType, header_word
+from stagetrace.instrument.stages import BY_NAME, Level
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from stagetrace.exporters.drain import RingReader
+
+FORWARD = header_word(RecordType.SEGMENT, BY_NAME["forward"].id)
+
+ENGINE = '''
+"""An engine's module."""
+
+loaded = True
+
+def work(first, second=2, *rest, key=None):
+    """Doc of work."""
+    if first == "raise":
+        raise KeyError("from the engine")
+    return [first, second, rest, key]
+
+class Runner:
+    def run(self, batch, flag=False):
+        return (self, batch, flag)
+
+    @staticmethod
+    def still(batch):
+        return batch
+
+    @classmethod
+    def made(cls, batch):
+        return batch
+
+    @property
+    def size(self):
+        return 1
+
+    class Inner:
+        def deep(self, x):
+            return x
+
+class Special(Runner):
+    pass
+
+async def later(first):
+    if first == "raise":
+        raise KeyError("from the engine")
+    return first
+
+constant = 7
+class Callable:
+    def __call__(self, x):
+        return x
+instance = Callable()
+'''
+
+_numbers = itertools.count()
+
+
+def times(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+    """A handler as the adapters' are: times around the original, and all else contained."""
+    recorder = hook.recorder
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if recorder.level[0] < hook.threshold:
+            return original(*args, **kwargs)
+        begin = now()
+        result = original(*args, **kwargs)
+        try:
+            recorder.segment(FORWARD, begin, now(), 0, 0, 0, len(args))
+        except Exception:
+            hook.failed()
+        return result
+
+    return wrapper
+
+
+def fails(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+    """A handler whose recording always fails."""
+    recorder = hook.recorder
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if recorder.level[0] < hook.threshold:
+            return original(*args, **kwargs)
+        try:
+            recorder.segment(FORWARD, "no time", now(), 0, 0)  # type: ignore[arg-type]
+        except Exception:
+            hook.failed()
+        return original(*args, **kwargs)
+
+    return wrapper
+
+
+def times_later(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+    """A handler of a coroutine function."""
+    recorder = hook.recorder
+
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        begin = now()
+        result = await original(*args, **kwargs)
+        try:
+            if recorder.level[0] >= hook.threshold:
+                recorder.segment(FORWARD, begin, now(), 0, 0)
+        except Exception:
+            hook.failed()
+        return result
+
+    return wrapper
+
+
+@pytest.fixture
+def name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a module that can be imported and is not yet."""
+    found = f"engine_{next(_numbers)}"
+    (tmp_path / f"{found}.py").write_text(ENGINE, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    finders = list(sys.meta_path)
+    yield found
+    assert sys.meta_path == finders, "a finder was left behind"
+    sys.modules.pop(found, None)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[tuple[Recorder, RingReader]]:
+    with opened(tmp_path) as (recorder, reader):
+        read_all(reader)
+        yield recorder, reader
+
+
+def point(target: str, *parameters: str, handler: Callable[..., Any] = times, level: Level = Level.STEP) -> HookPoint:
+    return HookPoint(target, parameters, level, "worker", handler, "forward")
+
+
+def hooked(recorder: Recorder, *points: HookPoint) -> list[Hook]:
+    hooks = Hooks(points, recorder)
+    hooks.install()
+    return hooks.hooks
+
+
+def segments(reader: RingReader) -> list[tuple[int, ...]]:
+    batch = read_all(reader)
+    return decode(batch.control, batch.detail, Parts(), Parts()).segments
+
+
+# Where and when
+
+
+def test_a_module_that_is_imported_already(name: str, pair: tuple[Recorder, RingReader]):
+    recorder, reader = pair
+    module = importlib.import_module(name)
+    (hook,) = hooked(recorder, point(f"{name}:work", "first", "second"))
+    assert (hook.status, hook.why) == ("installed", "")
+    assert module.work(1, key=3) == [1, 2, (), 3]
+    ((_, _, _, begin, end, *_),) = segments(reader)
+    assert begin <= end
+
+
+def test_a_module_that_is_imported_later(name: str, pair: tuple[Recorder, RingReader]):
+    recorder, reader = pair
+    (hook,) = hooked(recorder, point(f"{name}:Runner.run", "self", "batch"))
+    assert (hook.status, hook.why) == ("waiting", f"{name} is not imported in this process")
+    assert sys.meta_path[0].__class__ is Hooks
+    module = importlib.import_module(name)
+    assert hook.status == "installed"
+    runner = module.Runner()
+    assert runner.run("batch") == (runner, "batch", False)
+    assert len(segments(reader)) == 1
+    assert module.__spec__.name == name
+    assert module.__file__.endswith(f"{name}.py")
+
+
+def test_the_finder_waits_for_all_its_modules_and_leaves(name: str, pair: tuple[Recorder, RingReader], tmp_path: Path):
+    recorder, _ = pair
+    other = f"{name}_other"
+    (tmp_path / f"{other}.py").write_text(f"import {name}\n" + ENGINE, "utf-8")  # one is imported while the other is
+    before = len(sys.meta_path)
+    hooks = hooked(recorder, point(f"{name}:work"), point(f"{other}:work"), point(f"{other}:Runner.run"))
+    assert len(sys.meta_path) == before + 1
+    importlib.import_module(other)
+    assert [hook.status for hook in hooks] == ["installed"] * 3
+    assert len(sys.meta_path) == before
+    del sys.modules[other]
+
+
+def test_a_module_in_a_package(pair: tuple[Recorder, RingReader], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recorder, _ = pair
+    package = f"package_{next(_numbers)}"
+    (tmp_path / package / "inner").mkdir(parents=True)
+    (tmp_path / package / "__init__.py").touch()
+    (tmp_path / package / "inner" / "__init__.py").touch()
+    (tmp_path / package / "inner" / "engine.py").write_text(ENGINE, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    (hook,) = hooked(recorder, point(f"{package}.inner.engine:Runner.Inner.deep", "self", "x"))
+    module = importlib.import_module(f"{package}.inner.engine")
+    assert hook.status == "installed"
+    assert module.Runner.Inner().deep(4) == 4
+
+
+def test_a_module_whose_import_fails_at_first(name: str, pair: tuple[Recorder, RingReader], tmp_path: Path):
+    recorder, _ = pair
+    path = tmp_path / f"{name}.py"
+    path.write_text("raise RuntimeError('not yet')", "utf-8")
+    (hook,) = hooked(recorder, point(f"{name}:work", "first"))
+    with pytest.raises(RuntimeError, match="not yet"):
+        importlib.import_module(name)
+    assert hook.status == "waiting"
+    path.write_text(ENGINE + "# longer, so that no cached code is taken\n", "utf-8")
+    importlib.invalidate_caches()
+    importlib.import_module(name)
+    assert hook.status == "installed"
+
+
+def test_a_module_that_is_not_there(name: str, pair: tuple[Recorder, RingReader]):
+    recorder, _ = pair
+    hooks = Hooks([point(f"{name}_missing:work")], recorder)
+    hooks.install()
+    try:
+        with pytest.raises(ModuleNotFoundError, match=f"{name}_missing"):
+            importlib.import_module(f"{name}_missing")
+        assert hooks.hooks[0].status == "waiting"
+    finally:
+        sys.meta_path.remove(hooks)
+
+
+MISFITS = {
+    "a function that is missing": ("gone", ("first",), "missing", "gone"),
+    "a class that is missing": ("Gone.run", ("self",), "missing", "Gone"),
+    "a method that is missing": ("Runner.gone", ("self",), "missing", "gone"),
+    "another first parameter": ("work", ("batch",), "mismatch", "it takes (first, second, rest, key), the hook needs"),
+    "another order": ("Runner.run", ("self", "flag", "batch"), "mismatch", "the hook needs (self, flag, batch)"),
+    "more than it takes": ("Runner.run", ("self", "batch", "flag", "more"), "mismatch", "it takes (self, batch, flag)"),
+    "a static method": ("Runner.still", ("batch",), "mismatch", "it is a staticmethod"),
+    "a class method": ("Runner.made", ("cls", "batch"), "mismatch", "it is a classmethod"),
+    "a property": ("Runner.size", ("self",), "mismatch", "it is a property"),
+    "a class": ("Runner", (), "mismatch", "it is a type"),
+    "a number": ("constant", (), "mismatch", "it is a int"),
+    "a callable object": ("instance", ("x",), "mismatch", "it is a Callable"),
+}
+
+
+@pytest.mark.parametrize("what", MISFITS)
+@pytest.mark.parametrize("early", [True, False], ids=["imported", "imported later"])
+def test_what_does_not_fit_is_left_alone_and_reported(
+    name: str, pair: tuple[Recorder, RingReader], what: str, early: bool
+):
+    path, parameters, status, why = MISFITS[what]
+    recorder, reader = pair
+    if early:
+        importlib.import_module(name)
+    misfit, good = hooked(recorder, point(f"{name}:{path}", *parameters), point(f"{name}:work", "first"))
+    module = importlib.import_module(name)
+    assert misfit.status == status
+    assert why in misfit.why
+    assert good.status == "installed", "one that does not fit keeps another out"
+    assert all(not hasattr(value, "_stagetrace_hook") for key, value in vars(module).items() if key != "work")
+    assert all(not hasattr(value, "_stagetrace_hook") for value in vars(module.Runner).values())
+    assembler = Assembler(bytes(16))
+    assembler.add(read_all(reader))
+    (found,) = assembler.hooks.values()
+    assert {hook["name"]: hook["status"] for hook in found.values()} == {
+        f"{name}:{path}": status,
+        f"{name}:work": "installed",
+    }
+
+
+def test_an_inherited_method_is_hooked_on_its_heir_alone(name: str, pair: tuple[Recorder, RingReader]):
+    recorder, reader = pair
+    module = importlib.import_module(name)
+    hooked(recorder, point(f"{name}:Special.run", "self", "batch"))
+    module.Runner().run(1)
+    assert len(segments(reader)) == 0
+    module.Special().run(1)
+    assert len(segments(reader)) == 1
+
+
+@pytest.mark.parametrize("who", ["the same hooks", "others"])
+def test_installing_twice_records_once(name: str, pair: tuple[Recorder, RingReader], who: str):
+    recorder, reader = pair
+    module = importlib.import_module(name)
+    hooks = Hooks([point(f"{name}:work", "first")], recorder)
+    hooks.install()
+    again = hooks if who == "the same hooks" else Hooks([point(f"{name}:work", "first")], recorder)
+    again.install()
+    assert hooks.hooks[0].status == again.hooks[0].status == "installed"
+    module.work(1)
+    assert len(segments(reader)) == 1
+
+
+def test_installing_twice_before_the_import_records_once(name: str, pair: tuple[Recorder, RingReader]):
+    recorder, reader = pair
+    hooks = Hooks([point(f"{name}:work", "first")], recorder)
+    hooks.install()
+    hooks.install()
+    importlib.import_module(name).work(1)
+    assert len(segments(reader)) == 1
+
+
+def test_there_are_no_more_hooks_than_counters():
+    with pytest.raises(ValueError, match=str(MAX_HOOKS)):
+        Hooks([point("a:b")] * (MAX_HOOKS + 1), Recorder())
+
+
+def test_a_hooked_function_looks_like_the_original(name: str, pair: tuple[Recorder, RingReader]):
+    recorder, _ = pair
+    module = importlib.import_module(name)
+    signature = inspect.signature(module.work)
+    hooked(recorder, point(f"{name}:work", "first"))
+    assert module.work.__name__ == "work"
+    assert module.work.__doc__ == "Doc of work."
+    assert inspect.signature(module.work) == signature
+
+
+# The engine's results and exceptions
+
+
+def test_arguments_and_result_pass_as_they_are(name: str, pair: tuple[Recorder, RingReader]):
+    recorder, _ = pair
+    module = importlib.import_module(name)
+    hooked(recorder, point(f"{name}:work", "first"))
+    first, key = object(), object()
+    found = module.work(first, 5, 6, 7, key=key)
+    assert found[0] is first
+    assert found[3] is key
+    assert found[1:3] == [5, (6, 7)]
+
+
+@pytest.mark.parametrize("handler", [times, fails])
+@pytest.mark.parametrize("level", [Level.OFF, Level.STEP])
+def test_an_exception_passes_with_the_frame_that_raised_it(
+    name: str, pair: tuple[Recorder, RingReader], handler: Callable[..., Any], level: Level
+):
+    recorder, _ = pair
+    module = importlib.import_module(name)
+    hooked(recorder, point(f"{name}:work", "first", handler=handler))
+    assert recorder.ring is not None
+    recorder.ring.memory[512] = level
+    with pytest.raises(KeyError, match="from the engine") as error:
+        module.work("raise")
+    frame = traceback.extract_tb(error.value.__traceback__)[-1]
+    assert (frame.name, frame.filename) == ("work", module.__file__)
+    assert error.value.__context__ is None
+    assert error.value.__cause__ is None
+
+
+def test_a_coroutine_function(name: str, pair: tuple[Recorder, RingReader]):
+    recorder, reader = pair
+    module = importlib.import_module(name)
+    hooked(recorder, point(f"{name}:later", "first", handler=times_later))
+    thing = object()
+
+    async def several() -> list[Any]:
+        return await asyncio.gather(module.later(thing), module.later("raise"), module.later(2), return_exceptions=True)
+
+    first, error, last = asyncio.run(several())
+    assert first is thing
+    assert isinstance(error, KeyError)
+    assert traceback.extract_tb(error.__traceback__)[-1].name == "later"
+    assert last == 2
+    assert len(segments(reader)) == 2
+    assert inspect.iscoroutinefunction(module.later)
+
+
+def test_an_error_in_recording_is_contained_counted_logged_once_and_ends_the_hook(
+    name: str, pair: tuple[Recorder, RingReader], caplog: pytest.LogCaptureFixture
+):
+    recorder, reader = pair
+    module = importlib.import_module(name)
+    good, bad = hooked(recorder, point(f"{name}:Runner.run"), point(f"{name}:work", handler=fails))
+    read_all(reader)
+    with caplog.at_level(logging.WARNING, "stagetrace"):
+        for call in range(ERRORS_UNTIL_OUT - 1):
+            assert module.work(call) == [call, 2, (), None]
+        assert bad.status == "installed"
+        for call in range(20):
+            assert module.work(call) == [call, 2, (), None]
+    assert (bad.errors, bad.status) == (ERRORS_UNTIL_OUT, "out")
+    assert reader.errors == {bad.index: ERRORS_UNTIL_OUT}
+    assert len(caplog.records) == 1
+    assert f"{name}:work" in caplog.messages[0]
+    assert "the engine is not affected" in caplog.messages[0]
+    assert caplog.records[0].exc_info is not None
+    assembler = Assembler(bytes(16))
+    assembler.add(read_all(reader))
+    (hooks,) = assembler.hooks.values()
+    assert hooks[f"{name}:work"]["status"] == "out"
+    assert str(ERRORS_UNTIL_OUT) in hooks[f"{name}:work"]["why"]
+    assert assembler.hook_names[reader.key] == {bad.index: f"{name}:work"}
+    assert (good.status, good.errors) == ("installed", 0)
+    module.Runner().run(1)
+    assert len(segments(reader)) == 1
+
+
+def breaks(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+    """A handler that cannot even make a wrapper."""
+    raise RuntimeError(f"no wrapper for {original.__name__}")
+
+
+def test_an_error_while_installing_leaves_the_function_alone(
+    name: str, pair: tuple[Recorder, RingReader], caplog: pytest.LogCaptureFixture
+):
+    recorder, reader = pair
+    bad, good = hooked(recorder, point(f"{name}:work", handler=breaks), point(f"{name}:Runner.run"))
+    module = importlib.import_module(name)
+    assert (bad.status, good.status) == ("error", "installed")
+    assert module.work(1) == [1, 2, (), None]
+    assert reader.errors == {0: 1}
+    assert "RuntimeError: no wrapper for work" in caplog.text
+
+
+@pytest.mark.parametrize(("at", "recorded"), [(0, False), (1, False), (2, True), (3, True)])
+def test_a_hook_records_from_its_level_on(name: str, pair: tuple[Recorder, RingReader], at: int, recorded: bool):
+    recorder, reader = pair
+    module = importlib.import_module(name)
+    hooked(recorder, point(f"{name}:work", level=Level.STEP))
+    assert recorder.ring is not None
+    recorder.ring.memory[512] = at
+    module.work(1)
+    assert len(segments(reader)) == recorded
+
+
+def test_hooks_report_to_a_ring_that_is_opened_later(name: str, tmp_path: Path):
+    """The plugin runs before the process has a role."""
+    recorder = Recorder()
+    importlib.import_module(name)
+    hooked(recorder, point(f"{name}:work", "first"), point(f"{name}:gone"))
+    with opened(tmp_path / "other") as _, environment(**variables(tmp_path)), sized():
+        assert recorder.open("worker", {})
+    assert recorder.ring is not None
+    reader = reader_of(recorder.ring.path)
+    assembler = Assembler(bytes(16))
+    assembler.add(read_all(reader))
+    (found,) = assembler.hooks.values()
+    assert [hook["status"] for hook in found.values()] == ["installed", "missing"]
+    die(recorder)
+
+
+def test_threads_that_import_at_once_hook_once(name: str, pair: tuple[Recorder, RingReader]):
+    recorder, reader = pair
+    hooked(recorder, point(f"{name}:work", "first"))
+    start = threading.Barrier(4)
+
+    def load() -> None:
+        start.wait()
+        importlib.import_module(name)
+
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    importlib.import_module(name).work(1)
+    assert len(segments(reader)) == 1
+
+
+def test_a_hooks_status_is_json_that_names_it(name: str, pair: tuple[Recorder, RingReader]):
+    recorder, reader = pair
+    hooked(recorder, point(f"{name}:gone"))
+    importlib.import_module(name)
+    batch = read_all(reader)
+    (words,) = (words for *_, words in decode(batch.control, batch.detail, Parts(), Parts()).controls)
+    _, _, text = text_of(words)
+    assert json.loads(text)["name"] == f"{name}:gone"

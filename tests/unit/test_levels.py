@@ -1,0 +1,155 @@
+"""The level: where it comes from, how a running process is switched, and what a switch cuts."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING
+
+import pytest
+from unit.rings import FORWARD, environment, opened, read_all, variables
+
+from stagetrace.exporters.assemble import SWITCH_PATIENCE_NS, Assembler
+from stagetrace.exporters.control import Switch, read_switches, set_level
+from stagetrace.exporters.decode import Parts, decode
+from stagetrace.exporters.session import Session
+from stagetrace.instrument import gc_pauses
+from stagetrace.instrument.levels import LEVEL_FILE, maximum_level, session_level
+from stagetrace.instrument.records import Event, RecordType, header_word
+from stagetrace.instrument.ring import CONTROL_SLOTS, DETAIL_SLOTS, chosen_slots
+from stagetrace.instrument.stages import BY_NAME, STEP_COMPOSITION, Level
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+COMPOSITION = (0,) * len(STEP_COMPOSITION)
+
+
+@pytest.mark.parametrize(
+    ("start", "maximum", "expected"),
+    [
+        (None, None, Level.STEP),
+        ("off", None, Level.STEP),
+        ("request", None, Level.STEP),
+        ("layer", None, Level.LAYER),
+        ("off", "kernel", Level.KERNEL),
+        ("nonsense", "nonsense", Level.STEP),
+    ],
+)
+def test_maximum_level(start: str | None, maximum: str | None, expected: Level) -> None:
+    with environment(STAGETRACE_LEVEL=start, STAGETRACE_MAX_LEVEL=maximum):
+        assert maximum_level() is expected
+
+
+def test_a_switch_counts_for_processes_that_start_later(tmp_path: Path) -> None:
+    with environment(STAGETRACE_LEVEL="request"):
+        assert session_level(tmp_path) is Level.REQUEST
+        (tmp_path / LEVEL_FILE).write_text("off\n")
+        assert session_level(tmp_path) is Level.OFF
+        (tmp_path / LEVEL_FILE).write_text("damaged")
+        assert session_level(tmp_path) is Level.REQUEST
+
+
+def test_a_running_process_is_switched(tmp_path: Path) -> None:
+    with opened(tmp_path) as (recorder, reader), environment(**variables(tmp_path)):
+        session = Session.open(tmp_path / "session")
+        assert (recorder.level[0], recorder.epoch[0]) == (Level.STEP, 0)
+        (switched,) = set_level(session, Level.LAYER)
+        assert (recorder.level[0], recorder.epoch[0]) == (Level.LAYER, 1)
+        assert (switched.before, switched.after, switched.beyond) == (Level.STEP, Level.LAYER, True)
+        (switched,) = set_level(session, Level.OFF)
+        assert (recorder.level[0], recorder.epoch[0]) == (Level.OFF, 2)
+        assert not switched.beyond
+        assert reader.level is Level.OFF
+        first, second = read_switches(session)
+        assert (first.before, first.after, second.before) == (Level.STEP, Level.LAYER, Level.LAYER)
+        assert first.begin_ns <= first.end_ns <= second.begin_ns
+        with opened(tmp_path, role="worker") as (later, _):
+            assert later.level[0] == Level.OFF
+            assert len(set_level(session, Level.STEP)) == 2
+    with environment(**variables(tmp_path)):
+        assert set_level(session, Level.STEP) == []  # they are dead
+
+
+def test_a_damaged_line_of_switches_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with opened(tmp_path), environment(**variables(tmp_path)):
+        session = Session.open(tmp_path / "session")
+        set_level(session, Level.OFF)
+        with open(session.path / "switches.jsonl", "a") as file:
+            file.write('{"begin_ns": 1, "before": "no"}\n{"begin')
+    assert len(read_switches(session)) == 1
+    assert caplog.text.count("no switch") == 2
+
+
+def test_what_a_switch_cuts_is_partial(tmp_path: Path) -> None:
+    tokenize, finished = (
+        header_word(RecordType.STATE, BY_NAME["request_tokenize"].id),
+        header_word(RecordType.EVENT, Event.FINISHED),
+    )
+    queue = header_word(RecordType.STATE, BY_NAME["queue"].id)
+    with opened(tmp_path) as (recorder, reader):
+        for request, begin, end in ((1, 100, 200), (2, 150, 350), (3, 400, 500)):
+            recorder.state(queue, begin, request)
+            recorder.state(finished, end, request, 0, 0, 2, 5, 5)
+        recorder.state(tokenize, 160, 4)  # it ends while nothing is recorded
+        for step, begin, end in ((1, 100, 200), (2, 210, 320), (3, 400, 500)):
+            recorder.step_begin(begin, begin + 1, 9, step, COMPOSITION)
+            if end:
+                recorder.step_end(end, 9, step)
+        recorder.step_begin(290, 295, 9, 4, COMPOSITION)
+        assembler = Assembler(b"key")
+        assembler.switches = [Switch(300, 310, Level.STEP, Level.OFF), Switch(390, 395, Level.OFF, Level.STEP)]
+        assembler.add(read_all(reader))
+        assembler.instances[9].ranks = 0
+        assembler.take(1000)
+        tables = assembler.take(311 + SWITCH_PATIENCE_NS)
+    requests = {row["handle"]: (row["status"], row["partial"]) for row in tables["requests"].to_pylist()}
+    assert requests == {1: ("finished", False), 2: ("finished", True), 3: ("finished", False), 4: ("open", True)}
+    tables = assembler.finish()
+    assert not tables["requests"].num_rows
+
+
+def test_steps_that_a_switch_cuts(tmp_path: Path) -> None:
+    with opened(tmp_path) as (recorder, reader):
+        for step, begin, end in ((1, 100, 200), (2, 210, 320), (3, 290, 0), (4, 400, 500)):
+            recorder.step_begin(begin, begin + 1, 9, step, COMPOSITION)
+            if end:
+                recorder.step_end(end, 9, step)
+        assembler = Assembler(b"key")
+        assembler.switches = [Switch(300, 310, Level.STEP, Level.REQUEST), Switch(390, 395, Level.REQUEST, Level.LAYER)]
+        assembler.add(read_all(reader))
+        assembler.instances[9].ranks = 0
+        steps = assembler.take(311 + SWITCH_PATIENCE_NS)["steps"].to_pylist()
+    assert {row["step"]: row["status"] for row in steps} == {1: "complete", 2: "partial", 3: "partial", 4: "complete"}
+
+
+def test_ring_sizes_follow_the_seconds_asked_for() -> None:
+    with environment(STAGETRACE_RING_SECONDS=None):
+        assert chosen_slots(Level.STEP) == (CONTROL_SLOTS, DETAIL_SLOTS)
+        assert chosen_slots(Level.LAYER) == (CONTROL_SLOTS, 8 * DETAIL_SLOTS)
+    with environment(STAGETRACE_RING_SECONDS="60"):
+        assert chosen_slots(Level.STEP) == (4 * CONTROL_SLOTS, 4 * DETAIL_SLOTS)  # powers of two
+    for odd in ("0", "-3", "nan", "inf", "many", ""):
+        with environment(STAGETRACE_RING_SECONDS=odd):
+            assert chosen_slots(Level.STEP) == (CONTROL_SLOTS, DETAIL_SLOTS), odd
+    for extreme in ("0.0001", "1e12"):
+        with environment(STAGETRACE_RING_SECONDS=extreme):
+            assert all(1024 <= slots <= 1 << 20 for slots in chosen_slots(Level.KERNEL))
+
+
+def test_gc_pauses_are_recorded(tmp_path: Path) -> None:
+    with opened(tmp_path) as (recorder, reader):
+        before = [*gc.callbacks]
+        try:
+            gc_pauses.watch(recorder)
+            gc_pauses.watch(recorder)
+            assert len(gc.callbacks) == len(before) + 1
+            recorder.segment(FORWARD, 1, 2, 0, 0)
+            gc.collect()
+        finally:
+            gc.callbacks[:] = before
+        batch = read_all(reader)
+    segments = decode(batch.control, batch.detail, Parts(), Parts()).segments
+    pauses = [row for row in segments if row[1] == BY_NAME["gc_pause"].id]
+    _, _, _, begin, end, _, _, generation, *_ = pauses[-1]
+    assert begin < end
+    assert generation == 2
