@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 REQUEST_STATUSES = ("finished", "aborted", "error", "lost", "open")
 STEP_STATUSES = ("complete", "incomplete", "ranks_missing", "partial")
 PERCENTILES = (50, 95, 99)
-LOSS_REASONS = tuple(each.name for each in fields(Losses) if each.name not in ("process", "ring", "read"))
+_NO_LOSS = ("process", "ring", "slots", "read")
+LOSS_REASONS = tuple(each.name for each in fields(Losses) if each.name not in _NO_LOSS)
 
 # A request's latencies as the difference of two times of it: name, from, to.
 _BETWEEN = (
@@ -47,7 +48,7 @@ _RANK = Timeline.RANK.value
 _HELPERS = {timeline: f"{timeline}, helper threads" for timeline in (Timeline.SCHEDULER, Timeline.RANK)}
 _STEP = BY_NAME["step"]
 _RANK_STEP = BY_NAME["rank_step"]
-INSTALLED, WAITING = "installed", "waiting"  # of a hook (instrument/hooks.py)
+INSTALLED, WAITING, LEFT_OUT = "installed", "waiting", "left out"  # of a hook (instrument/hooks.py)
 UNATTRIBUTED = "unattributed"
 OBSERVED = "observed time"
 
@@ -521,7 +522,8 @@ def hook_troubles(processes: Sequence[Process]) -> list[HookTrouble]:
     found = Counter(
         (hook.get("name", ""), hook.get("status", ""), hook.get("why", ""))
         for hook in hooks
-        if hook.get("status") != INSTALLED and not (hook.get("status") == WAITING and _gift(hook) in given)
+        if hook.get("status") not in (INSTALLED, LEFT_OUT)
+        and not (hook.get("status") == WAITING and _gift(hook) in given)
     )
     return [HookTrouble(*what, processes=count) for what, count in sorted(found.items())]
 

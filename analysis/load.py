@@ -15,7 +15,7 @@ import pyarrow as pa
 from stagetrace.exporters.session import TABLES, Manifest, Session, SessionError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 _NULLABLE = {
     pa.int8(): pd.Int8Dtype(),
@@ -27,16 +27,19 @@ _REQUEST_KEY = ["handle", "end_ns"]
 _STEP_KEY = ["instance", "step", "end_ns"]
 _WITH_REQUEST = ("states", "members")
 _WITH_STEP = ("segments", "intervals")
+_CLOCKS_DIFFER_NS = 10_000_000_000  # at most, the file system's clock and the collector's
+NEWEST = 1 << 63  # as a time of commit: the newest part alone
 
 
 @dataclass(frozen=True)
 class Frames:
-    """What was loaded of a session; `since_ns` is where the window begins (monotonic), None for the whole session."""
+    """What was loaded of a session; the window's ends are on the monotonic clock, None for the whole session."""
 
     manifest: Manifest
     tables: dict[str, pd.DataFrame]
-    rows: Mapping[str, int]  # of each loaded table in the whole session, window or not
+    rows: Mapping[str, int]  # that were read of each table, in the window or not: 0 only where there are none at all
     since_ns: int | None = None
+    until_ns: int | None = None
 
     def __getitem__(self, name: str) -> pd.DataFrame:
         """The frame of a table that was asked for. Raises KeyError for one that was not."""
@@ -54,10 +57,15 @@ def frame(table: pa.Table, schema: pa.Schema) -> pd.DataFrame:
     )
 
 
-def read(session: Session, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """One table of a session, or some of its columns. Raises SessionError when a part of it cannot be read."""
+def read(
+    session: Session, name: str, columns: Sequence[str] | None = None, committed_ns: int | None = None
+) -> pd.DataFrame:
+    """One table of a session, or some of its columns, whole or what was committed since (see Session.read_table).
+
+    Raises SessionError when a part of it cannot be read.
+    """
     try:
-        table = session.read_table(name, None if columns is None else list(columns))
+        table = session.read_table(name, None if columns is None else list(columns), committed_ns)
     except (pa.ArrowException, OSError) as error:
         raise SessionError(
             f"the table {name} of {session.path} cannot be read ({error}): a file under tables/{name} is damaged"
@@ -79,16 +87,35 @@ def load(
     if last_s is not None:
         wanted = {"requests": _REQUEST_KEY, "steps": _STEP_KEY} | wanted
         wanted = {name: _with_keys(name, names) for name, names in wanted.items()}
-    tables = {name: read(session, name, names) for name, names in wanted.items()}
+    window = None if last_s is None else round(last_s * 1e9)
+    committed = None if window is None else _committed_since(session, manifest, wanted, window)
+    # States and members go with their request, and may have been written long before it ended.
+    tables = {
+        name: read(session, name, names, None if name in _WITH_REQUEST else committed) for name, names in wanted.items()
+    }
     rows = {name: len(table) for name, table in tables.items()}
-    if last_s is None:
+    if window is None:
         return Frames(manifest, tables, rows)
-    since = _last_time(manifest, tables) - round(last_s * 1e9)
-    return Frames(manifest, _windowed(tables, since), rows, since)
+    until = _last_time(manifest, tables)
+    return Frames(manifest, windowed(tables, until - window), rows, until - window, until)
 
 
-def _windowed(tables: Mapping[str, pd.DataFrame], since: int) -> dict[str, pd.DataFrame]:
-    """What ended after `since`: states and members go with their request, segments and intervals with their step."""
+def _committed_since(session: Session, manifest: Manifest, names: Iterable[str], window_ns: int) -> int | None:
+    """The wall time since when all that is in a window was committed; None when the clocks are not known.
+
+    What is in a window was committed after it had ended. Where the wall clock was set, the earliest time counts.
+    """
+    newest = {name: read(session, name, ["end_ns"], NEWEST) for name in names if "end_ns" in TABLES[name].names}
+    since = _last_time(manifest, newest) - window_ns  # or later: a newest part can hold what ended long ago
+    times = [wall + since - monotonic for monotonic, wall in manifest.anchors]
+    return min(times) - _CLOCKS_DIFFER_NS if times else None
+
+
+def windowed(tables: Mapping[str, pd.DataFrame], since: int) -> dict[str, pd.DataFrame]:
+    """Of tables with the keys that load() adds, what ended after `since` (ns, monotonic).
+
+    States and members go with their request, segments and intervals with their step.
+    """
     requests = tables["requests"].loc[tables["requests"]["end_ns"] > since]
     ends = tables["steps"][_STEP_KEY].astype("Int64").rename(columns={"end_ns": "step_end_ns"})
     kept = {}

@@ -5,8 +5,11 @@ from __future__ import annotations
 import typer
 
 from .collect import collect
+from .ctl import ctl
+from .doctor import doctor
 from .report import report
 from .run import run
+from .top import top
 
 app = typer.Typer(
     name="stagetrace",
@@ -18,7 +21,10 @@ app = typer.Typer(
 PASS_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 app.command(context_settings=PASS_ON)(run)
 app.command()(report)
+app.command()(top)
 app.command()(collect)
+app.command()(doctor)
+app.add_typer(ctl)
 
 
 def main() -> None:
