@@ -33,8 +33,8 @@ def composition(
 
     `output` is the SchedulerOutput, `chunks` has (q, kv, cached) of every request in prefill: its tokens in the step,
     its context after it, and the prompt tokens found in a cache when it joined (0 in later chunks). All others are in
-    decode. `kv_usage` is a fraction. The batch is not looped over in Python: decode's context is vLLM's own column, summed
-    in C, and so is what speculation needs.
+    decode. `kv_usage` is a fraction. The batch is not looped over in Python: decode's context is vLLM's own column,
+    summed in C, and so is what speculation needs.
     """
     prefill_requests = prefill_tokens = prefill_context = prefill_before = prefill_q_q = prefill_q_kv = 0
     cached_tokens = 0

@@ -11,6 +11,8 @@ _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _OUTPUTS = "vllm.v1.engine.output_processor:OutputProcessor"
 _WORKER = "vllm.v1.worker.gpu_worker:Worker"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+_STEP_TIMING = "vllm.v1.worker.gpu.async_utils:StepTimingCollector"
 _CYCLES = (
     "uvicorn.protocols.http.httptools_impl:RequestResponseCycle",
     "uvicorn.protocols.http.h11_impl:RequestResponseCycle",
@@ -110,14 +112,6 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
         "grammar",
     ),
     HookPoint(
-        f"{_RUNNER}.__init__",
-        ("self", "vllm_config"),
-        Level.OFF,
-        _RANK,
-        worker.opens_recorder,
-        "the process is a worker",
-    ),
-    HookPoint(
         f"{_WORKER}.execute_model",
         ("self", "scheduler_output"),
         Level.STEP,
@@ -133,24 +127,43 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
         worker.worker_sample_tokens,
         "rank_step ends",
     ),
-    HookPoint(
-        f"{_RUNNER}.execute_model",
-        ("self", "scheduler_output"),
-        Level.STEP,
-        _RANK,
-        worker.runner_execute_model,
-        "prepare, forward",
+    *(
+        point
+        for runner in (_RUNNER, _RUNNER_V2)
+        for point in (
+            HookPoint(
+                f"{runner}.__init__",
+                ("self", "vllm_config"),
+                Level.OFF,
+                _RANK,
+                worker.opens_recorder,
+                "the process is a worker",
+            ),
+            HookPoint(
+                f"{runner}.execute_model",
+                ("self", "scheduler_output"),
+                Level.STEP,
+                _RANK,
+                worker.runner_execute_model,
+                "prepare, forward",
+            ),
+            HookPoint(
+                f"{runner}.sample_tokens",
+                ("self", "grammar_output"),
+                Level.STEP,
+                _RANK,
+                worker.runner_sample_tokens,
+                "sample, return",
+            ),
+        )
+    ),
+    # The two runners have different functions at the borders between stages; only V1 brings tokens to the host here.
+    *(
+        HookPoint(target, ("self",), Level.STEP, _RANK, worker.model_forward, "where prepare becomes forward")
+        for target in (f"{_RUNNER}._model_forward", f"{_STEP_TIMING}.forward_start")
     ),
     HookPoint(
-        f"{_RUNNER}._model_forward", ("self",), Level.STEP, _RANK, worker.model_forward, "where prepare becomes forward"
+        f"{_RUNNER}._bookkeeping_sync", ("self",), Level.STEP, _RANK, worker.bookkeeping_sync, "where sampling ends"
     ),
-    HookPoint(
-        f"{_RUNNER}.sample_tokens",
-        ("self", "grammar_output"),
-        Level.STEP,
-        _RANK,
-        worker.runner_sample_tokens,
-        "sample, return",
-    ),
-    HookPoint(f"{_RUNNER}._bookkeeping_sync", ("self",), Level.STEP, _RANK, worker.bookkeeping_sync, "bookkeep"),
+    HookPoint(f"{_RUNNER_V2}.sample", ("self",), Level.STEP, _RANK, worker.sample, "where sampling ends"),
 )

@@ -1,4 +1,8 @@
-"""Hooks in a worker: one rank's part of every step."""
+"""Hooks in a worker: one rank's part of every step. They fit the V1 model runner and Model Runner V2.
+
+V2 computes the logits while sampling and brings no tokens to the host in the step: there `sample` has the logits in it
+and there is no `bookkeep`.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +40,7 @@ class _Rank:
     begin = 0  # of the rank's step
     forwarded = 0  # end of its first half; the second is sampling
     forward_begin = 0
-    bookkeep_begin = 0
+    sample_end = 0
     bookkeep_end = 0
 
     def close(self, recorder: Recorder, end: int) -> None:
@@ -139,7 +143,7 @@ def runner_execute_model(original: Callable[..., Any], hook: Hook) -> Callable[.
 
 
 def model_forward(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
-    """GPUModelRunner._model_forward: where prepare ends."""
+    """What is called right before the model is: where prepare ends."""
     recorder = hook.recorder
     rank = RANK
 
@@ -159,18 +163,18 @@ def runner_sample_tokens(original: Callable[..., Any], hook: Hook) -> Callable[.
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not rank.step or recorder.level[0] < hook.threshold:
             return original(self, *args, **kwargs)
-        rank.bookkeep_end = 0
+        rank.sample_end = rank.bookkeep_end = 0
         begin = now()
         result = original(self, *args, **kwargs)
         end = now()
         try:
+            ids = (rank.instance, rank.step, rank.rank)
+            sampled = rank.sample_end or end
+            recorder.segment(_SAMPLE, begin, sampled, *ids)
             if rank.bookkeep_end:
-                ids = (rank.instance, rank.step, rank.rank)
-                recorder.segment(_SAMPLE, begin, rank.bookkeep_begin, *ids)
-                recorder.segment(_BOOKKEEP, rank.bookkeep_begin, rank.bookkeep_end, *ids)
-                recorder.segment(_RETURN, rank.bookkeep_end, end, *ids)
-            else:
-                recorder.segment(_SAMPLE, begin, end, rank.instance, rank.step, rank.rank)
+                recorder.segment(_BOOKKEEP, sampled, rank.bookkeep_end, *ids)
+            if rank.sample_end:
+                recorder.segment(_RETURN, rank.bookkeep_end or sampled, end, *ids)
         except Exception:
             hook.failed()
         return result
@@ -179,16 +183,30 @@ def runner_sample_tokens(original: Callable[..., Any], hook: Hook) -> Callable[.
 
 
 def bookkeeping_sync(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
-    """GPUModelRunner._bookkeeping_sync: where the sampled tokens come to the host."""
+    """GPUModelRunner._bookkeeping_sync of V1: where the sampled tokens come to the host."""
     recorder = hook.recorder
     rank = RANK
 
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not rank.step or recorder.level[0] < hook.threshold:
             return original(self, *args, **kwargs)
-        begin = now()
+        rank.sample_end = now()
         result = original(self, *args, **kwargs)
-        rank.bookkeep_begin, rank.bookkeep_end = begin, now()
+        rank.bookkeep_end = now()
+        return result
+
+    return wrapper
+
+
+def sample(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+    """GPUModelRunner.sample of V2: where sampling ends."""
+    recorder = hook.recorder
+    rank = RANK
+
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if rank.step and recorder.level[0] >= hook.threshold:
+            rank.sample_end = now()
         return result
 
     return wrapper

@@ -13,6 +13,8 @@ from backends.receiver import GrpcReceiver, Received
 from engines.recording import Recording, abort_after, ask, complete, metrics, record
 from quickstart.load import Request, Result, run_load
 
+from stagetrace.adapters.vllm.hooks import HOOK_POINTS
+from stagetrace.analysis.breakdown import hook_troubles
 from stagetrace.analysis.report import print_summary, summarise
 from stagetrace.instrument.ids import step_trace_id
 from stagetrace.instrument.stages import BY_NAME
@@ -125,16 +127,13 @@ def test_accounting(recorded: Recorded) -> None:
 
 
 def test_every_hook_is_installed_where_it_is_called(recorded: Recorded) -> None:
-    """All but those on the HTTP parser that uvicorn did not choose."""
+    """All but those on the HTTP parser and the model runner that were not chosen."""
     processes = recorded.recording.manifest.processes
     assert {process.role for process in processes} == {"front_end", "engine_core", "worker"}
-    best: dict[str, set[str]] = {}
-    for process in processes:
-        for hook in process.hooks:
-            best.setdefault(hook["name"], set()).add(hook["status"])
-    missing = {name for name, statuses in best.items() if "installed" not in statuses}
-    assert all("h11_impl" in name for name in missing), missing
-    assert all(statuses <= {"installed", "waiting"} for statuses in best.values()), best
+    assert hook_troubles(processes) == []
+    installed = {hook["name"] for process in processes for hook in process.hooks if hook["status"] == "installed"}
+    unused = {point.target for point in HOOK_POINTS} - installed
+    assert all("h11_impl" in target or ".gpu." in target for target in unused), unused
 
 
 def test_steps_tell_prefill_and_decode_apart(recorded: Recorded) -> None:
