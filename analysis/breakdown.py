@@ -501,7 +501,7 @@ def outside_of(rows: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
 def health(manifest: Manifest) -> Health:
     """What did not reach the session, by reason, and the hooks that were not installed."""
     return Health(
-        lost={reason: sum(getattr(losses, reason) for losses in manifest.losses) for reason in LOSS_REASONS},
+        lost=lost_by_reason(manifest),
         rings=[losses for losses in manifest.losses if losses.lost],
         read=sum(losses.read for losses in manifest.losses),
         accounting_conflicts=manifest.counts.get("accounting_conflict", 0),
@@ -509,6 +509,13 @@ def health(manifest: Manifest) -> Health:
         errors=dict(sorted(sum((Counter(process.errors) for process in manifest.processes), Counter()).items())),
         counts=dict(sorted(manifest.counts.items())),
     )
+
+
+def lost_by_reason(manifest: Manifest) -> dict[str, int]:
+    """What did not reach the tables: what the rings lost, and what was read but is no whole record."""
+    lost = Counter({reason: sum(getattr(losses, reason) for losses in manifest.losses) for reason in LOSS_REASONS})
+    lost.update({reason: manifest.counts.get(reason, 0) for reason in ("corrupt", "incomplete")})
+    return dict(lost)
 
 
 def hook_troubles(processes: Sequence[Process]) -> list[HookTrouble]:

@@ -20,7 +20,7 @@ from stagetrace.instrument.identity import read_identity
 from stagetrace.instrument.levels import maximum_level
 from stagetrace.instrument.stages import Level
 
-from .breakdown import INSTALLED, LOSS_REASONS, hook_troubles
+from .breakdown import INSTALLED, LOSS_REASONS, hook_troubles, lost_by_reason
 from .report import LONGEST_NAME, MISSING, Grid, Part, _aligned, _drawn, _encodable, plain
 
 if TYPE_CHECKING:
@@ -274,7 +274,7 @@ def session_view(session: Session, rings: Mapping[str, tuple[bool, Mapping[str, 
             "complete": manifest.complete,
         },
         "processes": processes,
-        "losses": {reason: sum(getattr(each, reason) for each in manifest.losses) for reason in LOSS_REASONS},
+        "losses": lost_by_reason(manifest),
     }
 
 

@@ -441,7 +441,8 @@ class Screen:
         """The lines in the size that the terminal has now."""
         width, height = options.max_width, options.height or options.size.height
         if isinstance(self.content, str):
-            drawn = [Text("stagetrace top", style="bold"), *_wrapped(self.content, width)]
+            message = " ".join(plain(word) for word in self.content.split())
+            drawn = [Text("stagetrace top", style="bold"), *_wrapped(message, width)]
         else:
             drawn = lines(self.content, width)
         room = height - 1
@@ -483,7 +484,7 @@ def _title(shown: View) -> Text:
         title.append(f" {duration_text(shown.duration_ns)}")
     words = (f"window {duration_text(shown.window_s * 1e9)}", f"level {shown.level}", *shown.engines)
     for word in words:
-        title.append(f"  {word}")
+        title.append(f"  {plain(word)}")
     return title
 
 

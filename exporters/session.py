@@ -187,7 +187,10 @@ class Process:
 
 @dataclass
 class Losses:
-    """What did not reach the session, by ring and reason; slots, but for `dropped` and `incomplete` (records)."""
+    """What of one ring did not reach the session, by reason; in slots, but for `dropped` (records).
+
+    What was read and turned out to be no record is in the manifest's counts: `corrupt` slots, `incomplete` records.
+    """
 
     process: int
     ring: str
@@ -198,12 +201,11 @@ class Losses:
     torn: int = 0
     unfinished: int = 0
     corrupt: int = 0
-    incomplete: int = 0
 
     @property
     def lost(self) -> int:
         """Everything but what was read."""
-        return self.overwritten + self.dropped + self.torn + self.unfinished + self.corrupt + self.incomplete
+        return self.overwritten + self.dropped + self.torn + self.unfinished + self.corrupt
 
 
 @dataclass

@@ -24,7 +24,7 @@ def handle(key: bytes, text: str) -> int:
     A hash and not a counter, so that front end and scheduler give one request the same handle, and a handle keeps its
     meaning when the record with its text was lost.
     """
-    digest = blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8, key=key).digest()
+    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=key).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

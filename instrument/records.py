@@ -26,7 +26,7 @@ HEADER = struct.Struct("<8sIIIIQqqI32s32s64s")
 LEVEL_OFFSET = 512  # one byte: stages.Level; written by `stagetrace ctl` once the ring is in place
 EPOCH_OFFSET = 516  # u32: how often the level was switched; written before the level
 CONTROL_READ_OFFSET = 1024  # u64: control slots that the collector has committed; written by the collector
-CONTROL_DROPPED_OFFSET = 1088  # u64: control records dropped because their ring was full; written by the engine
+CONTROL_DROPPED_OFFSET = 1088  # two u64, by the engine: control records dropped, the slot before which the last was
 ERRORS_OFFSET = 2048  # u64 each: contained errors by hook, in the order of the process's hook table
 MAX_HOOKS = (HEADER_SIZE - ERRORS_OFFSET) // 8
 

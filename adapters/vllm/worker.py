@@ -78,8 +78,12 @@ def worker_execute_model(original: Callable[..., Any], hook: Hook) -> Callable[.
         if recorder.level[0] < hook.threshold:
             rank.step = 0
             return original(self, scheduler_output, *args, **kwargs)
-        rank.instance, rank.step = getattr(scheduler_output, STEP_ATTRIBUTE, (0, 0))
-        rank.tokens = scheduler_output.total_num_scheduled_tokens
+        try:
+            rank.instance, rank.step = getattr(scheduler_output, STEP_ATTRIBUTE, (0, 0))
+            rank.tokens = scheduler_output.total_num_scheduled_tokens
+        except Exception:
+            rank.step = 0
+            hook.failed()
         rank.begin = now()
         result = original(self, scheduler_output, *args, **kwargs)
         rank.forwarded = now()

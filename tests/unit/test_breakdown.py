@@ -396,10 +396,12 @@ def test_empty_session_breaks_down_to_nothing(tmp_path: Path):
 
 
 def test_losses_and_hooks(tmp_path: Path):
-    builder = SessionBuilder(tmp_path / "s", counts={"accounting_conflict": 2, "spans": 9})
+    builder = SessionBuilder(
+        tmp_path / "s", counts={"accounting_conflict": 2, "spans": 9, "corrupt": 1, "incomplete": 6}
+    )
     builder.losses(read=100, overwritten=5, torn=1)
     builder.losses(ring="control", read=50)
-    builder.losses(ring="control", process=1, read=1, overwritten=1, dropped=4, unfinished=2, corrupt=3, incomplete=6)
+    builder.losses(ring="control", process=1, read=1, overwritten=1, dropped=4, unfinished=2, corrupt=2)
     waiting = {"name": "worker", "status": "waiting", "why": "not imported"}
     missing = {"name": "core", "status": "missing", "why": "no attribute"}
     unused = {"name": "nowhere", "status": "waiting", "why": "not imported"}

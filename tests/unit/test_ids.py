@@ -97,3 +97,8 @@ def test_instances_are_random_positive_words():
     found = {ids.new_instance() for _ in range(1_000)}
     assert len(found) == 1_000
     assert all(0 < instance < 2**63 for instance in found)
+
+
+def test_any_string_has_a_handle() -> None:
+    """A client may send a lone surrogate as its request id; the hook must not fail over it."""
+    assert ids.handle(b"key", "\ud800") != ids.handle(b"key", "\udfff")
