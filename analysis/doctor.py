@@ -12,8 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.text import Text
-
 from stagetrace.exporters.session import Losses
 from stagetrace.instrument import records, ring
 from stagetrace.instrument.identity import read_identity
@@ -21,12 +19,10 @@ from stagetrace.instrument.levels import maximum_level
 from stagetrace.instrument.stages import Level
 
 from .breakdown import INSTALLED, LOSS_REASONS, hook_troubles, lost_by_reason
-from .report import LONGEST_NAME, MISSING, Grid, Part, _aligned, _drawn, _encodable, plain
+from .show import LONGEST_NAME, MISSING, Grid, Part, plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
-
-    from rich.console import Console
 
     from stagetrace.exporters.session import Manifest, Process, Session
 
@@ -409,15 +405,3 @@ def time_text(seconds: float) -> str:
 
 def _mib(size: int) -> str:
     return f"{size / _MIB:.1f} MiB" if size < 10240 * _MIB else f"{size / 1024 / _MIB:.1f} GiB"
-
-
-def print_parts(parts: Iterable[Part], console: Console) -> None:
-    """Prints them: rich tables on a terminal, else aligned plain text that no width wraps."""
-    for part in parts:
-        if not console.is_terminal:
-            text = (_aligned(part) if isinstance(part, Grid) else part) + "\n"
-            console.out(_encodable(text, console.encoding), highlight=False)
-        elif isinstance(part, Grid):
-            console.print(Text(part.title, style="bold"), _drawn(part), sep="\n")
-        else:
-            console.print(Text(part + "\n"))

@@ -6,14 +6,8 @@ docs/numbers.md says what each number means and documents the keys of the JSON o
 from __future__ import annotations
 
 import json
-import unicodedata
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-from rich import box
-from rich.cells import cell_len
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from stagetrace.instrument.stages import STAGES, Level, Phase
 
@@ -33,17 +27,16 @@ from .breakdown import (
     step_breakdown,
 )
 from .load import load
+from .show import MISSING, Grid, Part, duration_text, number_text, plain, print_parts, share_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from rich.console import Console
 
     from stagetrace.exporters.session import Manifest, Session
 
 JSON_VERSION = 1
-MISSING = "-"
-LONGEST_NAME = 200
 
 _NO_PROCESS = (
     "No process has opened a ring, so nothing was recorded. Either the server has not come up yet, or the command"
@@ -247,65 +240,8 @@ def _stage(row: StageTime) -> dict[str, Any]:
     }
 
 
-# Cells
-
-
-def duration_text(nanoseconds: float | None) -> str:
-    """A time with three significant digits, in ns, µs, ms or s, whichever has one to three digits before the point."""
-    if nanoseconds is None:
-        return MISSING
-    for unit, size in (("ns", 1.0), ("µs", 1e3), ("ms", 1e6)):
-        digits = _three_digits(nanoseconds / size)
-        if abs(float(digits)) < 1000:
-            return f"{digits} {unit}"
-    return f"{_three_digits(nanoseconds / 1e9)} s"
-
-
-def number_text(number: float | None) -> str:
-    """A count as it is, another number with three significant digits, more when it has more before the point."""
-    if number is None:
-        return MISSING
-    return str(number) if isinstance(number, int) else _three_digits(number)
-
-
-def _three_digits(number: float) -> str:
-    if not number:
-        return "0"
-    exponent = int(f"{number:.2e}".partition("e")[2])  # after rounding: 9.999 has two digits before the point
-    return f"{number:.{max(2 - exponent, 0)}f}"
-
-
-def share_text(share: float | None) -> str:
-    """A share in percent."""
-    return MISSING if share is None else f"{share:.1%}"
-
-
-def plain(text: str) -> str:
-    """A string from outside, safe to show: bounded, what could steer a terminal or turn the text around spelled out."""
-    shown = text if len(text) <= LONGEST_NAME else text[:LONGEST_NAME] + "..."
-    return "".join(
-        character.encode("unicode_escape").decode("ascii") if _steers(character) else character for character in shown
-    )
-
-
-def _steers(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-
-
 # Tables
 
-
-@dataclass(frozen=True)
-class Grid:
-    """A table before it is drawn. The first column is a name, the others are numbers unless `text` says otherwise."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    text: bool = False
-
-
-Part = Grid | str
 
 _DISTRIBUTION = ("count", "mean", "p50", "p95", "p99")
 
@@ -316,14 +252,7 @@ def _cells(values: Distribution) -> list[str]:
 
 def print_summary(summary: Summary, console: Console) -> None:
     """Prints the summary: rich tables on a terminal, else aligned plain text that no width wraps."""
-    for part in parts(summary):
-        if not console.is_terminal:
-            text = (_aligned(part) if isinstance(part, Grid) else part) + "\n"
-            console.out(_encodable(text, console.encoding), highlight=False)
-        elif isinstance(part, Grid):
-            console.print(Text(part.title, style="bold"), _drawn(part), sep="\n")
-        else:
-            console.print(Text(part + "\n"))
+    print_parts(parts(summary), console)
 
 
 def parts(summary: Summary) -> list[Part]:
@@ -493,39 +422,3 @@ def _health(state: Health) -> list[Part]:
         rows = [[plain(name), str(count)] for name, count in state.errors.items()]
         shown.append(Grid("Errors of stagetrace's own, contained", ("hook", "errors"), rows))
     return shown
-
-
-def _drawn(grid: Grid) -> Table:
-    headed = any(grid.columns)
-    table = Table(box=box.SIMPLE, show_header=headed, pad_edge=False)
-    for number, name in enumerate(grid.columns):
-        table.add_column(name, justify=_justify(grid, number), overflow="fold")
-    for row in grid.rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
-
-
-def _aligned(grid: Grid) -> str:
-    lines = [list(grid.columns), *grid.rows] if any(grid.columns) else list(grid.rows)
-    widths = [max(cell_len(line[number]) for line in lines) for number in range(len(grid.columns))] if lines else []
-    drawn = [grid.title]
-    for line in lines:
-        cells = []
-        for number, (cell, width) in enumerate(zip(line, widths, strict=True)):
-            space = " " * (width - cell_len(cell))
-            cells.append(cell + space if _justify(grid, number) == "left" else space + cell)
-        drawn.append(("  " + "  ".join(cells)).rstrip())
-    return "\n".join(drawn)
-
-
-def _justify(grid: Grid, column: int) -> Literal["left", "right"]:
-    return "left" if grid.text or column == 0 else "right"
-
-
-def _encodable(text: str, encoding: str) -> str:
-    """The text in what the output can encode: a pipe may be ASCII, and a report must not end in an error for a µ."""
-    try:
-        text.encode(encoding)
-    except (UnicodeEncodeError, LookupError):
-        return text.replace("µ", "u").encode("ascii", "backslashreplace").decode("ascii")
-    return text

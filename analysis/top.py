@@ -32,7 +32,7 @@ from .breakdown import (
     step_breakdown,
 )
 from .load import NEWEST, load, read, windowed
-from .report import MISSING, _encodable, duration_text, number_text, plain, share_text
+from .show import MISSING, duration_text, encodable, number_text, plain, share_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -594,4 +594,4 @@ def _wrapped(message: str, width: int, style: str = "") -> list[Text]:
 
 def plain_lines(shown: View, width: int, encoding: str) -> str:
     """The lines as plain text that the output can encode."""
-    return _encodable("\n".join(line.plain.rstrip() for line in lines(shown, width)), encoding)
+    return encodable("\n".join(line.plain.rstrip() for line in lines(shown, width)), encoding)

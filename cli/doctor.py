@@ -43,10 +43,10 @@ def doctor(
     from stagetrace.analysis.doctor import (
         environment_parts,
         environment_view,
-        print_parts,
         session_parts,
         session_view,
     )
+    from stagetrace.analysis.show import print_parts
     from stagetrace.exporters.doctor import excluding_variables, rings_on_disk
     from stagetrace.exporters.session import Session, SessionError
 

@@ -13,17 +13,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 from unit.sessions import SessionBuilder
 
-from stagetrace.analysis.report import (
-    Summary,
-    as_dict,
-    duration_text,
-    number_text,
-    plain,
-    print_summary,
-    share_text,
-    summarise,
-    to_json,
-)
+from stagetrace.analysis.report import Summary, as_dict, print_summary, summarise, to_json
+from stagetrace.analysis.show import duration_text, number_text, plain, share_text
 from stagetrace.cli.report import report, seconds
 from stagetrace.exporters.session import Session
 

@@ -22,12 +22,14 @@ import pyarrow as pa
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
+from typer.testing import CliRunner
 from unit.commands import PATIENCE_S, STAGETRACE, Commands, commands_in, wait_for
 from unit.sessions import INSTANCE, PROCESS, THREAD, SessionBuilder
 
 from stagetrace.analysis.breakdown import COLUMNS
 from stagetrace.analysis.load import load
 from stagetrace.analysis.top import Screen, State, View, as_dict, lines, look, plain_lines
+from stagetrace.cli.main import app
 from stagetrace.exporters.session import RAW_SCHEMA, TABLES, Session, SessionError
 from stagetrace.instrument.levels import LEVEL_FILE
 
@@ -440,6 +442,13 @@ def test_no_line_is_longer_than_the_screen(tmp_path: Path, width: int, make: Any
     assert len(drawn) == len(lines(shown, width))
 
 
+def test_what_is_too_long_for_a_line_goes_on_in_the_next(tmp_path: Path):
+    live = Live(tmp_path / "s")
+    live.builder.process(errors={f"core:hook_{number}": number for number in range(1, 30)})
+    text = plain_lines(live.view(), 80, "utf-8")
+    assert sorted(map(int, re.findall(r"core:hook_\d+ (\d+)(?=  |\n)", text))) == [*range(1, 30)]
+
+
 def test_narrow_terminals_get_80_columns(tmp_path: Path):
     shown = serving(tmp_path / "s").view()
     assert plain_lines(shown, 20, "utf-8") == plain_lines(shown, 80, "utf-8")
@@ -505,11 +514,11 @@ def once(commands: Commands, *arguments: str | Path) -> dict[str, Any]:
     return found
 
 
-def refused(commands: Commands, *arguments: str | Path) -> str:
-    process = commands.start(STAGETRACE, "top", *arguments)
-    out, err = process.communicate(timeout=PATIENCE_S)
-    assert (process.returncode, out) == (2, b"")
-    return " ".join(err.decode().split())
+def refused(*arguments: str | Path) -> str:
+    """What the command says on its standard error when it refuses; a pipe is its output."""
+    done = CliRunner().invoke(app, ["top", *map(str, arguments)])
+    assert (done.exit_code, done.stdout) == (2, "")
+    return " ".join(done.stderr.split())
 
 
 @contextmanager
@@ -530,21 +539,21 @@ def recorded(commands: Commands, session: Path) -> Iterator[tuple[subprocess.Pop
             assert collector.wait(PATIENCE_S) == 0
 
 
+def finished(session: Path) -> int:
+    return look(Session.open(session), 60, time.time_ns()).requests.by_status["finished"]
+
+
 def test_once_on_a_running_session_goes_with_it(commands: Commands, tmp_path: Path):
     path = tmp_path / "stagetrace-sessions" / "session"  # the newest, and so the one that is meant
     path.parent.mkdir()
     with recorded(commands, path):
-        wait_for(lambda: once(commands, "--window", "60s")["requests"]["by_status"]["finished"])
+        wait_for(lambda: finished(path))
         before = once(commands, "--window", "60s")
         assert before["session"]["state"] == "recording" and before["session"]["processes_alive"] == 1
-        wait_for(lambda: once(commands, "--window", "60s")["losses"]["slots_read"] > before["losses"]["slots_read"])
-        wait_for(
-            lambda: (
-                once(commands, "--window", "60s")["requests"]["by_status"]["finished"]
-                > before["requests"]["by_status"]["finished"]
-            )
-        )
+        wait_for(lambda: finished(path) > before["requests"]["by_status"]["finished"])
         after = once(commands, "--window", "60s")
+        assert after["requests"]["by_status"]["finished"] > before["requests"]["by_status"]["finished"]
+        assert after["losses"]["slots_read"] > before["losses"]["slots_read"]
         assert after["steps"]["by_phase"]["decode"]["count"] > before["steps"]["by_phase"]["decode"]["count"]
         assert not after["batch"]["idle"] and after["tokens"]["output_per_s"] > 0
         assert {ring["ring"] for ring in after["rings"]} == {"control", "detail"}
@@ -560,7 +569,7 @@ def test_once_on_a_running_session_goes_with_it(commands: Commands, tmp_path: Pa
 def test_a_collector_that_was_killed_shows_as_stale(commands: Commands, tmp_path: Path):
     session = tmp_path / "session"
     with recorded(commands, session) as (_, collector):
-        wait_for(lambda: once(commands, session)["steps"]["by_phase"])
+        wait_for(lambda: look(Session.open(session), 10, time.time_ns()).steps.count)
         collector.kill()
         collector.wait(PATIENCE_S)
         manifest = session / "manifest.json"
@@ -587,16 +596,17 @@ def test_once_prints_plain_lines(commands: Commands, tmp_path: Path):
     assert "\x1b" not in text and max(map(cell_len, text.split("\n"))) <= 90
 
 
-def test_what_the_command_refuses(commands: Commands, tmp_path: Path):
+def test_what_the_command_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
     session = serving(tmp_path / "s").write()
-    assert "add --once" in refused(commands, session.path)
-    assert "--json goes with --once" in refused(commands, session.path, "--json")
-    assert "stagetrace run" in refused(commands, "--once")  # there is no session
-    assert "not a stagetrace session" in refused(commands, tmp_path, "--once")
-    assert "not a length of time" in refused(commands, session.path, "--once", "--window=soon")
-    assert "not a length of time" in refused(commands, session.path, "--once", "--interval=0")
+    assert "add --once" in refused(session.path)
+    assert "--json goes with --once" in refused(session.path, "--json")
+    assert "stagetrace run" in refused("--once")  # there is no session
+    assert "not a stagetrace session" in refused(tmp_path, "--once")
+    assert "not a length of time" in refused(session.path, "--once", "--window=soon")
+    assert "not a length of time" in refused(session.path, "--once", "--interval=0")
     (session.path / "tables" / "steps" / "part-00000002.parquet").write_bytes(b"damaged")
-    assert "tables/steps" in refused(commands, session.path, "--once")
+    assert "tables/steps" in refused(session.path, "--once")
 
 
 class Terminal:
