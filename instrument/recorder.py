@@ -57,7 +57,7 @@ class Recorder:
         self._control_next = 0
         self._control_capacity = 1 << 62
         self._read = memoryview(bytes(8)).cast("Q")
-        self._dropped = memoryview(bytearray(16)).cast("Q")
+        self.dropped = memoryview(bytearray(16)).cast("Q")
         self._drops = itertools.count(1)
         self.errors = memoryview(bytearray(records.MAX_HOOKS * 8)).cast("Q")
 
@@ -97,7 +97,7 @@ class Recorder:
         self._control_next = 0
         self._control_capacity = ring.control_slots - _MARGIN
         self._read = memory[records.CONTROL_READ_OFFSET :][:8].cast("Q")
-        self._dropped = memory[records.CONTROL_DROPPED_OFFSET :][:16].cast("Q")  # how many; before which slot
+        self.dropped = memory[records.CONTROL_DROPPED_OFFSET :][:16].cast("Q")  # how many; before which slot
         self._drops = itertools.count(1)
         self.errors = memory[records.ERRORS_OFFSET : records.HEADER_SIZE].cast("Q")
         self.ring = ring
@@ -314,11 +314,11 @@ class Recorder:
         return False
 
     def _drop(self) -> None:
-        self._dropped[1] = self._control_next
+        self.dropped[1] = self._control_next
         drops = next(self._drops)
         # A thread that was interrupted here must not set the count back; `max` could be interrupted again.
-        if drops > self._dropped[0]:  # noqa: PLR1730
-            self._dropped[0] = drops
+        if drops > self.dropped[0]:  # noqa: PLR1730
+            self.dropped[0] = drops
 
 
 _STEP_END = records.header_word(records.RecordType.STEP_END)

@@ -56,6 +56,7 @@ class Tracker:
         self.idle = False  # no request was left then
         self.preempted = 0  # since the last step
         self.snapshot_at = 0  # step at which the next snapshot is due
+        self.dropped = 0  # control records, as far as a snapshot has made up for them
         self.epoch = recorder.epoch[0]
 
     def resume(self, scheduler: Any) -> None:
@@ -183,6 +184,9 @@ class Tracker:
         recorder, instance, step = self.recorder, self.instance, self.step
         handles = self.handles
         due = step >= self.snapshot_at
+        if recorder.dropped[0] != self.dropped:  # what was lost may have been a change: tell everything
+            self.dropped = recorder.dropped[0]
+            due = True
         if new or running != self.batch:  # in steady decode equal, at the cost of comparing pointers
             batch = [*running, *(request.req_id for request in new)]
             before, after = set(self.batch), set(batch)
@@ -192,12 +196,12 @@ class Tracker:
                     handle = handles.get(request_id)
                     if handle is None:
                         handle = recorder.handle(request_id)  # it ended
-                    due |= not recorder.member(_LEAVE, handle, 0, 0, instance, step)
+                    recorder.member(_LEAVE, handle, 0, 0, instance, step)
             for request_id in joined:
                 handle = handles.get(request_id)
                 if handle is None:
                     handle = handles[request_id] = recorder.handle(request_id)
-                due |= not recorder.member(_JOIN, handle, 0, 0, instance, step)
+                recorder.member(_JOIN, handle, 0, 0, instance, step)
             self.batch = batch
         if due:
             members = [handles.get(request_id) or recorder.handle(request_id) for request_id in self.batch]
@@ -217,15 +221,15 @@ class Tracker:
             return
         recorder = self.recorder
         scheduled_end, first_tokens = self.in_flight.pop(step, (0, ()))
+        finished = self.finished or ()
         for request_id in first_tokens:
-            request = scheduler.requests.get(request_id)
             handle = self.handles.get(request_id)
-            if handle is not None and request is not None:
-                recorder.state(_DECODE, end, handle, instance, step, request.num_output_tokens)
-            elif request is None or request.is_finished():
-                # It got its first and last token at once; had it been aborted, it would have no token.
-                recorder.state(_DECODE, end, recorder.handle(request_id), instance, step, 1)
-        for handle, words in self.finished or ():
+            if handle is None:
+                handle = recorder.handle(request_id)
+                if not any(handle == ended for ended, _ in finished):
+                    continue  # it was aborted while the step ran: no token
+            recorder.state(_DECODE, end, handle, instance, step, 1)
+        for handle, words in finished:
             recorder.state(_FINISHED, end, handle, instance, step, *words)
         self.finished = None
         if recorder.level[0] >= Level.STEP and scheduled_end:
