@@ -1,0 +1,45 @@
+"""The benchmarks that need the engine: they run and print what they promise. No speed is asserted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def object_of(program: str, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, str(BENCHMARKS / program), "--quick", "--json", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_step_cost(engine_python: Path) -> None:
+    found = object_of("step_cost.py", "--python", str(engine_python), "--batches", "1", "256")
+    assert set(found["microseconds"]) >= {"decode", "speculation", "join_leave", "mixed"}
+    assert all(set(by) == {"1", "256"} for by in found["microseconds"].values())
+    assert found["batch_256_over_1"] > 0
+    assert isinstance(found["speculation_us_per_request"], float)
+
+
+@pytest.mark.usefixtures("engine_python")
+def test_engine_overhead() -> None:
+    found = object_of("engine_overhead.py")
+    assert set(found["hook_self_time_pct"]) == {"off", "request", "step", "layer"}
+    own = found["hook_self_time_pct"]
+    assert 0 < own["off"] < own["step"]
+    assert own["request"] < own["step"]
+    assert own["layer"] is None
+    # The steps that were timed are those of the server: they write as much (a collection of garbage is one more).
+    assert found["detail_slots_per_step"] == pytest.approx(found["timed_slots_per_step"], abs=0.5)
+    assert {"engine core", "worker", "front end", "collector"} <= set(found["cpu"])
+    for name in ("tpot", "ttft", "throughput"):
+        low, high = found[f"{name}_pct_ci95"]
+        assert low <= found[f"{name}_pct"] <= high

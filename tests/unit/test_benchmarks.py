@@ -1,0 +1,231 @@
+"""The benchmarks' own arithmetic, and record_cost as a program. No figure of this machine's speed is asserted."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+import measure
+import record_cost
+import rings
+from stream import Seen
+from windows import WITH, WITHOUT, Window, client_figures, cpu_figures, cpu_seconds, difference, differences
+
+from stagetrace.instrument.records import RecordType, header_word
+
+BENCHMARKS = Path(measure.__file__).parent
+
+
+def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / program), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+# Programs
+
+
+def test_record_cost_prints_tables_and_one_object_last() -> None:
+    done = run("record_cost.py", "--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    *tables, last = done.stdout.splitlines()
+    assert any("two clock reads" in line for line in tables)
+    assert "\x1b" not in done.stdout
+    found = json.loads(last)
+    keys = ("ratio_to_two_clock_reads", "hooked_call_ratio", "off_ratio", "sdk_span_over_hooked_call")
+    for key in keys:
+        low, high = found[f"{key}_iqr"]
+        assert 0 < low <= found[key] <= high, key
+    assert found["no_system_call"] is not False
+    assert found["python_bytes"] < found["records"] / 100
+    assert found["read_write_calls"] == 0
+    assert found["threads"] == 0
+
+
+def test_without_json_there_is_no_object() -> None:
+    done = run("record_cost.py", "--quick")
+    assert done.returncode == 0, done.stderr
+    assert not [line for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_step_cost_names_what_is_missing(tmp_path: Path) -> None:
+    done = run("step_cost.py", "--quick", "--python", str(tmp_path / "python"))
+    assert done.returncode == 2
+    assert "make engines-env" in done.stderr
+
+
+def test_nothing_is_left_behind() -> None:
+    with rings.recording() as (recorder, ring):
+        path = ring.path
+        assert path.is_file()
+        assert recorder.ring is ring
+    assert not path.exists()
+    assert "STAGETRACE_SESSION" not in os.environ
+
+
+def test_slots_of_the_detail_ring_are_counted() -> None:
+    with rings.recording() as (recorder, ring):
+        assert rings.detail_slots(ring) == 0
+        for _ in range(ring.detail_slots + 5):
+            recorder.segment(header_word(RecordType.SEGMENT, 1), 1, 2, 3, 4)
+        assert rings.detail_slots(ring) == ring.detail_slots + 5
+
+
+def test_room_is_made_for_control_records_and_drops_are_seen() -> None:
+    header = header_word(RecordType.STATE, 1)
+    with rings.recording() as (recorder, ring):
+        for _ in range(3 * ring.control_slots // 1000):
+            rings.make_room(ring)
+            for _ in range(1000):
+                recorder.state(header, 1, 1)
+        assert rings.dropped(ring) == 0
+        for _ in range(ring.control_slots):
+            recorder.state(header, 1, 1)
+        assert rings.dropped(ring) > 0
+
+
+# What must not happen
+
+
+def test_a_system_call_is_noticed() -> None:
+    assert record_cost.makes_no_system_call(lambda: None, 10) is not False
+    if record_cost.makes_no_system_call(lambda: None, 10):  # the kernel offers it
+        assert record_cost.makes_no_system_call(lambda: os.getppid() and None, 10) is False
+
+
+def test_growing_memory_is_noticed() -> None:
+    kept: list[bytes] = []
+    assert record_cost.memory_growth(lambda: kept.append(bytes(100)), 1000)["python_bytes"] > 100_000
+    assert record_cost.memory_growth(lambda: None, 1000)["python_bytes"] < 1000
+
+
+def test_reads_and_writes_are_counted() -> None:
+    descriptor = os.open("/dev/null", os.O_WRONLY)
+    try:
+        assert record_cost.counters(lambda: os.write(descriptor, b"x") and None, 10)["read_write_calls"] == 10
+    finally:
+        os.close(descriptor)
+    assert record_cost.counters(lambda: None, 10)["read_write_calls"] == 0
+
+
+# Timing
+
+
+def test_a_statement_is_run_as_it_stands() -> None:
+    calls = itertools.count()
+    # Names that the timing could have used itself: with one of them it would time something else.
+    names: dict[str, Any] = dict.fromkeys(("clock", "times", "begin", "run", "now"), lambda: next(calls))
+    assert measure.per_call("clock(); times(); begin(); run(); now()", names, 7)() > 0
+    assert next(calls) == 35
+
+
+def test_every_alternative_is_measured_once_a_round_and_the_first_round_is_left_out() -> None:
+    called: list[str] = []
+
+    def alternative(name: str) -> float:
+        called.append(name)
+        assert not gc.isenabled()
+        return float(len(called))
+
+    found = measure.rounds({name: (lambda name=name: alternative(name)) for name in "abc"}, 20)
+    assert gc.isenabled()
+    assert [len(values) for values in found.values()] == [20] * 3
+    turns = [tuple(called[at : at + 3]) for at in range(0, len(called), 3)]
+    assert len(turns) == 21
+    assert {tuple(sorted(turn)) for turn in turns} == {("a", "b", "c")}
+    assert len(set(turns)) > 1, "always in the same order"
+    assert min(values.min() for values in found.values()) > 3
+
+
+def test_spread_is_median_and_quartiles() -> None:
+    found = measure.spread(np.arange(101.0))
+    assert (found.low, found.median, found.high) == (25, 50, 75)
+    assert measure.figure(found) == "50 (25 to 75)"
+
+
+def test_interval_of_a_mean() -> None:
+    values = np.random.default_rng(1).normal(3.0, 1.0, 400)
+    low, high = measure.interval(values)
+    assert low < values.mean() < high
+    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
+    assert measure.interval(np.array([1.0, 2.0])) == (-np.inf, np.inf)
+
+
+def test_json_has_no_number_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    measure.print_json({"a": float("nan"), "b": [np.float64(1.23456), np.inf], "c": {1: True, "d": 7}})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1.235, None], "c": {"1": True, "d": 7}}
+
+
+# Windows
+
+
+def test_what_the_client_saw_in_a_window() -> None:
+    seen = Seen()
+    seen.tokens = [(0.9, 1, 9.0), (1.0, 1, 0.1), (1.5, 2, 0.5), (2.0, 1, 9.0)]
+    seen.firsts = [(1.1, 0.3), (2.5, 9.0)]
+    found = client_figures(Window(0, WITH, 1.0, 2.0), seen)
+    assert found == {"tpot": pytest.approx(0.6 / 3), "ttft": 0.3, "throughput": 4.0}
+    assert cpu_figures(Window(0, WITH, 1.0, 2.0, {"worker": 0.8}), seen) == {"worker": pytest.approx(0.2)}
+
+
+def windows(pairs: int) -> list[Window]:
+    return [Window(pair, kind, 0, 1) for pair in range(pairs) for kind in (WITH, WITHOUT)]
+
+
+def test_a_difference_is_taken_within_pairs() -> None:
+    # The machine gets three times slower meanwhile; with is always 2 % above without.
+    values = [base * change for base in np.linspace(1, 3, 10) for change in (1.02, 1.0)]
+    found = difference(windows(10), values)
+    assert found.pct == pytest.approx(2.0)
+    assert (found.low, found.high) == (pytest.approx(2.0), pytest.approx(2.0))
+    assert found.resolved
+    assert found.json("tpot")["tpot_resolved"] is True
+    assert str(found) == "+2.00 % (+2.00 to +2.00)"
+
+
+def test_a_wide_interval_is_not_resolved() -> None:
+    chance = np.random.default_rng(2)
+    values = [base for _ in range(10) for base in (chance.uniform(0.8, 1.2), 1.0)]
+    found = difference(windows(10), values)
+    assert not found.resolved
+    assert str(found).startswith("not resolved")
+
+
+def test_a_pair_that_is_not_whole_is_left_out() -> None:
+    values = [1.1, 1.0, float("nan"), 1.0, 1.1, 1.0, 1.1, 1.0]
+    assert difference(windows(4), values).pct == pytest.approx(10)
+    nothing = difference(windows(1), [float("nan"), 1.0])
+    assert not nothing.resolved
+    assert np.isnan(nothing.pct)
+
+
+def test_every_metric_and_process_has_a_difference() -> None:
+    made = [Window(pair, kind, pair, pair + 1, {"worker": 0.1}) for pair in range(3) for kind in (WITH, WITHOUT)]
+    seen = Seen(tokens=[(pair + 0.5, 10, 1.0) for pair in range(3)], firsts=[(pair + 0.1, 0.2) for pair in range(3)])
+    client, cpu = differences(made, seen)
+    assert {name: one.pct for name, one in client.items()} == {"tpot": 0, "ttft": 0, "throughput": 0}
+    assert {name: one.pct for name, one in cpu.items()} == {"worker": 0}
+
+
+def test_cpu_time_of_another_process() -> None:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        try:
+            before = cpu_seconds(busy.pid)
+            deadline = time.monotonic() + 30
+            while cpu_seconds(busy.pid) < before + 0.02:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        finally:
+            busy.kill()
+    assert np.isnan(cpu_seconds(busy.pid))
