@@ -22,6 +22,7 @@ from .identity import claim_identity
 from .ids import handle as hash_handle
 from .levels import maximum_level, session_level
 from .ring import Ring
+from .stages import MAX_ATTRIBUTES, STEP_COMPOSITION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("stagetrace")
 
 _pack = records.SLOT.pack_into
+_pack_short = records.SHORT_SLOT.pack_into
 _SHIFT = records.SLOT_SIZE.bit_length() - 1
 _MOST_PARTS = 255  # of a record: the header word has a byte for it
 _MARGIN = 64  # control slots kept free, so that writers that race past the check still do not overwrite
@@ -133,15 +135,30 @@ class Recorder:
         a0: int = 0,
         a1: int = 0,
         a2: int = 0,
-        a3: int = 0,
-        a4: int = 0,
-        a5: int = 0,
-        a6: int = 0,
-        a7: int = 0,
+        *more: int,
     ) -> None:
-        """Writes one segment; `header` is `records.header_word(SEGMENT, stage)`, times in ns of the monotonic clock."""
+        """Writes one segment; `header` is `records.header_word(SEGMENT, stage)`, times in ns of the monotonic clock.
+
+        `more` are the attributes from the fourth on. Few stages have as many, and packing them costs time.
+        """
         number = next(self._detail_slots)
-        _pack(
+        if more:
+            attributes = (a0, a1, a2, *more, *_NO_ATTRIBUTES[3 + len(more) :])
+            _pack(
+                self._detail_memory,
+                (number & self._detail_mask) << _SHIFT,
+                number + 1,
+                header,
+                get_ident(),
+                begin,
+                end,
+                instance,
+                step,
+                *attributes,
+                number + 1,
+            )
+            return
+        _pack_short(
             self._detail_memory,
             (number & self._detail_mask) << _SHIFT,
             number + 1,
@@ -154,17 +171,37 @@ class Recorder:
             a0,
             a1,
             a2,
-            a3,
-            a4,
-            a5,
-            a6,
-            a7,
             number + 1,
         )
 
     def step_begin(self, begin: int, scheduled: int, instance: int, step: int, composition: Sequence[int]) -> None:
         """Writes a step's begin, with what is in its batch in the order of stages.STEP_COMPOSITION."""
-        self._long_detail(records.RecordType.STEP_BEGIN, (get_ident(), begin, scheduled, instance, step, *composition))
+        first = next(self._detail_slots) + 1
+        _pack(
+            self._detail_memory,
+            (first - 1 & self._detail_mask) << _SHIFT,
+            first,
+            _STEP_BEGIN_FIRST,
+            first,
+            get_ident(),
+            begin,
+            scheduled,
+            instance,
+            step,
+            *composition[:_FIRST_PART],
+            first,
+        )
+        second = next(self._detail_slots) + 1
+        _pack(
+            self._detail_memory,
+            (second - 1 & self._detail_mask) << _SHIFT,
+            second,
+            _STEP_BEGIN_SECOND,
+            first,
+            *composition[_FIRST_PART:],
+            *_REST,
+            second,
+        )
 
     def step_end(self, end: int, instance: int, step: int) -> None:
         """Writes a step's end."""
@@ -182,23 +219,6 @@ class Recorder:
             *_NO_ATTRIBUTES,
             number + 1,
         )
-
-    def _long_detail(self, type_: int, words: tuple[int, ...]) -> None:
-        parts = -(-len(words) // records.PART_WORDS)
-        words += (0,) * (parts * records.PART_WORDS - len(words))
-        record = 0
-        for part in range(parts):
-            number = next(self._detail_slots)
-            record = record or number + 1
-            _pack(
-                self._detail_memory,
-                (number & self._detail_mask) << _SHIFT,
-                number + 1,
-                records.header_word(type_, 0, part, parts),
-                record,
-                *words[part * records.PART_WORDS : (part + 1) * records.PART_WORDS],
-                number + 1,
-            )
 
     # Control ring: drops the newest when the collector has not made room
 
@@ -322,7 +342,11 @@ class Recorder:
 
 
 _STEP_END = records.header_word(records.RecordType.STEP_END)
-_NO_ATTRIBUTES = (0,) * 8
+_NO_ATTRIBUTES = (0,) * MAX_ATTRIBUTES
+_STEP_BEGIN_FIRST = records.header_word(records.RecordType.STEP_BEGIN, 0, 0, 2)
+_STEP_BEGIN_SECOND = records.header_word(records.RecordType.STEP_BEGIN, 0, 1, 2)
+_FIRST_PART = records.PART_WORDS - 5  # words of the composition in a step's first slot
+_REST = (0,) * (records.PART_WORDS + _FIRST_PART - len(STEP_COMPOSITION))
 
 
 RECORDER = Recorder()

@@ -17,6 +17,7 @@ SLOT_SIZE = 128
 SLOT_WORDS = 13
 PART_WORDS = SLOT_WORDS - 1
 SLOT = struct.Struct("<QQ13qQ")
+SHORT_SLOT = struct.Struct("<QQ8q40xQ")  # the same with the last five words zero, which is faster to pack
 
 # The file's header page: constants when the file appears, then words that change. Every changing word has one writer
 # and a cache line of its own.
