@@ -29,6 +29,7 @@ RANKS_PATIENCE_NS = 5_000_000_000  # a step whose ranks have not all reported by
 SWITCH_PATIENCE_NS = 5_000_000_000  # what a switch to a lower level left open is closed as partial then
 REQUEST_PATIENCE_NS = 60_000_000_000  # a request that ended on one side is closed without the other's word then
 STEP_PATIENCE_NS = 1_000_000_000  # a request waits so long for the end of its last step
+_FOREVER = 1 << 62  # ns
 _MOST_PENDING = 20_000  # segments of a timeline held back for a parent
 _MOST_IN_FLIGHT = 64  # a step that so many later ones have overtaken has no end to come
 
@@ -455,8 +456,10 @@ class Assembler:
         if not request.states:  # a straggler of a request that was closed, or one whose states were dropped
             self.counts["requests_without_state"] += bool(request.events)
             return
-        row, states = request.rows(self.key, open_status)
         begin = min(time_ns for time_ns, *_ in request.states)
+        # One that did not end may have done so while nothing was recorded: every switch since its begin cuts it.
+        cut = cut or (not request.over and self._cut(begin, _FOREVER, Level.REQUEST))
+        row, states = request.rows(self.key, "open" if cut else open_status)
         row["partial"] |= cut or self._cut(begin, row["end_ns"], Level.REQUEST)
         self._rows["requests"].append(row)
         self._rows["states"].extend(states)

@@ -38,7 +38,7 @@ def test_engine_overhead() -> None:
     assert own["request"] < own["step"]
     assert own["layer"] is None
     # The steps that were timed are those of the server: they write as much (a collection of garbage is one more).
-    assert found["detail_slots_per_step"] == pytest.approx(found["timed_slots_per_step"], abs=0.5)
+    assert found["detail_slots_per_step"] == pytest.approx(found["timed_slots_per_step"], abs=1.0)
     assert {"engine core", "worker", "front end", "collector"} <= set(found["cpu"])
     for name in ("tpot", "ttft", "throughput"):
         low, high = found[f"{name}_pct_ci95"]

@@ -153,3 +153,15 @@ def test_gc_pauses_are_recorded(tmp_path: Path) -> None:
     _, _, _, begin, end, _, _, generation, *_ = pauses[-1]
     assert begin < end
     assert generation == 2
+
+
+def test_a_request_that_ended_in_the_dark_is_partial_also_at_the_end_of_the_session(tmp_path: Path) -> None:
+    decode_state = header_word(RecordType.STATE, BY_NAME["queue"].id)
+    with opened(tmp_path) as (recorder, reader):
+        recorder.state(decode_state, 100, 1)
+        recorder.state(decode_state, 400, 2)  # begun after the switches: lost with its process
+        assembler = Assembler(b"key")
+        assembler.switches = [Switch(300, 310, Level.STEP, Level.OFF), Switch(390, 395, Level.OFF, Level.STEP)]
+        assembler.add(read_all(reader))
+        rows = assembler.finish("lost")["requests"].to_pylist()
+    assert {row["handle"]: (row["status"], row["partial"]) for row in rows} == {1: ("open", True), 2: ("lost", False)}
