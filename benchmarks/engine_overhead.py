@@ -35,7 +35,7 @@ from windows import METRICS, WITH, WITHOUT, Difference, Window, cpu_seconds, dif
 from stagetrace.exporters.control import set_level
 from stagetrace.exporters.session import Session
 from stagetrace.instrument.ring import ring_directory
-from stagetrace.instrument.stages import Level
+from stagetrace.instrument.stages import BY_NAME, Level
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -276,6 +276,10 @@ def self_times(session: Session, record: dict[str, Any], step: dict[str, Any]) -
     losses = session.read_manifest().losses
     engine = {process.key for process in session.read_manifest().processes if process.role in ("engine_core", "worker")}
     slots = {ring: sum(one.read for one in losses if one.process in engine and one.ring == ring) for ring in RINGS}
+    # A collection of garbage is the engine's, not a step's: how many there are depends on how long a step takes.
+    segments = session.read_table("segments", ["process", "stage"]).to_pandas()
+    pauses = (segments["stage"] == BY_NAME["gc_pause"].id) & segments["process"].isin(engine)
+    slots["detail"] -= int(pauses.sum())
     ns = record["nanoseconds"]
     rank, rank_off = (
         ns[f"a rank's step, hooked, {how}"] - ns["a rank's step, not hooked"] for how in ("recording", "off")

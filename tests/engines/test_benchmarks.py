@@ -37,8 +37,8 @@ def test_engine_overhead() -> None:
     assert 0 < own["off"] < own["step"]
     assert own["request"] < own["step"]
     assert own["layer"] is None
-    # The steps that were timed are those of the server: they write as much (a collection of garbage is one more).
-    assert found["detail_slots_per_step"] == pytest.approx(found["timed_slots_per_step"], abs=1.0)
+    # The steps that were timed are those of the server: they write as much.
+    assert found["detail_slots_per_step"] == pytest.approx(found["timed_slots_per_step"], abs=0.5)
     assert {"engine core", "worker", "front end", "collector"} <= set(found["cpu"])
     for name in ("tpot", "ttft", "throughput"):
         low, high = found[f"{name}_pct_ci95"]
