@@ -133,6 +133,15 @@ class Assembler:
         if batch.ended:
             self._process_ended(batch.process, source)
 
+    def introduce(self, process: int, info: dict[str, Any], hooks: list[dict[str, str]]) -> None:
+        """Makes a process known whose own words about itself are no longer among the records."""
+        if info:
+            self._is(process, info)
+        for hook in hooks:
+            self.hooks.setdefault(process, {})[hook["name"]] = hook
+            if "index" in hook:
+                self.hook_names.setdefault(process, {})[int(hook["index"])] = hook["name"]
+
     def _control(
         self, process: int, source: Source, sequence: int, type_: int, stage: int, words: tuple[int, ...]
     ) -> None:
@@ -159,17 +168,21 @@ class Assembler:
             self.counts["corrupt"] += 1
             return
         if kind == Text.PROCESS:
-            info = self.info.setdefault(process, {})
-            roles = [role for role in (info.get("role"), data.get("role")) if role]
-            info.update(data, role="+".join(dict.fromkeys(roles)))
-            if "instance" in data:
-                instance = self._instance(int(data["instance"]))
-                instance.process = process
-                instance.ranks = int(data.get("world_size", 1))
+            self._is(process, data)
         elif kind == Text.HOOK:
             hook = {name: str(data.get(name, "")) for name in ("name", "status", "why", "gives")}
-            self.hooks.setdefault(process, {})[hook["name"]] = hook
-            self.hook_names.setdefault(process, {})[int(data.get("index", handle))] = hook["name"]
+            hook["index"] = str(int(data.get("index", handle)))
+            self.introduce(process, {}, [hook])
+
+    def _is(self, process: int, data: dict[str, Any]) -> None:
+        """What a process says of itself; a second role of it comes beside the first."""
+        info = self.info.setdefault(process, {})
+        roles = [role for role in (info.get("role"), data.get("role")) if role]
+        info.update(data, role="+".join(dict.fromkeys(roles)))
+        if "instance" in data:
+            instance = self._instance(int(data["instance"]))
+            instance.process = process
+            instance.ranks = int(data.get("world_size", 1))
 
     def _detail(
         self,
