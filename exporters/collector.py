@@ -111,8 +111,11 @@ class Collector:
             process.ended = process.ended or not (self.discovery.directory / process.ring).exists()
 
     def _readable_parts(self) -> list[Part]:
-        """The parts of raw records; those that are damaged are set aside, named and counted."""
-        readable = []
+        """The parts of raw records; those that are damaged are set aside, named and counted.
+
+        Behind the last one that is whole, rings are read again as far as they reach: those tables will come again.
+        """
+        readable: list[Part] = []
         for part in self.session.raw_parts():
             self._number = max(self._number, part.last)
             try:
@@ -121,6 +124,8 @@ class Collector:
             except SessionError as error:
                 log.error("%s: its records are lost; it is kept as %s", error, self.session.set_aside(part).name)
                 self._count("parts_damaged")
+        if self._number > (last := readable[-1].last if readable else 0):
+            self.session.remove_tables(last + 1)
         return readable
 
     def _last_slots(self, parts: list[Part]) -> list[Part]:
