@@ -23,10 +23,10 @@ _WORD = struct.Struct("<Q")
 
 
 @contextmanager
-def recording() -> Iterator[tuple[Recorder, Ring]]:
-    """A recorder that is open at level step; its session and ring are gone afterwards.
+def armed() -> Iterator[Path]:
+    """A directory for a session (`session`) and its rings, named in the environment; gone afterwards.
 
-    The ring is in memory where the machine has /dev/shm, as a server's is.
+    It is in memory where the machine has /dev/shm, as a server's rings are.
     """
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     before = dict(os.environ)
@@ -36,16 +36,25 @@ def recording() -> Iterator[tuple[Recorder, Ring]]:
             "STAGETRACE_RING_DIR": str(Path(directory) / "rings"),
             "STAGETRACE_LEVEL": "step",
         }
+        try:
+            yield Path(directory)
+        finally:
+            for name in ("STAGETRACE_SESSION", "STAGETRACE_RING_DIR", "STAGETRACE_LEVEL"):
+                os.environ.pop(name)
+                if name in before:
+                    os.environ[name] = before[name]
+
+
+@contextmanager
+def recording() -> Iterator[tuple[Recorder, Ring]]:
+    """A recorder that is open at level step; its session and ring are gone afterwards."""
+    with armed():
         recorder = Recorder()
         try:
             if not recorder.open("benchmark", {}) or recorder.ring is None:
                 raise RuntimeError("the recorder could not be opened: its message is above")
             yield recorder, recorder.ring
         finally:
-            for name in ("STAGETRACE_SESSION", "STAGETRACE_RING_DIR", "STAGETRACE_LEVEL"):
-                os.environ.pop(name)
-                if name in before:
-                    os.environ[name] = before[name]
             recorder.after_fork_in_child()  # lets go of the ring
 
 
