@@ -11,7 +11,7 @@ BENCH ?=
 .DEFAULT_GOAL := help
 # The tools and the tests share two cores and one checkout: one at a time, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help quickstart dev engines-env test test-all lint format types imports unit fuzz fuzz-long backends engines faults bench docs clean python
+.PHONY: help quickstart dev engines-env test test-all lint format types imports unit fuzz fuzz-long backends engines faults bench soak docs clean python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ bench: dev engines-env ## what recording costs, in three programs; docs/performa
 	$(DEV) benchmarks/step_cost.py $(BENCH)
 	@echo "== engine_overhead: a real engine under load (five minutes)"
 	$(DEV) benchmarks/engine_overhead.py $(BENCH)
+
+soak: dev ## an hour of 1,000 steps a second: is what the collector holds flat?
+	$(DEV) benchmarks/soak.py $(BENCH)
 
 docs: dev ## docs/stages.md, from the vocabulary
 	$(DEV) docs/generate.py
