@@ -126,6 +126,22 @@ def test_steps_that_a_switch_cuts(tmp_path: Path) -> None:
     assert {row["step"]: row["status"] for row in steps} == {1: "complete", 2: "partial", 3: "partial", 4: "complete"}
 
 
+def test_an_error_in_recording_a_collection_is_contained_and_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path) as (recorder, _):
+        monkeypatch.setattr(recorder, "segment", None)
+        callback = gc_pauses.GcPauses(recorder)
+        gc.callbacks.append(callback)
+        try:
+            for _ in range(3):
+                gc.collect()
+        finally:
+            gc.callbacks.remove(callback)
+    assert caplog.text.count("error in recording gc_pause") == 1
+    assert "Exception ignored" not in capsys.readouterr().err
+
+
 def test_ring_sizes_follow_the_seconds_asked_for() -> None:
     with environment(STAGETRACE_RING_SECONDS=None):
         assert chosen_slots(Level.STEP) == (CONTROL_SLOTS, DETAIL_SLOTS)
