@@ -127,7 +127,10 @@ def test_steps_that_a_switch_cuts(tmp_path: Path) -> None:
 
 
 def test_an_error_in_recording_a_collection_is_contained_and_said_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with opened(tmp_path) as (recorder, _):
         monkeypatch.setattr(recorder, "segment", None)
