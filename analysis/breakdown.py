@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from stagetrace.exporters.session import REQUESTS_SCHEMA, Losses, Manifest, Process
+from stagetrace.exporters.session import REQUESTS_SCHEMA, Export, Losses, Manifest, Process
 from stagetrace.instrument.stages import BY_ID, BY_NAME, STAGES, Kind, Level, Phase, Timeline
 
 if TYPE_CHECKING:
@@ -181,6 +181,18 @@ class HookTrouble:
 
 
 @dataclass(frozen=True)
+class ExportHealth:
+    """How far one backend has been sent the session."""
+
+    target: str
+    sent: int  # spans that it confirmed
+    refused: int  # spans that it would not take while it took others
+    left_out: dict[str, int]  # rows that become no spans, by reason
+    waiting: int  # commits whose tables it does not have
+    trouble: str  # why nothing arrives at present
+
+
+@dataclass(frozen=True)
 class Health:
     """What is missing from the session, and why."""
 
@@ -191,6 +203,8 @@ class Health:
     hooks: list[HookTrouble]
     errors: dict[str, int]  # contained errors of ours, by hook
     counts: dict[str, int]  # the manifest's, as they are
+    exports: list[ExportHealth]
+    rotated_ns: int  # wall: what was recorded until then was removed, to keep the session within its bounds; 0: nothing
 
 
 def weighted_percentiles(
@@ -498,8 +512,8 @@ def outside_of(rows: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
 # Losses and hooks
 
 
-def health(manifest: Manifest) -> Health:
-    """What did not reach the session, by reason, and the hooks that were not installed."""
+def health(manifest: Manifest, exports: Iterable[Export] = ()) -> Health:
+    """What did not reach the session or a backend, by reason, and the hooks that were not installed."""
     return Health(
         lost=lost_by_reason(manifest),
         rings=[losses for losses in manifest.losses if losses.lost],
@@ -508,6 +522,18 @@ def health(manifest: Manifest) -> Health:
         hooks=hook_troubles(manifest.processes),
         errors=dict(sorted(sum((Counter(process.errors) for process in manifest.processes), Counter()).items())),
         counts=dict(sorted(manifest.counts.items())),
+        exports=[
+            ExportHealth(
+                each.target,
+                each.sent,
+                each.refused,
+                each.left_out,
+                max(manifest.derived - each.commit, 0) + (manifest.complete and not each.end),
+                each.trouble,
+            )
+            for each in exports
+        ],
+        rotated_ns=manifest.rotated_ns,
     )
 
 

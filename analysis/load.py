@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import pyarrow as pa
 
-from stagetrace.exporters.session import TABLES, Manifest, Session, SessionError
+from stagetrace.exporters.session import TABLES, Manifest, Session
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -64,13 +64,7 @@ def read(
 
     Raises SessionError when a part of it cannot be read.
     """
-    try:
-        table = session.read_table(name, None if columns is None else list(columns), committed_ns)
-    except (pa.ArrowException, OSError) as error:
-        raise SessionError(
-            f"the table {name} of {session.path} cannot be read ({error}): a file under tables/{name} is damaged"
-        ) from error
-    return frame(table, TABLES[name])
+    return frame(session.read_table(name, None if columns is None else list(columns), committed_ns), TABLES[name])
 
 
 def load(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from stagetrace.instrument.stages import STAGES, Level, Phase
@@ -15,6 +16,7 @@ from .breakdown import (
     COLUMNS,
     OBSERVED,
     Distribution,
+    ExportHealth,
     Health,
     Requests,
     Stages,
@@ -106,7 +108,7 @@ def summarise(session: Session, last_s: float | None = None) -> Summary:
         requests=request_breakdown(requests, frames["intervals"], steps),
         steps=step_breakdown(steps),
         stages=stage_breakdown(requests, steps, segments, level),
-        health=health(manifest),
+        health=health(manifest, session.read_exports().values()),
         message=_message(manifest, len(requests), len(steps), sum(frames.rows.values()), last_s),
     )
 
@@ -222,6 +224,8 @@ def as_dict(summary: Summary) -> dict[str, Any]:
         "hooks_not_installed": [vars(hook) for hook in state.hooks],
         "contained_errors": state.errors,
         "counts": state.counts,
+        "exports": [vars(each) for each in state.exports],
+        "rotated_ns": state.rotated_ns,
     }
 
 
@@ -265,7 +269,7 @@ def parts(summary: Summary) -> list[Part]:
     if summary.steps.count:
         shown += _steps(summary.steps)
     shown += _stages(summary)
-    shown += _health(summary.health)
+    shown += _health(summary.health, summary.path)
     return shown
 
 
@@ -409,12 +413,41 @@ def _by_phase(timeline: TimelineBreakdown) -> Grid:
     return Grid(f"Stages on the {timeline.name} timeline by kind of step", columns, rows)
 
 
-def _health(state: Health) -> list[Part]:
+_DAMAGES = {
+    "parts_damaged": "parts of the raw records are damaged and left out; collector.log names them.",
+    "assembly_errors": "batches of records could not be assembled and are in the raw records alone; collector.log says"
+    " why. Please report this, and try `stagetrace rebuild` with a newer stagetrace.",
+}
+
+
+def _export(state: ExportHealth, path: str) -> str:
+    said = [f"{state.sent} spans sent"]
+    if state.refused:
+        said.append(f"{state.refused} refused")
+    if state.left_out.get("commits_rotated"):
+        said.append(f"{state.left_out['commits_rotated']} commits were removed before they could be sent")
+    if not state.waiting:
+        said.append("nothing waits")
+    else:
+        why = f" ({plain(state.trouble)})" if state.trouble else ""
+        said.append(f"{state.waiting} commits wait{why}: `stagetrace export {plain(path)}` sends them")
+    return f"Export to {plain(state.target)}: {', '.join(said)}."
+
+
+def _health(state: Health, path: str) -> list[Part]:
     shown: list[Part] = []
     lost = ", ".join(f"{count} {reason}" for reason, count in state.lost.items() if count)
     conflicts = state.accounting_conflicts
     accounting = f"{conflicts} accounting conflicts" if conflicts != 1 else "1 accounting conflict"
     shown.append(f"Losses: {lost or 'none'}; {state.read} slots read; {accounting}.")
+    if state.rotated_ns:
+        when = datetime.fromtimestamp(state.rotated_ns / 1e9).astimezone().isoformat(" ", "seconds")
+        slots = state.counts.get("slots_rotated", 0)
+        shown.append(f"What was recorded before {when} was removed to keep the session small: {slots} slots (--keep).")
+    for name, what in _DAMAGES.items():
+        if state.counts.get(name):
+            shown.append(f"{state.counts[name]} {what}")
+    shown += [_export(each, path) for each in state.exports]
     if state.hooks:
         rows = [[plain(hook.name), plain(hook.status), plain(hook.why), str(hook.processes)] for hook in state.hooks]
         shown.append(Grid("Hooks that are not installed", ("hook", "status", "why", "processes"), rows, text=True))

@@ -12,10 +12,9 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import pyarrow as pa
 from rich.text import Text
 
-from stagetrace.exporters.session import Manifest, Process, SessionError
+from stagetrace.exporters.session import Export, Manifest, Process
 from stagetrace.instrument.levels import LEVEL_FILE, session_level
 from stagetrace.instrument.stages import Level, Phase
 
@@ -92,6 +91,7 @@ class Beside:
     newest_steps: pd.DataFrame | None = None  # the last that are known, for when there is none in the window
     before: Cursors | None = None  # at the beginning of the window, None where the session is younger
     after: Cursors | None = None  # at its end, None when nothing was written in it
+    exports: Sequence[Export] = ()
 
 
 @dataclass(frozen=True)
@@ -164,12 +164,10 @@ class View:
 def look(session: Session, window_s: float, now_ns: int) -> View:
     """The last `window_s` seconds of a session as it is on disk; `now_ns` is the wall clock. Raises SessionError."""
     frames = load(session, window_s + _SETTLE_NS / 1e9, COLUMNS)
-    try:
-        before, after = _cursors(session, frames.manifest.updated_ns - round(window_s * 1e9))
-    except (pa.ArrowException, OSError) as error:
-        raise SessionError(f"the raw records of {session.path} cannot be read ({error}): a file is damaged") from error
+    before, after = _cursors(session, frames.manifest.updated_ns - round(window_s * 1e9))
     switched = session_level(session.path).name.lower() if (session.path / LEVEL_FILE).exists() else None
-    beside = Beside(switched, read(session, "steps", None, NEWEST), before, after)
+    exports = tuple(session.read_exports().values())
+    beside = Beside(switched, read(session, "steps", None, NEWEST), before, after, exports)
     return view(frames, beside, str(session.path), window_s, now_ns)
 
 
@@ -211,7 +209,7 @@ def view(frames: Frames, beside: Beside, path: str, window_s: float, now_ns: int
         # Without the requests: those that ended in the window began before it, and would stretch the observed time.
         timelines=stage_breakdown(requests[:0], steps, recent["segments"], None).timelines,
         rings=_fills(manifest, beside),
-        health=health(manifest),
+        health=health(manifest, beside.exports),
     )
 
 
@@ -312,10 +310,15 @@ def _cursors(session: Session, since_ns: int) -> tuple[Cursors | None, Cursors |
     """The cursors of the last commit of raw records up to `since_ns` (wall), and of the last one after it."""
     after = None
     for part in reversed(session.raw_parts()):
-        wall_ns = part.stat().st_mtime_ns
-        if wall_ns <= since_ns:  # what was read after it was written shortly before the next commit at the earliest
-            return Cursors(max(wall_ns, since_ns - _COMMIT_NS), session.read_raw(part)[1]), after
-        after = after or Cursors(wall_ns, session.read_raw(part)[1])
+        for commit in reversed(session.read_commits(part)):
+            if not commit.rings:
+                continue
+            slots = {name: mark.cursors for name, mark in commit.rings.items()}
+            if (
+                commit.wall_ns <= since_ns
+            ):  # what was read after it was so shortly before the next commit at the earliest
+                return Cursors(max(commit.wall_ns, since_ns - _COMMIT_NS), slots), after
+            after = after or Cursors(commit.wall_ns, slots)
     return None, after
 
 
@@ -552,6 +555,13 @@ def _trouble(state: Health, width: int) -> list[Text]:
     errors = [Text(f"{plain(name)} {count}", "red") for name, count in state.errors.items()] or [Text("none")]
     if state.hooks:
         errors.append(Text(f"{len(state.hooks)} hooks are not installed (stagetrace report)", "yellow"))
+    exports = [
+        Text(f"{plain(each.target)}: {each.waiting} commits wait, {plain(each.trouble)}", "red")
+        for each in state.exports
+        if each.trouble
+    ]
+    if exports:
+        errors += exports
     return [*_flow("losses", [*lost, read_], width), *_flow("errors", errors, width)]
 
 

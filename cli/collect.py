@@ -11,6 +11,8 @@ import typer
 
 from stagetrace.instrument.identity import claim_identity
 
+from .options import KeepOption, checked_keep
+
 
 def collect(
     directory: Annotated[Path, typer.Argument(help="The session's directory; made if it is not there.")],
@@ -18,21 +20,31 @@ def collect(
     level: Annotated[
         str, typer.Option(help="The level that the engines were started with, for the manifest.")
     ] = "step",
+    keep: KeepOption = None,
     beside: Annotated[bool, typer.Option("--beside", hidden=True, help="Started by `stagetrace run`.")] = False,
 ) -> None:
-    """Collects from the engines that have STAGETRACE_SESSION=DIRECTORY, until SIGTERM or Ctrl-C."""
-    # Imported here: pyarrow and the OpenTelemetry SDK take longer to import than most commands to run.
+    """Collects from the engines that have STAGETRACE_SESSION=DIRECTORY, until SIGTERM or Ctrl-C.
+
+    Engines start and stop as they like, before and after it. Exit status: 0, 1 when something could not be written, 2
+    when DIRECTORY cannot be used.
+    """
+    # Imported here: pyarrow takes longer to import than most commands to run.
     from stagetrace.exporters.background import stop_at_signal, stop_when_told
     from stagetrace.exporters.collector import Collector
-    from stagetrace.exporters.otlp import OtlpSink
+    from stagetrace.exporters.export_process import ExportProcess
+    from stagetrace.exporters.otel_settings import destination
+    from stagetrace.exporters.retention import parse_keep
     from stagetrace.exporters.session import Session, SessionError
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    bounds = parse_keep(checked_keep(keep))
     try:
         session = Session(directory, claim_identity(directory))
-        sink = OtlpSink.from_environment(os.environ, session.identity.key)
-        collector = Collector(session, command or (), level, sink)
+        collector = Collector(session, command or (), level, bounds)
+        if destination(os.environ) is not None:
+            collector.export = ExportProcess(session)
     except (OSError, SessionError) as error:
         typer.echo(f"stagetrace collect: cannot use {directory} as a session: {error}", err=True)
         raise typer.Exit(2) from error
-    collector.run(stop_when_told(collector.alive) if beside else stop_at_signal())
+    if not collector.run(stop_when_told(collector.alive) if beside else stop_at_signal()):
+        raise typer.Exit(1)

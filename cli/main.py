@@ -7,6 +7,9 @@ import typer
 from .collect import collect
 from .ctl import ctl
 from .doctor import doctor
+from .export import export
+from .follow import follow
+from .rebuild import rebuild
 from .report import report
 from .run import run
 from .top import top
@@ -23,7 +26,10 @@ app.command(context_settings=PASS_ON)(run)
 app.command()(report)
 app.command()(top)
 app.command()(collect)
+app.command()(export)
+app.command()(rebuild)
 app.command()(doctor)
+app.command(hidden=True)(follow)
 app.add_typer(ctl)
 
 

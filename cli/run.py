@@ -12,6 +12,8 @@ import typer
 from stagetrace.instrument.identity import claim_identity
 from stagetrace.instrument.stages import Level
 
+from .options import KeepOption, checked_keep
+
 LEVELS = [level.name.lower() for level in Level]
 
 
@@ -25,6 +27,7 @@ def run(
         str | None,
         typer.Option(help="Install hooks up to this level, for `stagetrace ctl`; by default --level or step."),
     ] = None,
+    keep: KeepOption = None,
     log: Annotated[Path | None, typer.Option(help="Send the command's output to this file.")] = None,
     report: Annotated[bool, typer.Option(help="Print where the time went when the command has ended.")] = True,
 ) -> None:
@@ -36,35 +39,36 @@ def run(
     from stagetrace.exporters.arm import armed_environment
     from stagetrace.exporters.background import Background
     from stagetrace.exporters.foreground import CannotStart, end_as, run_in_foreground
-    from stagetrace.exporters.session import Session, SessionError, new_session_path
+    from stagetrace.exporters.session import DEFAULT_ROOT, Session, SessionError, new_session_path
 
     for name in (level, max_level or level):
         if name not in LEVELS:
             _fail(f"there is no level {name!r}: choose one of {', '.join(LEVELS)}", 2)
-    path = session or new_session_path()
-    if (path / "session.json").exists():
-        _fail(f"{path} holds a session already: name a new directory, or leave --session out", 2)
+    kept = checked_keep(keep)
+    if session is not None and (session / "session.json").exists():
+        _fail(f"{session} holds a session already: name a new directory, or leave --session out", 2)
     with ExitStack() as closing:
         try:
             output = closing.enter_context(open(log, "wb")) if log else None
         except OSError as error:
             _fail(f"cannot write {log}: {error.strerror}", 2)
         try:
+            path = session or new_session_path()
             recording = Session(path, claim_identity(path))
         except OSError as error:
-            _fail(f"cannot record into {path}: {error}", 2)
+            _fail(f"cannot record into {session or Path(DEFAULT_ROOT)}: {error}", 2)
         environment, notes = armed_environment(os.environ, path, level, max_level)
         for note in (*notes, f"recording into {path}"):
-            typer.echo(f"stagetrace: {note}", err=True)
-        collector = Background(recording, level, command)
+            _say(note)
+        collector = Background(recording, ["--level", level, "--keep", kept], command, _say)
         try:
-            status = run_in_foreground(command, environment, output)
+            status = run_in_foreground(command, environment, output, started=collector.started, tend=collector.tend)
         except CannotStart as error:
-            collector.stop()
+            collector.stop(wait_longer=False)
             _fail(f"cannot start the command: {error}", error.status)
-        trouble = collector.stop()
+        trouble = collector.stop(wait_longer=report)
     if trouble:
-        typer.echo(f"stagetrace: {trouble}", err=True)
+        _say(trouble)
     if report:
         # Imported here: the command need not wait for pandas.
         from rich.console import Console
@@ -74,9 +78,13 @@ def run(
         try:
             print_summary(summarise(recording), Console())
         except SessionError as error:
-            typer.echo(f"stagetrace: {error}", err=True)
+            _say(str(error))
     typer.echo(f"session: {path}")
     raise typer.Exit(end_as(status))
+
+
+def _say(message: str) -> None:
+    typer.echo(f"stagetrace: {message}", err=True)
 
 
 def _fail(message: str, status: int) -> NoReturn:

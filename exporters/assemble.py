@@ -1,381 +1,417 @@
 """From records to the session's tables: steps, requests, segments, membership. No clock, no disk, no ring.
 
-`Assembler.add` takes the records of a batch and explicit time; `take` gives the rows that are final. The state it holds
-is that of what is open: live requests, steps in flight, the last step's members.
+`Assembler.add` takes the slots of a batch; `take` gives the rows that are final at an explicit time. What is kept in
+between is what is open: live requests, steps in flight, the last step's members; each of it is bounded, whatever the
+slots hold. Records and rows are columns; only steps, and changes of the batch, are taken one by one.
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from stagetrace.instrument.records import Change, RecordType, Text
-from stagetrace.instrument.stages import BY_ID, BY_NAME, STEP_COMPOSITION, Kind, Level, phase
+from stagetrace.instrument.records import Text
+from stagetrace.instrument.stages import Level
 
-from .decode import Parts, decode, text_of
-from .requests import Request, state_row
+from .decode import Records, decode
+from .drain import SLOT, Batch
+from .instances import Instance
+from .long_records import Parts
+from .membership import Batch as EngineBatch
+from .membership import Found
+from .processes import Processes, parse, small_integer
+from .request_rows import LOST, OPEN, STATUSES, request_tables
+from .requests import Lives, OpenRequests, Request
+from .segments import Held, Settled, Timelines
 from .session import TABLES
-from .timelines import Segment, nest, overlap
+from .steps import COMPLETE, INCOMPLETE, PARTIAL, RANKS_MISSING, Step, steps_table
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from .control import Switch
-    from .drain import Batch
+    from .decode import Snapshot
+    from .drain import Slots
+
+Column = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 
 RANKS_PATIENCE_NS = 5_000_000_000  # a step whose ranks have not all reported by then is `ranks_missing`
 SWITCH_PATIENCE_NS = 5_000_000_000  # what a switch to a lower level left open is closed as partial then
 REQUEST_PATIENCE_NS = 60_000_000_000  # a request that ended on one side is closed without the other's word then
 STEP_PATIENCE_NS = 1_000_000_000  # a request waits so long for the end of its last step
 _FOREVER = 1 << 62  # ns
-_MOST_PENDING = 20_000  # segments of a timeline held back for a parent
-_MOST_IN_FLIGHT = 64  # a step that so many later ones have overtaken has no end to come
-
-_RANK_STEP = BY_NAME["rank_step"].id
-_CHUNK = BY_NAME["prefill_chunk"].id
-# A segment that can have no segment around it closes what was recorded on its timeline before it. Occasions can come
-# inside anything.
-_OUTERMOST = {
-    stage.id
-    for stage in BY_ID.values()
-    if stage.kind in (Kind.SEGMENT, Kind.ENVELOPE) and not {*stage.inside} - {"step"}
-}
-
-Rows = dict[str, list[dict[str, Any]]]
-
-
-@dataclass
-class Step:
-    """A step that is not closed yet."""
-
-    process: int
-    thread: int
-    begin: int
-    scheduled: int
-    composition: tuple[int, ...]
-    end: int = 0
-    unattributed: int = 0
-    members: int | None = None
-    output_tokens: int | None = None
-
-    @property
-    def phase(self) -> str:
-        """prefill, decode or mixed."""
-        named = dict(zip((attribute.name for attribute in STEP_COMPOSITION), self.composition, strict=True))
-        return phase(named["prefill_tokens"], named["decode_tokens"]).value
-
-
-@dataclass
-class Instance:
-    """One engine instance: its open steps and who is in the batch."""
-
-    process: int = 0
-    ended: bool = False  # its process is dead
-    ranks: int = 1
-    steps: dict[int, Step] = field(default_factory=dict)
-    reported: dict[int, set[int]] = field(default_factory=dict)  # step -> ranks
-    held: dict[int, list[tuple[int, Segment]]] = field(default_factory=dict)  # step -> segments of it, by process
-    changes: deque[tuple[int, int, int, tuple[int, ...]]] = field(default_factory=deque)  # step, sequence, kind, words
-    members: dict[int, int] = field(default_factory=dict)  # request -> first step of its run
-    known: bool = False  # whether `members` is what the engine has
-    last_token: dict[int, int] = field(default_factory=dict)
-    last_end: int = 0  # of the last step that ended
-    closed: int = 0  # highest step whose end came
-    covered: deque[tuple[int, int]] = field(default_factory=deque)  # outermost segments of the scheduler's timeline
+_MOST_INSTANCES = 256
+_MOST_RANKS = 1 << 20
 
 
 @dataclass
 class Source:
-    """One process's records: parts of long ones, and its timelines."""
+    """One process's records: parts of long ones, its timelines, and what was added since they were last looked at."""
 
+    timelines: Timelines
     control_parts: Parts = field(default_factory=Parts)
     detail_parts: Parts = field(default_factory=Parts)
-    pending: dict[int, list[Segment]] = field(default_factory=dict)  # thread -> segments without a parent yet
-    schedulers: dict[int, int] = field(default_factory=dict)  # thread -> engine instance whose scheduler runs on it
+    added: list[Batch] = field(default_factory=list)
     last_ns: int = 0
     gap_end: int = 0  # number of the first control record after all that was lost
 
 
 class Assembler:
-    """Explicit state of the assembly of one session. `key` is the session's, for ids."""
+    """Explicit state of the assembly of one session. `key` is the session's, for ids.
+
+    What `take` and `finish` return follows from the batches added, `switches`, and the times of all takes: the
+    batches of one process are taken together, and processes in the order of their keys.
+    """
 
     def __init__(self, key: bytes):
         self.key = key
-        self.requests: dict[int, Request] = {}
-        self.instances: dict[int, Instance] = {}
-        self.sources: dict[int, Source] = {}
-        self.info: dict[int, dict[str, Any]] = {}  # process -> what it said it is
-        self.hooks: dict[int, dict[str, dict[str, str]]] = {}  # process -> hook point -> what became of it
-        self.hook_names: dict[int, dict[int, str]] = {}  # process -> index -> hook point
-        self.counts: Counter[str] = Counter()
         self.switches: list[Switch] = []  # of the level, so far; set by the owner before records are added
-        self._over: set[int] = set()  # requests that were over at the last take
-        self._rows: Rows = {name: [] for name in TABLES}
+        self._sources: dict[int, Source] = {}
+        self._requests = OpenRequests()
+        self._instances: dict[int, Instance] = {}
+        self._processes = Processes()
+        self._held = Held()
+        self._found = Found()
+        self._counts: Counter[str] = Counter()
+        self._over: Column = np.empty(0, np.int64)  # requests that were over at the last take
+
+    @property
+    def requests(self) -> Mapping[int, Request]:
+        """The requests that are not over, by handle."""
+        self._flush()
+        return self._requests.by_handle
+
+    @property
+    def instances(self) -> Mapping[int, Instance]:
+        """The engine instances, by number."""
+        self._flush()
+        return self._instances
+
+    @property
+    def info(self) -> Mapping[int, dict[str, Any]]:
+        """What each process said it is."""
+        self._flush()
+        return self._processes.info
+
+    @property
+    def hooks(self) -> Mapping[int, dict[str, dict[str, str]]]:
+        """Of each process, hook point -> what became of it."""
+        self._flush()
+        return self._processes.hooks
+
+    @property
+    def hook_names(self) -> Mapping[int, dict[int, str]]:
+        """Of each process, index -> hook point."""
+        self._flush()
+        return self._processes.hook_names
+
+    @property
+    def counts(self) -> Counter[str]:
+        """What was not as it should be, by reason."""
+        self._flush()
+        return self._counts
+
+    def sizes(self) -> dict[str, int]:
+        """How much of what is kept: none of it grows with the length of a session."""
+        self._flush()
+        instances, sources = self._instances.values(), self._sources.values()
+        return {
+            "requests": len(self._requests),
+            "instances": len(instances),
+            "steps": sum(len(one.open) + len(one.waiting) + len(one.closed) for one in instances),
+            "members": sum(len(one.batch.members) for one in instances),
+            "tokens": sum(len(one.batch.apart) + len(one.batch.left) for one in instances),
+            "changes": sum(len(one.batch.changes) for one in instances),
+            "covered": sum(len(one.covered) for one in instances),
+            "segments": len(self._held) + sum(source.timelines.pending.shape[1] for source in sources),
+            "parts": sum(len(source.control_parts) + len(source.detail_parts) for source in sources),
+        }
 
     # In
 
     def add(self, batch: Batch) -> None:
         """Takes in what one poll of one ring brought."""
-        source = self.sources.setdefault(batch.process, Source())
-        records = decode(batch.control, batch.detail, source.control_parts, source.detail_parts)
-        self.counts["corrupt"] += records.corrupt
-        self.counts["incomplete"] += records.incomplete
-        if batch.gap:
-            source.gap_end = max(source.gap_end, batch.gap_end)
-            for number, instance in self.instances.items():
-                if instance.process == batch.process:
-                    self._members_unknown(number, instance)
-        for sequence, type_, stage, words in records.controls:
-            self._control(batch.process, source, sequence, type_, stage, words)
-        self._detail(batch.process, source, records.segments, records.steps)
-        if batch.ended:
-            self._process_ended(batch.process, source)
+        source = self._sources.get(batch.process)
+        if source is None:
+            source = self._sources[batch.process] = Source(Timelines(batch.process))
+        source.added.append(batch)
 
-    def _control(
-        self, process: int, source: Source, sequence: int, type_: int, stage: int, words: tuple[int, ...]
-    ) -> None:
-        if type_ == RecordType.TEXT:
-            self._text(process, *text_of(words))
-        elif type_ == RecordType.MEMBER:
-            self._instance(words[3]).changes.append((words[4], sequence, type_, (stage, *words)))
-        elif type_ == RecordType.SNAPSHOT:
-            self._instance(words[0]).changes.append((words[1], sequence, type_, words))
-        elif type_ in (RecordType.STATE, RecordType.EVENT):
-            request = self._request(words[2])
-            (request.enter if type_ == RecordType.STATE else request.happen)(stage, words)
-            source.last_ns = max(source.last_ns, words[1])
+    def _flush(self) -> None:
+        """Decodes what was added: by process, in one piece from gap to gap."""
+        ended = []
+        for process in sorted(process for process, source in self._sources.items() if source.added):
+            source = self._sources[process]
+            added, source.added = source.added, []
+            firsts = [at for at, batch in enumerate(added) if batch.gap and at]
+            for first, last in zip([0, *firsts], [*firsts, len(added)], strict=True):
+                self._add_piece(process, source, added[first:last])
+            if any(batch.ended for batch in added):
+                ended.append(process)
+        for process in ended:  # last: what other processes wrote of its steps is known by now
+            self._process_ended(process, self._sources[process])
 
-    def _text(self, process: int, handle: int, kind: int, text: str) -> None:
-        if kind in (Text.REQUEST_ID, Text.EXTERNAL_ID, Text.TRACE_CONTEXT):
-            self._request(handle).texts[kind] = text
-            return
-        try:
-            data = json.loads(text)
-        except ValueError:
-            data = None
-        if not isinstance(data, dict):
-            self.counts["corrupt"] += 1
-            return
-        if kind == Text.PROCESS:
-            info = self.info.setdefault(process, {})
-            roles = [role for role in (info.get("role"), data.get("role")) if role]
-            info.update(data, role="+".join(dict.fromkeys(roles)))
-            if "instance" in data:
-                instance = self._instance(int(data["instance"]))
-                instance.process = process
-                instance.ranks = int(data.get("world_size", 1))
+    def _add_piece(self, process: int, source: Source, batches: list[Batch]) -> None:
+        if batches[0].gap:
+            source.gap_end = max(source.gap_end, batches[0].gap_end)
+            for instance in self._instances.values():
+                if instance.process == process:
+                    instance.batch.forget(instance.newest)
+        control, detail = _joined([one.control for one in batches]), _joined([one.detail for one in batches])
+        records = decode(control, detail, source.control_parts, source.detail_parts)
+        self._counts["corrupt"] += records.corrupt
+        self._counts["incomplete"] += records.incomplete
+        self._control(process, source, records)
+        self._detail(process, source, records)
+
+    def _control(self, process: int, source: Source, records: Records) -> None:
+        for record in records.texts:
+            if record.kind in (Text.REQUEST_ID, Text.EXTERNAL_ID, Text.TRACE_CONTEXT):
+                self._requests.name(record.handle, record.kind, record.text)
+            else:
+                self._told(process, record.handle, record.kind, record.text)
+        self._changes(records)
+        self._requests.add(records.states, records.events)
+        for rows in (records.states, records.events):
+            if len(rows):
+                source.last_ns = max(source.last_ns, int(rows.words[1].max()))
+
+    def _told(self, process: int, handle: int, kind: int, text: str) -> None:
+        data = parse(text)
+        if data is None:
+            self._counts["corrupt"] += 1
+        elif kind == Text.PROCESS:
+            self._processes.told(process, data)
+            self._runs(process, data)
         elif kind == Text.HOOK:
-            hook = {name: str(data.get(name, "")) for name in ("name", "status", "why", "gives")}
-            self.hooks.setdefault(process, {})[hook["name"]] = hook
-            self.hook_names.setdefault(process, {})[int(data.get("index", handle))] = hook["name"]
+            self._processes.hooked(process, handle, data)
 
-    def _detail(
-        self,
-        process: int,
-        source: Source,
-        segments: list[tuple[int, ...]],
-        steps: list[tuple[int, int, tuple[int, ...]]],
-    ) -> None:
-        """Segments and steps in the order of their records, which is that of their ends."""
-        ordered = sorted([(row[0], None, row) for row in segments] + [(row[0], row[1], row[2]) for row in steps])
-        for _, type_, row in ordered:
-            if type_ is None:
-                sequence, stage, thread, begin, end, instance, step, *attributes = row
-                segment = Segment(sequence, stage, thread, begin, end, instance, step, tuple(attributes))
-                source.last_ns = max(source.last_ns, end)
-                pending = source.pending.setdefault(thread, [])
-                pending.append(segment)
-                if stage == _RANK_STEP and step:
-                    self._instance(instance).reported.setdefault(step, set()).add(attributes[0])
-                outermost = stage in _OUTERMOST and thread not in source.schedulers
-                if outermost or len(pending) > _MOST_PENDING:
-                    self._settle(process, source, thread)
-            elif type_ == RecordType.STEP_BEGIN:
-                thread, begin, scheduled, instance, step, *composition = row
-                source.schedulers[thread] = instance
-                self._instance(instance).process = process
-                self._instance(instance).steps[step] = Step(process, thread, begin, scheduled, tuple(composition))
+    def _runs(self, process: int, data: dict[str, Any]) -> None:
+        """A process may say which engine instance's scheduler it runs, and how many ranks that has."""
+        number = small_integer(data.get("instance"))
+        instance = self._instance(number) if number else None
+        if instance is not None:
+            instance.process = process
+            instance.ranks = min(small_integer(data.get("world_size"), 1) or 1, _MOST_RANKS)
+
+    def introduce(self, process: int, info: dict[str, Any], hooks: list[dict[str, str]]) -> None:
+        """Makes a process known whose own words about itself are no longer among the records."""
+        self._processes.introduce(process, info, hooks)
+        self._runs(process, info)
+
+    def _changes(self, records: Records) -> None:
+        """Changes of batches, and snapshots of them, in the order of their records."""
+        members = records.members
+        request, q, kv, number, step, last, cached = members.words[:7]
+        rows = zip(
+            members.number.tolist(), number.tolist(), step.tolist(), members.stage.tolist(),
+            request.tolist(), q.tolist(), kv.tolist(), last.tolist(), cached.tolist(), strict=True,
+        )  # fmt: skip
+        snapshots = iter(records.snapshots)
+        snapshot = next(snapshots, None)
+        for record, of, at, *words in rows:
+            while snapshot is not None and snapshot.number < record:
+                self._snapshot(snapshot)
+                snapshot = next(snapshots, None)
+            instance = self._instances.get(of) or self._instance(of)
+            if instance is not None:
+                instance.batch.changes.append((at, record, *words))
+        while snapshot is not None:
+            self._snapshot(snapshot)
+            snapshot = next(snapshots, None)
+        for instance in self._instances.values():
+            self._count("changes_given_up", instance.batch.give_up(instance.newest))
+
+    def _snapshot(self, snapshot: Snapshot) -> None:
+        instance = self._instance(snapshot.instance)
+        if instance is not None:
+            instance.batch.add_snapshot(snapshot.step, snapshot.sequence, snapshot.requests)
+
+    def _detail(self, process: int, source: Source, records: Records) -> None:
+        begins, ends = records.step_begins, records.step_ends
+        settled = source.timelines.settle(records.segments, begins, ends)
+        self._keep(settled)
+        for rows, end in ((records.segments, 2), (ends, 1)):
+            if len(rows):
+                source.last_ns = max(source.last_ns, int(rows.words[end].max()))
+        begun = begins.words.T.tolist()
+        ended = [*zip(*(ends.words[i].tolist() for i in (0, 1, 3, 4)), settled.groups, strict=True)]
+        for at in np.argsort(np.concatenate([begins.number, ends.number]), kind="stable").tolist():
+            if at < len(begun):
+                thread, begin, scheduled, number, step, *composition = begun[at]
+                instance = self._instances.get(number) or self._instance(number)
+                if instance is not None:
+                    instance.process = process
+                    instance.begin(Step(number, step, process, thread, begin, scheduled, composition))
             else:
-                thread, end, _, instance, step, *_ = row
-                source.last_ns = max(source.last_ns, end)
-                self._settle(process, source, thread)
-                self._step_ended(instance, step, end)
+                thread, end, number, step, group = ended[at - len(begun)]
+                cover = settled.covers.get(thread)
+                self._step_ended(number, step, end, cover.up_to(group) if cover else [])
+        for thread, cover in settled.covers.items():
+            rest = cover.rest()
+            if rest and (instance := self._instances.get(source.timelines.schedulers[thread])) is not None:
+                instance.cover(rest)
 
-    def _settle(self, process: int, source: Source, thread: int) -> None:
-        """Nests what is pending on a timeline; segments of a step wait for it, the others are final."""
-        segments = source.pending.pop(thread, [])
-        self.counts["accounting_conflict"] += nest(segments)
-        covered = self._instance(source.schedulers[thread]).covered if thread in source.schedulers else None
-        for segment in segments:
-            parent = segment.parent
-            if parent is not None and not segment.step:  # a gc_pause, say: it belongs to the step that it fell in
-                segment.instance, segment.step = parent.instance, parent.step
-            if covered is not None and parent is None:
-                covered.append((segment.begin, segment.end))
-            if segment.step:
-                self._instance(segment.instance).held.setdefault(segment.step, []).append((process, segment))
-            else:
-                self._rows["segments"].append(_segment_row(process, segment, None))
+    def _keep(self, settled: Settled) -> None:
+        self._counts["accounting_conflict"] += settled.conflicts
+        self._held.add(settled.block)
 
-    # Steps and who is in them
-
-    def _step_ended(self, number: int, step_number: int, end: int) -> None:
-        instance = self._instance(number)
-        step = instance.steps.get(step_number)
-        if step is None:
-            self.counts["steps_without_begin"] += 1
+    def _step_ended(self, number: int, step_number: int, end: int, covered: list[tuple[int, int]]) -> None:
+        instance = self._instances.get(number) or self._instance(number)
+        step = instance.end(step_number, end, covered) if instance is not None else None
+        if step is None or instance is None:
+            self._counts["steps_without_begin"] += 1
             return
-        step.end = end
-        for overtaken in [n for n, s in instance.steps.items() if not s.end and n < step_number - _MOST_IN_FLIGHT]:
-            instance.steps[overtaken].end = instance.steps[overtaken].scheduled
-            self._close_step(number, instance, overtaken, "partial")  # recording was switched, or its end was lost
-        oldest = min([step.begin, *(other.begin for other in instance.steps.values() if not other.end)])
-        while instance.covered and instance.covered[0][1] <= oldest:
-            instance.covered.popleft()
-        step.unattributed = end - step.begin - overlap(list(instance.covered), step.begin, end)
-        if step_number != instance.closed + 1:  # who received tokens in the steps between is not recorded
-            instance.last_token.clear()
-        instance.closed = max(instance.closed, step_number)
-        if self._cut(instance.last_end, step.begin, Level.STEP):  # tokens came that were not recorded
-            instance.last_token.clear()
+        # Who received tokens in steps between, or while nothing was recorded, is not known.
+        if step_number != instance.newest + 1 or self._cut(instance.last_end, step.begin, Level.STEP):
+            instance.batch.break_intervals()
+        instance.newest = max(instance.newest, step_number)
         instance.last_end = end
-        self._advance_members(number, instance, step_number, step)
+        source = self._sources.get(instance.process)
+        strays = instance.batch.advance(step, source.gap_end if source else -1)
+        self._count("chunks_without_step", strays)
 
-    def _advance_members(self, number: int, instance: Instance, step_number: int, step: Step) -> None:
-        """Applies the membership changes up to a step, then gives its members their tokens."""
-        chunks: dict[int, tuple[int, ...]] = {}
-        while instance.changes and instance.changes[0][0] <= step_number:
-            at, sequence, kind, words = instance.changes.popleft()
-            if kind == RecordType.SNAPSHOT:
-                source = self.sources.get(instance.process)
-                if instance.known or source is None or sequence > source.gap_end:  # sequence: slot number + 1
-                    self._snapshot(number, instance, at, {*words[3 : 3 + words[2]]})
-                continue
-            change, request, *rest = words
-            if change == Change.LEAVE:
-                self._leave(number, instance, request, at - 1)
-            else:
-                if instance.known:
-                    instance.members.setdefault(request, at)
-                if change == Change.CHUNK:
-                    q, kv, _, _, last, cached, *_ = rest
-                    if at != step_number:  # the end of its step was lost, and so are the chunk's times
-                        self.counts["chunks_without_step"] += 1
-                        continue
-                    chunks[request] = tuple(rest)
-                    values = (q, kv, last, cached)
-                    self._rows["states"].append(state_row(request, _CHUNK, step.begin, step.end, number, at, values))
-        if not instance.known:
-            instance.last_token.clear()
-            return
-        unfinished = {request for request, rest in chunks.items() if not rest[4]}
-        intervals: Counter[int] = Counter()
-        tokens = 0
-        for request in instance.members:
-            if request in unfinished:
-                continue
-            tokens += 1
-            before = instance.last_token.get(request)
-            if before is not None:
-                intervals[step.end - before] += 1
-            instance.last_token[request] = step.end
-            if (state := self.requests.get(request)) is not None:
-                state.last_token_ns = step.end
-        step.members, step.output_tokens = len(instance.members), tokens
-        for interval, count in intervals.items():
-            self._rows["intervals"].append(
-                {
-                    "instance": number,
-                    "step": step_number,
-                    "phase": step.phase,
-                    "interval_ns": interval,
-                    "tokens": count,
-                }
-            )
+    def _instance(self, number: int) -> Instance | None:
+        """An engine instance, known or new. None where there are too many already that said who they are."""
+        instance = self._instances.get(number)
+        if instance is not None:
+            return instance
+        if len(self._instances) >= _MOST_INSTANCES:
+            idle = next((one for one in self._instances.values() if one.is_idle), None)
+            if idle is None:
+                self._count("instances_given_up", 1)
+                return None
+            idle.batch.forget(idle.newest)
+            del self._instances[idle.number]
+        batch = EngineBatch(number, self._requests.by_handle, self._found)
+        instance = self._instances[number] = Instance(number, batch)
+        return instance
 
-    def _snapshot(self, number: int, instance: Instance, step: int, members: set[int]) -> None:
-        for request in [*instance.members]:
-            if request not in members:
-                self._leave(number, instance, request, step - 1)
-        for request in members:
-            instance.members.setdefault(request, step)
-        instance.known = True
-
-    def _members_unknown(self, number: int, instance: Instance) -> None:
-        """A change was lost: until the next snapshot after it nobody's part in a step is known."""
-        for request in [*instance.members]:
-            self._leave(number, instance, request, instance.closed)
-        instance.known = False
-
-    def _leave(self, number: int, instance: Instance, request: int, last: int) -> None:
-        first = instance.members.pop(request, None)
-        if first is None:
-            return
-        self._rows["members"].append(
-            {"handle": request, "instance": number, "first_step": first, "last_step": max(first, last)}
-        )
-        if request not in self.requests:
-            instance.last_token.pop(request, None)
+    def _count(self, what: str, count: int) -> None:
+        if count:
+            self._counts[what] += count
 
     # Out
 
     def take(self, now_ns: int) -> dict[str, pa.Table]:
         """The rows that are final at `now_ns` (monotonic): tables in the schemas of the session."""
-        for number, instance in self.instances.items():
-            for step_number in [n for n, step in instance.steps.items() if step.end]:
-                step = instance.steps[step_number]
-                reported = len(instance.reported.get(step_number, ()))
-                if reported >= instance.ranks:
-                    self._close_step(number, instance, step_number, "complete")
+        self._flush()
+        self._held.merge()
+        steps: list[Step] = []
+        for instance in self._instances.values():
+            reported = self._held.ranks(instance.number) if instance.waiting or instance.closed else {}
+            for step in [*instance.waiting.values()]:
+                if reported.get(step.number, 0) >= instance.ranks:
+                    instance.close(step, COMPLETE)
                 elif now_ns - step.end > RANKS_PATIENCE_NS:
-                    self._close_step(number, instance, step_number, "ranks_missing")
-            self._forget_strays(instance)
+                    instance.close(step, RANKS_MISSING)
+            for switch in self._passed(now_ns, Level.STEP):
+                for step in [step for step in instance.open.values() if step.begin <= switch.end_ns]:
+                    instance.cut(step)
+            steps += self._closed_steps(instance, reported)
+        return self._tables(steps, *self._take_requests(now_ns))
+
+    def _passed(self, now_ns: int, level: Level) -> list[Switch]:
+        """The switches to below a level that were so long ago that what they cut has no end to come."""
+        return [
+            switch
+            for switch in self.switches
+            if now_ns - switch.end_ns >= SWITCH_PATIENCE_NS and switch.crosses(level) and switch.after < level
+        ]
+
+    def _closed_steps(self, instance: Instance, reported: dict[int, int]) -> list[Step]:
+        """The steps that wait for no more, with what is still to be said of them; their segments are let go."""
+        closed, instance.closed = instance.closed, []
+        for step in closed:
+            step.ranks, step.reported = instance.ranks, reported.get(step.number, 0)
+            if self._cut(step.begin, step.end, Level.STEP):
+                step.status = PARTIAL
+        phases = {step.number: step.phase for step in closed}
+        self._held.release(instance.number, phases, [*instance.open, *instance.waiting], instance.newest)
+        return closed
+
+    def _take_requests(self, now_ns: int) -> tuple[pa.Table, pa.Table]:
+        lives = self._requests.lives()
+        if not len(lives):
+            self._over = lives.handle
+            return TABLES["requests"].empty_table(), TABLES["states"].empty_table()
+        over, ending, last_ns, handle = lives.over, lives.ending, lives.last_ns, lives.handle
+        cut = np.zeros(len(lives), np.bool_)
+        for switch in self._passed(now_ns, Level.REQUEST):
+            cut |= ~over & (last_ns <= switch.end_ns)
+        dead, newest = self._engines(lives)
+        waits = (newest < lives.last_step) & (now_ns - last_ns <= STEP_PATIENCE_NS)
+        is_over = np.where(dead, over | ~ending, over & ~waits) & ~cut
         # A request that is over is closed at the next take: records of it may be on their way through another ring.
-        self._close_what_was_cut(now_ns)
-        over = {request.handle for request in self.requests.values() if self._is_over(request, now_ns)}
-        for request in [*self.requests.values()]:
-            late = request.ending and now_ns - request.last_ns > REQUEST_PATIENCE_NS
-            if late or (request.handle in over and request.handle in self._over):
-                self._close_request(request, "open")
-        self._over = over
-        return self._tables()
+        late = ending & (now_ns - last_ns > REQUEST_PATIENCE_NS)
+        crowded = self._requests.too_many(lives)
+        self._count("requests_given_up", int(np.count_nonzero(crowded)))
+        closing = cut | late | crowded | is_over & np.isin(handle, self._over)
+        self._over = handle[is_over]
+        return self._close_requests(lives, closing, cut | crowded, OPEN)
 
-    def finish(self, open_status: str = "open") -> dict[str, pa.Table]:
-        """The rest, when nothing more will come. What is open gets `open_status`: open, or lost when all are dead."""
-        for process, source in self.sources.items():
-            self._settle_rest(process, source)
-        for number, instance in self.instances.items():
-            for step_number, step in [*instance.steps.items()]:
-                reported = len(instance.reported.get(step_number, ()))
-                whole = "complete" if reported >= instance.ranks else "ranks_missing"
-                if step.end:
-                    self._close_step(number, instance, step_number, whole)
-            self._close_open_steps(number, instance)
-            for member in [*instance.members]:
-                self._leave(number, instance, member, instance.closed)
-            for step_number in [*instance.held]:
-                self._release(instance, step_number, None)
-        for request in [*self.requests.values()]:
-            self._close_request(request, open_status)
-        return self._tables()
+    def _engines(self, lives: Lives) -> tuple[Flags, Column]:
+        """Of each request's engine, whether it is dead, and the highest step whose end came; the largest for none."""
+        dead, newest = np.zeros(len(lives), np.bool_), np.full(len(lives), np.iinfo(np.int64).max)
+        number = lives.instance
+        for one in np.unique(number).tolist():
+            if (instance := self._instances.get(one)) is not None:
+                mine = number == one
+                dead[mine], newest[mine] = instance.ended, instance.newest
+        return dead, newest
 
-    def _close_what_was_cut(self, now_ns: int) -> None:
-        """Closes what was open when the level went below what it needs: its end was not recorded and will not be."""
+    def _close_requests(self, lives: Lives, closing: Flags, cut: Flags, open_status: int) -> tuple[pa.Table, pa.Table]:
+        """Rows of the requests that are `closing`; `open_status` is that of those that did not end."""
+        dead = self._engines(lives)[0]
+        requests = self._requests.remove(lives, closing)
+        lives, cut, dead = lives.of(closing), cut[closing], dead[closing]
+        last_token = self._leave_batches(lives)
+        # A straggler of a request that was closed, or one whose states were dropped.
+        stateful = lives.stateful if len(lives) else closing[:0]
+        self._counts["requests_without_state"] += len(lives) - int(np.count_nonzero(stateful))
+        if not stateful.any():
+            return TABLES["requests"].empty_table(), TABLES["states"].empty_table()
+        requests = [request for request, has in zip(requests, stateful.tolist(), strict=True) if has]
+        lives, cut, dead, last_token = lives.of(stateful), cut[stateful], dead[stateful], last_token[stateful]
+        # One that did not end may have done so while nothing was recorded: every switch since its begin cuts it.
+        begin = lives.begin_ns
+        cut = cut | ~lives.over & self._switched(begin, np.full(len(begin), _FOREVER))
+        return request_tables(
+            lives,
+            requests,
+            self.key,
+            open_status=np.where(cut, OPEN, np.where(dead, LOST, open_status)),
+            last_token=last_token,
+            cut=cut,
+            switched=self._switched,
+        )
+
+    def _leave_batches(self, lives: Lives) -> Column:
+        """Takes requests that are over out of the batches; when each got its last token, in ns, or 0."""
+        last_token = []
+        for handle, number in zip(lives.handle.tolist(), lives.instance.tolist(), strict=True):
+            last = 0
+            for instance in self._instances.values():
+                last = max(last, instance.batch.last_token(handle))
+                if instance.number == number:
+                    instance.batch.close(handle, instance.newest)
+                else:
+                    instance.batch.left.pop(handle, None)
+            last_token.append(last)
+        return np.array(last_token, np.int64)
+
+    def _switched(self, begin: Column, end: Column) -> Flags:
+        """Whether recording of requests was switched on or off in [begin, end], in ns."""
+        found = np.zeros(len(begin), np.bool_)
         for switch in self.switches:
-            if now_ns - switch.end_ns < SWITCH_PATIENCE_NS:
-                continue
-            if switch.crosses(Level.STEP) and switch.after < Level.STEP:
-                for number, instance in self.instances.items():
-                    for step_number, step in [*instance.steps.items()]:
-                        if not step.end and step.begin <= switch.end_ns:
-                            step.end = step.scheduled
-                            self._close_step(number, instance, step_number, "partial")
-            if switch.crosses(Level.REQUEST) and switch.after < Level.REQUEST:
-                for request in [*self.requests.values()]:
-                    if request.last_ns <= switch.end_ns and not request.over:
-                        self._close_request(request, "open", cut=True)
+            if switch.crosses(Level.REQUEST):
+                found |= (switch.begin_ns <= end) & (begin <= switch.end_ns)
+        return found
 
     def _cut(self, begin: int, end: int, level: Level) -> bool:
         """Whether recording at `level` was switched on or off in [begin, end], in ns."""
@@ -383,116 +419,61 @@ class Assembler:
             switch.crosses(level) and switch.begin_ns <= end and begin <= switch.end_ns for switch in self.switches
         )
 
+    def finish(self, open_status: str = "open") -> dict[str, pa.Table]:
+        """The rest, when nothing more will come. What is open gets `open_status`: open, or lost when all are dead."""
+        self._flush()
+        for process in sorted(self._sources):
+            self._settle_rest(self._sources[process])
+        self._held.merge()
+        steps: list[Step] = []
+        for instance in self._instances.values():
+            reported = self._held.ranks(instance.number)
+            for step in [*instance.waiting.values()]:
+                whole = reported.get(step.number, 0) >= instance.ranks
+                instance.close(step, COMPLETE if whole else RANKS_MISSING)
+            self._close_open_steps(instance)
+            steps += self._closed_steps(instance, reported)
+            instance.batch.forget(instance.newest)
+        self._held.release_all()
+        lives = self._requests.lives()
+        everyone = np.ones(len(lives), np.bool_)
+        if len(lives):
+            requests = self._close_requests(lives, everyone, ~everyone, STATUSES.index(open_status))
+        else:
+            requests = TABLES["requests"].empty_table(), TABLES["states"].empty_table()
+        self._requests.by_handle.clear()
+        return self._tables(steps, *requests)
+
     def _process_ended(self, process: int, source: Source) -> None:
-        self._settle_rest(process, source)
-        for number, instance in self.instances.items():
+        self._settle_rest(source)
+        for instance in self._instances.values():
             if instance.process == process:
                 instance.ended = True
-                self._close_open_steps(number, instance)
+                self._close_open_steps(instance)
 
-    def _settle_rest(self, process: int, source: Source) -> None:
-        self.counts["incomplete"] += source.control_parts.give_up(1 << 63) + source.detail_parts.give_up(1 << 63)
-        for thread in [*source.pending]:
-            self._settle(process, source, thread)
+    def _settle_rest(self, source: Source) -> None:
+        self._counts["incomplete"] += source.control_parts.give_up(1 << 63) + source.detail_parts.give_up(1 << 63)
+        self._keep(source.timelines.rest())
 
-    def _close_open_steps(self, number: int, instance: Instance) -> None:
-        for step_number, step in [*instance.steps.items()]:
-            if not step.end:
-                step.end = max(self.sources[step.process].last_ns, step.scheduled)
-                self._close_step(number, instance, step_number, "incomplete")
+    def _close_open_steps(self, instance: Instance) -> None:
+        for step in [*instance.open.values()]:
+            step.end = max(self._sources[step.process].last_ns, step.scheduled)
+            instance.close(step, INCOMPLETE)
 
-    def _is_over(self, request: Request, now_ns: int) -> bool:
-        """Whether nothing more will come of a request: it ended, or its engine did."""
-        instance = self.instances.get(request.instance)
-        if instance is not None and instance.ended:
-            return request.over or not request.ending
-        waits = instance is not None and instance.closed < request.last_step
-        return request.over and not (waits and now_ns - request.last_ns <= STEP_PATIENCE_NS)
-
-    def _close_step(self, number: int, instance: Instance, step_number: int, status: str) -> None:
-        step = instance.steps.pop(step_number)
-        if self._cut(step.begin, step.end, Level.STEP):
-            status = "partial"
-        named = dict(zip((attribute.name for attribute in STEP_COMPOSITION), step.composition, strict=True))
-        self._rows["steps"].append(
-            {
-                "instance": number,
-                "step": step_number,
-                "process": step.process,
-                "thread": step.thread,
-                "phase": step.phase,
-                "status": status,
-                "begin_ns": step.begin,
-                "scheduled_ns": step.scheduled,
-                "end_ns": step.end,
-                "unattributed_ns": step.unattributed,
-                "ranks_expected": instance.ranks,
-                "ranks_reported": len(instance.reported.pop(step_number, ())),
-                "members": step.members,
-                **named,
-                "output_tokens": step.output_tokens,
-            }
-        )
-        self._release(instance, step_number, step.phase)
-
-    def _release(self, instance: Instance, step_number: int, phase_: str | None) -> None:
-        for process, segment in instance.held.pop(step_number, ()):
-            self._rows["segments"].append(_segment_row(process, segment, phase_))
-
-    def _forget_strays(self, instance: Instance) -> None:
-        """Lets go of what ranks reported of steps that are closed, or whose begin was lost."""
-        for step_number in [n for n in instance.held if n not in instance.steps and n <= instance.closed]:
-            self._release(instance, step_number, None)
-        for step_number in [n for n in instance.reported if n not in instance.steps and n <= instance.closed]:
-            del instance.reported[step_number]
-
-    def _close_request(self, request: Request, open_status: str, cut: bool = False) -> None:
-        self.requests.pop(request.handle, None)
-        if (instance := self.instances.get(request.instance)) is not None:
-            instance.last_token.pop(request.handle, None)
-            self._leave(request.instance, instance, request.handle, instance.closed)
-            if instance.ended:
-                open_status = "lost"
-        if not request.states:  # a straggler of a request that was closed, or one whose states were dropped
-            self.counts["requests_without_state"] += bool(request.events)
-            return
-        begin = min(time_ns for time_ns, *_ in request.states)
-        # One that did not end may have done so while nothing was recorded: every switch since its begin cuts it.
-        cut = cut or (not request.over and self._cut(begin, _FOREVER, Level.REQUEST))
-        row, states = request.rows(self.key, "open" if cut else open_status)
-        row["partial"] |= cut or self._cut(begin, row["end_ns"], Level.REQUEST)
-        self._rows["requests"].append(row)
-        self._rows["states"].extend(states)
-
-    def _tables(self) -> dict[str, pa.Table]:
-        rows, self._rows = self._rows, {name: [] for name in TABLES}
-        return {name: pa.Table.from_pylist(rows[name], schema=schema) for name, schema in TABLES.items()}
-
-    def _request(self, handle: int) -> Request:
-        request = self.requests.get(handle)
-        if request is None:
-            request = self.requests[handle] = Request(handle)
-        return request
-
-    def _instance(self, number: int) -> Instance:
-        return self.instances.setdefault(number, Instance())
+    def _tables(self, steps: list[Step], requests: pa.Table, states: pa.Table) -> dict[str, pa.Table]:
+        self._held.merge()
+        tables = {
+            "requests": requests,
+            "states": pa.concat_tables([self._found.chunks_table(), states]),
+            "members": self._found.members_table(),
+            "steps": steps_table(steps),
+            "segments": self._held.table(),
+            "intervals": self._found.intervals_table(),
+        }
+        self._found.clear()
+        return {name: tables[name] for name in TABLES}
 
 
-def _segment_row(process: int, segment: Segment, phase_: str | None) -> dict[str, Any]:
-    parent = segment.parent
-    known = len(BY_ID[segment.stage].attributes)
-    return {
-        "process": process,
-        "sequence": segment.sequence,
-        "thread": segment.thread,
-        "stage": segment.stage,
-        "begin_ns": segment.begin,
-        "end_ns": segment.end,
-        "self_ns": segment.self_ns,
-        "parent": parent.sequence if parent else None,
-        "parent_stage": parent.stage if parent else None,
-        "instance": segment.instance or None,
-        "step": segment.step or None,
-        "phase": phase_,
-        **{f"a{i}": value for i, value in enumerate(segment.attributes[:known])},
-    }
+def _joined(pieces: list[Slots]) -> Slots:
+    pieces = [piece for piece in pieces if len(piece)]
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else np.empty(0, SLOT)

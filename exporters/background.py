@@ -1,13 +1,15 @@
-"""The collector as a process beside the command: started, told to stop, waited for."""
+"""The collector as a process beside the command: started, started again when it dies, told to stop, waited for."""
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,65 +17,158 @@ if TYPE_CHECKING:
 
     from .session import Session
 
-STOP = b"stop"
-_FLUSH_S = 30.0  # how long the collector may take to write what it holds
+log = logging.getLogger(__name__)
+
+STOP = b"stop\n"
+FLUSH_S = 2.0  # after the command's end: how long the collector may delay the end of `run`
+ENGINES_S = 0.5  # of it, for engine processes that end after the command
+REPORT_S = 30.0  # how long a report waits for a collector that still writes
+_PAUSES_S = (1.0, 60.0)  # before a dead collector is started again: the first pause, doubled up to the second
 
 
 class Background:
     """A collector in a process of its own, out of reach of the terminal's signals.
 
     Its standard input is a pipe from here. It stops when told so; when the pipe breaks because this process was
-    killed, it goes on as long as there are engines to collect from.
+    killed, it goes on as long as the command lives or there are engines to collect from.
     """
 
-    def __init__(self, session: Session, level: str, command: list[str]):
-        self.session = session
+    def __init__(self, session: Session, arguments: list[str], command: list[str], say: Callable[[str], None]):
+        self._session = session
+        self._arguments = [*arguments, "--", *command]
+        self._say = say
+        self._pid = 0
+        self._pause_s = _PAUSES_S[0]
+        self._start_at = 0.0
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
         # -P: modules of the user's directory are none of the collector's.
-        arguments = [sys.executable, "-P", "-m", "stagetrace.cli.main", "collect", str(session.path), "--beside"]
-        with open(session.log, "ab") as log:
-            self.process = subprocess.Popen(
-                [*arguments, "--level", level, "--", *command],
+        start = [sys.executable, "-P", "-m", "stagetrace.cli.main", "collect", str(self._session.path), "--beside"]
+        with open(self._session.log, "ab") as log_file:
+            return subprocess.Popen(
+                [*start, *self._arguments],
                 stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
+                stdout=log_file,
+                stderr=log_file,
                 start_new_session=True,
             )
 
-    def stop(self) -> str | None:
-        """Has it write what it holds and waits for its end. Returns what went wrong, if something did."""
-        early = self.process.poll()
-        if early is not None:
-            return (
-                f"the collector ended before the command did (exit status {early}); its log: {self.session.log}."
-                f" To save what it left in the rings: stagetrace collect {self.session.path} (Ctrl-C ends it)"
-            )
+    def started(self, pid: int) -> None:
+        """Tells the collector which process the command is."""
+        self._pid = pid
+        self._tell(b"pid %d\n" % pid)
+
+    def _tell(self, words: bytes) -> None:
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(STOP)
-            self.process.stdin.close()
-            status = self.process.wait(_FLUSH_S)
+            self.process.stdin.write(words)
+            self.process.stdin.flush()
+        except OSError:
+            pass  # it is dead: tend() sees it
+
+    def tend(self) -> None:
+        """Starts the collector again when it is dead; what it left in the rings waits there. Says so once each time."""
+        if (status := self.process.poll()) is None:
+            return
+        if not self._start_at:
+            self._start_at = time.monotonic() + self._pause_s
+            how = f"was ended by signal {-status}" if status < 0 else f"ended (exit status {status})"
+            self._say(
+                f"the collector {how}; the command goes on, and it is started again in {self._pause_s:.0f} s."
+                f" Its log: {self._session.log}"
+            )
+            self._pause_s = min(self._pause_s * 2, _PAUSES_S[1])
+        if time.monotonic() >= self._start_at:
+            try:
+                self.process = self._start()
+            except OSError as error:
+                self._say(f"the collector cannot be started: {error}")
+                self._start_at = time.monotonic() + self._pause_s
+                return
+            self._start_at = 0.0
+            self.started(self._pid)
+
+    def stop(self, wait_longer: bool) -> str | None:
+        """Has it write what it holds; returns what the user should know, if there is something.
+
+        Waits FLUSH_S at most, or `wait_longer` for a report; a collector that needs more goes on by itself.
+        """
+        began = time.monotonic()
+        if self.process.poll() is not None:  # what it left in the rings is still to be saved
+            try:
+                self.process = self._start()
+            except OSError as error:
+                return f"the collector cannot be started: {error}. {self._later()}"
+        self._tell(STOP)
+        if self.process.stdin is not None:
+            try:
+                self.process.stdin.close()
+            except OSError:
+                pass
+        try:
+            status = self.process.wait((REPORT_S if wait_longer else FLUSH_S) - (time.monotonic() - began))
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-            return f"the collector took more than {_FLUSH_S:.0f} s to flush and was ended; its log: {self.session.log}"
-        except BrokenPipeError:
-            status = self.process.wait()
-        return f"the collector failed (exit status {status}); its log: {self.session.log}" if status else None
+            return f"the collector still writes and goes on by itself; its log: {self._session.log}"
+        return f"the collector failed (exit status {status}). {self._later()}" if status else None
+
+    def _later(self) -> str:
+        return (
+            f"Its log: {self._session.log}. To save what it left in the rings: stagetrace collect {self._session.path}"
+            " (Ctrl-C ends it)"
+        )
 
 
-def stop_when_told(alive: Callable[[], bool], patience_s: float = 2.0) -> Callable[[], bool]:
-    """For the collector's side: whether to stop. Told so, it waits `patience_s` at most for the engines to be gone."""
-    told_at: list[float] = []
-    orphaned: list[float] = []
+class Orders:
+    """For the process beside: what the one that started it says on standard input."""
+
+    def __init__(self) -> None:
+        self.told_at: float | None = None  # when it was told to stop
+        self.orphaned = False  # the one that started it is gone, without a word
+        self._command = ""  # the command's process, with its time of start
+        self._said = b""
+
+    def look(self) -> None:
+        """Takes in what was said since the last look."""
+        while not self.orphaned and self.told_at is None and select.select([0], [], [], 0)[0]:
+            words = os.read(0, 4096)
+            if not words:
+                self.orphaned = True
+            self._said += words
+            *lines, self._said = self._said.split(b"\n")
+            for line in lines:
+                if line == STOP.strip():
+                    self.told_at = time.monotonic()
+                elif line.startswith(b"pid "):
+                    self._command = _who(int(line[4:]))
+
+    def overdue(self, patience_s: float) -> bool:
+        """Whether it was told to stop more than so many seconds ago."""
+        return self.told_at is not None and time.monotonic() - self.told_at > patience_s
+
+    def command_lives(self) -> bool:
+        """Whether the command, whose parent may be gone, still runs."""
+        return bool(self._command) and _who(int(self._command.split()[0])) == self._command
+
+
+def _who(pid: int) -> str:
+    """A process, told from a later one with its id; empty when there is none, or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else f"{pid} {fields[19]}"
+
+
+def stop_when_told(alive: Callable[[], bool]) -> Callable[[], bool]:
+    """For the collector's side: whether to stop. Told so, it waits a moment for the engines to be gone."""
+    orders = Orders()
 
     def should_stop() -> bool:
-        if not told_at and not orphaned:
-            ready, _, _ = select.select([0], [], [], 0)
-            if ready:
-                (told_at if os.read(0, len(STOP)) else orphaned).append(time.monotonic())
-        if told_at:
-            return not alive() or time.monotonic() - told_at[0] > patience_s
-        return bool(orphaned) and not alive()
+        orders.look()
+        if orders.told_at is not None:
+            return not alive() or orders.overdue(ENGINES_S)
+        return orders.orphaned and not alive() and not orders.command_lives()
 
     return should_stop
 

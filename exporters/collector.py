@@ -1,7 +1,9 @@
-"""The collector: rings in, session and sinks out. It never waits for an engine, and no engine waits for it.
+"""The collector: rings in, session out. It never waits for an engine, and no engine waits for it.
 
 Every poll drains the rings into memory; every commit first writes the raw records with all cursors, then gives the
-control rings' slots back, then writes what could be derived, the manifest, and exports.
+control rings' slots back, then writes what follows from them. What a commit's tables hold depends on the commits up to
+it alone, so a collector that takes up a session where another one died replays them and goes on. When the disk takes
+nothing, what was drained is held, and beyond a bound the newest detail is given up, and counted.
 """
 
 from __future__ import annotations
@@ -10,59 +12,83 @@ import fcntl
 import logging
 import os
 import time
-from collections import Counter
+from collections import deque
+from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from stagetrace.instrument.identity import FILE
 
 from .assemble import Assembler
 from .control import read_switches
 from .discover import Discovery
-from .drain import CONTROL, DETAIL, RING_NAMES, SLOT, Batch, RingReader
-from .session import RAW_SCHEMA, TABLES, Losses, Manifest, Process, Session, SessionError
+from .drain import CONTROL, DETAIL, SLOT, Batch, RingReader
+from .parts import END
+from .retention import Keep, last_to_remove
+from .session import RAW_SCHEMA, BatchMark, Commit, Manifest, Process, RingMark, Session, SessionError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from .otlp import OtlpSink
+    from .export_process import ExportProcess
+    from .parts import Part
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
 COMMIT_S = 2.0
 COMMIT_SLOTS = 50_000
-ANCHOR_S = 10.0
+HOLD_SLOTS = 512 * 1024  # of detail, 64 MiB: what is held while the disk takes nothing
+REPLAY_SLOTS = 20_000_000  # at most, when a session is taken up; what began before them is as if it was not recorded
+TEND_S = 30.0  # between looks at the session's size
+ANCHOR_NS = 1_000_000  # by which wall and monotonic clock drift apart before that is noted
 NICE = 10
+
+Tables = dict[str, pa.Table]
+
+
+@dataclass
+class Owed:
+    """What is yet to be written of a commit: its raw records if they are none, then its tables."""
+
+    commit: Commit | None
+    number: int
+    tables: Tables
 
 
 class Collector:
     """Collects one session until it is told to stop. Raises SessionError or OSError when the session is unusable."""
 
     def __init__(
-        self, session: Session, command: Sequence[str] = (), level: str = "step", sink: OtlpSink | None = None
+        self,
+        session: Session,
+        command: Sequence[str] = (),
+        level: str = "step",
+        keep: Keep | None = None,
+        export: ExportProcess | None = None,
     ):
         self.session = session
-        self.sink = sink
+        self.keep = keep or Keep()
+        self.export = export
         self._held = hold(session)
         self.discovery = Discovery(session.identity.session)
         self.assembler = Assembler(session.identity.key)
         self.readers: list[RingReader] = []
-        self._batches: list[Batch] = []
-        self._slots = 0
-        self._raw_parts = 0  # written so far; so are the derived ones
-        self._table_parts = 0
-        self._cursors: dict[str, list[int]] = {}
-        self._read: Counter[tuple[int, int]] = Counter()  # process, ring -> slots in the parts of an earlier collector
-        self._unexported = {name: schema.empty_table() for name, schema in TABLES.items()}
-        self._last_anchor = 0.0
+        self._batches: deque[Batch] = deque()  # drained, not written
+        self._slots = 0  # in them
+        self._owed: Owed | None = None
+        self._number = 0  # of the last commit
+        self._marks: dict[str, RingMark] = {}  # of rings that an earlier collector read
+        self._writes_fail = False
+        self._next_tend = 0.0
         self.manifest = Manifest(session=session.identity.session, command=list(command), level=level)
         self._resume()
         self.manifest.host = os.uname().nodename
         self.manifest.started_ns = self.manifest.started_ns or time.time_ns()
+
+    # An earlier collector's session
 
     def _resume(self) -> None:
         """Takes up a session that a collector before this one left: its raw records are the truth, the rest follows."""
@@ -70,45 +96,65 @@ class Collector:
         if before.started_ns:
             self.manifest = before
             self.manifest.complete = False
-        parts = self.session.raw_parts()
-        if not parts:
-            return
-        self.session.clear_tables()
-        self.assembler.switches = read_switches(self.session)
-        for part in parts:
-            table, self._cursors = self.session.read_raw(part)
-            self._raw_parts += 1
-            if self._raw_parts > 1:
-                self._derive_again()
-                self._keep_for_open_requests()
-            for batch in batches_of(table):
-                self._read[batch.process, CONTROL] += len(batch.control)
-                self._read[batch.process, DETAIL] += len(batch.detail)
-                self.assembler.add(batch)
+        self.session.remove_tables(END)
+        parts = self._readable_parts()
+        self._number = max(self._number, self.manifest.derived)
+        if parts:
+            newest = self.session.read_commits(parts[-1])[-1]
+            self._marks = newest.rings
+            self._replay(self._last_slots(parts))
+            log.info("took up %s after commit %d", self.session.path, self._number)
+        for name, mark in self._marks.items():
+            if not (self.discovery.directory / name).exists():  # nothing more will come of it
+                self._batches.append(Batch(mark.losses[0].process, ended=True))
         for process in self.manifest.processes:
-            if not (self.discovery.directory / process.ring).exists():  # nothing more will come of it
-                process.ended = True
-                self.assembler.add(Batch(process.key, ended=True))
-        self._derive_again()
-        log.info("resumed %s with %d parts", self.session.path, len(parts))
+            process.ended = process.ended or not (self.discovery.directory / process.ring).exists()
 
-    def _derive_again(self) -> None:
-        """Writes tables of an earlier collector's records; what that one may have died over is to be exported too."""
-        tables = self.assembler.take(0)
-        self._write_tables(tables)
-        if self.sink is not None:
-            for name, table in tables.items():
-                self._unexported[name] = pa.concat_tables([self._unexported[name], table])
+    def _readable_parts(self) -> list[Part]:
+        """The parts of raw records; those that are damaged are set aside, named and counted."""
+        readable = []
+        for part in self.session.raw_parts():
+            self._number = max(self._number, part.last)
+            try:
+                self.session.read_commits(part)
+                readable.append(part)
+            except SessionError as error:
+                log.error("%s: its records are lost; it is kept as %s", error, self.session.set_aside(part).name)
+                self._count("parts_damaged")
+        return readable
 
-    def _keep_for_open_requests(self) -> None:
-        """Of what was exported, keeps what the sink lacks when a request is over: its states and steps until then."""
-        still_open = pa.array([*self.assembler.requests], pa.int64())
-        for name, table in self._unexported.items():
-            inner = name in ("states", "members")
-            self._unexported[name] = table.filter(pc.is_in(table["handle"], still_open)) if inner else table.slice(0, 0)
+    def _last_slots(self, parts: list[Part]) -> list[Part]:
+        """The newest parts that together have no more than REPLAY_SLOTS, and what came before them made known."""
+        slots, first = 0, len(parts)
+        while first and slots <= REPLAY_SLOTS:
+            first -= 1
+            slots += sum(commit.slots for commit in self.session.read_commits(parts[first]))
+        commits = self.session.read_commits(parts[first])
+        if commits[0].number > 1:
+            self.assembler.counts.update(commits[0].counts)
+            for process in self.manifest.processes:
+                self.assembler.introduce(process.key, process.info, process.hooks)
+        return parts[first:]
 
-    def run(self, should_stop: Callable[[], bool]) -> None:
-        """Collects until `should_stop`, then drains once more and closes the session."""
+    def _replay(self, parts: list[Part]) -> None:
+        switches = read_switches(self.session)
+        for part in parts:
+            try:
+                for commit, table in self.session.read_raw(part):
+                    self.assembler.switches = switches[: commit.switches]
+                    tables = self._derive(batches_of(commit, table), commit.taken_ns)
+                    if commit.number > self.manifest.derived:
+                        self._write_tables(tables, commit.number)
+                    self.manifest.derived = max(self.manifest.derived, commit.number)
+            except SessionError as error:
+                log.error("%s: what was in it is left out", error)
+                self._count("parts_damaged")
+            self.poll()  # the rings fill meanwhile
+
+    # Collecting
+
+    def run(self, should_stop: Callable[[], bool]) -> bool:
+        """Collects until `should_stop`, then drains once more and closes the session. Whether all was written."""
         try:
             os.nice(NICE)
         except OSError:
@@ -120,9 +166,10 @@ class Collector:
             self.poll()
             if time.monotonic() >= next_commit or self._slots >= COMMIT_SLOTS:
                 self.commit()
+                self._tend()
                 next_commit = time.monotonic() + COMMIT_S
             time.sleep(POLL_S)
-        self.finish()
+        return self.finish()
 
     def alive(self) -> bool:
         """Whether a process that writes one of the rings lives."""
@@ -131,9 +178,8 @@ class Collector:
     def poll(self) -> None:
         """Drains every ring once."""
         for reader in self.discovery.look():
-            known = self._cursors.get(reader.path.name)
-            if known is not None:
-                reader.resume(known, self._losses_at(known, reader.key))
+            if (mark := self._marks.get(reader.path.name)) is not None:
+                reader.resume(mark.cursors, mark.losses)
             self.readers.append(reader)
             log.info("ring of %s, pid %d: %s", reader.role, reader.pid, reader.path)
         for reader in self.readers:
@@ -144,69 +190,192 @@ class Collector:
                 self._batches.append(batch)
                 self._slots += len(batch)
 
-    def commit(self, finishing: bool = False) -> None:
-        """Writes what was drained: raw records, tables, manifest; then exports. `finishing` closes what is open."""
-        now = time.monotonic()
-        if now - self._last_anchor >= ANCHOR_S or finishing:
-            self.manifest.anchors.append((time.monotonic_ns(), time.time_ns()))
-            self._last_anchor = now
-        batches, self._batches, self._slots = self._batches, [], 0
-        raw = raw_table(batches)
-        if raw.num_rows:
-            self._raw_parts += 1
-            self._cursors |= {reader.path.name: reader.cursors for reader in self.readers}
-            self.session.write_raw(raw, self._cursors, self._raw_parts)
+    def commit(self) -> bool:
+        """Writes what was drained: raw records, tables, manifest. Whether nothing is left to be written."""
+        self._note_clocks()
+        written = self._pay() and self._commit_batches() and self._pay()
+        if written and self._writes_fail:
+            log.warning("%s can be written again", self.session.path)
+        self._writes_fail = not written
+        if not written:
+            self._give_up_newest()
+        self._write_manifest()
+        if written:
+            self._remove_dead_rings()
+        return written
+
+    def _commit_batches(self) -> bool:
+        """Writes the raw records; what follows from them is owed then."""
+        switches = read_switches(self.session)
+        now_ns = time.monotonic_ns()
+        batches = list(self._batches)
+        commit = Commit(
+            self._number + 1,
+            now_ns,
+            time.time_ns(),
+            len(switches),
+            [
+                BatchMark(each.process, len(each.control), len(each.detail), each.gap, each.gap_end, each.ended)
+                for each in batches
+            ],
+            {
+                reader.path.name: RingMark(reader.cursors, [area.losses for area in reader.areas])
+                for reader in self.readers
+            },
+            dict(self.assembler.counts),
+        )
+        if batches and not self._attempt(lambda: self.session.write_raw(raw_table(batches), commit)):
+            return False
         for reader in self.readers:
             reader.committed()
-        self.assembler.switches = read_switches(self.session)
-        for batch in batches:
-            self.assembler.add(batch)
-        if finishing:
-            tables = self.assembler.finish("open" if self.alive() else "lost")
-        else:
-            tables = self.assembler.take(time.monotonic_ns())
-        self._write_tables(tables)
-        self._describe()
-        if self.sink is not None:
-            # A collector before this one may have died over the last of its parts, and of no other.
-            late = {name: pa.concat_tables([self._unexported[name], table]) for name, table in tables.items()}
-            self._export(self.sink, late)
-            self._unexported = {name: schema.empty_table() for name, schema in TABLES.items()}
-        self.manifest.complete = finishing
-        self.session.write_manifest(self.manifest)
-        self._remove_dead_rings()
+        self._batches.clear()
+        self._slots = 0
+        self.assembler.switches = switches
+        tables = self._derive(batches, now_ns)
+        # Time alone can make rows final; they need a commit of their own, so that they follow from the commits.
+        late = not batches and any(table.num_rows for table in tables.values())
+        if batches or late:
+            self._number += 1
+            self._owed = Owed(commit if late else None, self._number, tables)
+        return True
 
-    def finish(self) -> None:
-        """The last drain: twice, since a slot is taken only when an earlier poll saw it."""
+    def _derive(self, batches: Iterable[Batch], now_ns: int) -> Tables:
+        """The tables that follow; a batch that the assembly fails at stays in the raw records alone, and is counted."""
+        for batch in batches:
+            try:
+                self.assembler.add(batch)
+            except Exception:
+                self._failed(f"{len(batch)} records of process {batch.process}")
+        try:
+            return self.assembler.take(now_ns)
+        except Exception:
+            self._failed("a commit")
+            return {}
+
+    def _failed(self, what: str) -> None:
+        if not self.manifest.counts.get("assembly_errors"):
+            log.exception("%s could not be assembled; the raw records have them", what)
+        self._count("assembly_errors")
+
+    def _pay(self) -> bool:
+        """Writes what is owed. Whether that was possible."""
+        owed = self._owed
+        if owed is None:
+            return True
+        commit = owed.commit
+        if commit is not None:
+            if not self._attempt(lambda: self.session.write_raw(RAW_SCHEMA.empty_table(), commit)):
+                return False
+            owed.commit = None
+        if not self._attempt(lambda: self._write_tables(owed.tables, owed.number)):
+            return False
+        self.manifest.derived = max(self.manifest.derived, owed.number)
+        self._owed = None
+        return True
+
+    def _write_tables(self, tables: Tables, number: int) -> None:
+        for name, table in tables.items():
+            self.session.write_table(name, table, number)
+
+    def _attempt(self, write: Callable[[], None]) -> bool:
+        try:
+            write()
+        except (OSError, pa.ArrowException) as error:
+            if not self._writes_fail:
+                log.error(
+                    "cannot write to %s: %s. Free some space, or make it writable; until then records are held,"
+                    " %d slots of detail at most",
+                    self.session.path,
+                    error,
+                    HOLD_SLOTS,
+                )
+            return False
+        return True
+
+    def _give_up_newest(self) -> None:
+        """Keeps memory within its bound: of what is held, the newest detail goes first. Control stays in its ring."""
+        excess = sum(len(batch.detail) for batch in self._batches) - HOLD_SLOTS
+        losses = {reader.key: reader.areas[DETAIL].losses for reader in self.readers}
+        for batch in reversed(self._batches):
+            if excess <= 0:
+                break
+            count = min(len(batch.detail), excess)
+            if not count:
+                continue
+            batch.detail = batch.detail[: len(batch.detail) - count].copy()
+            excess -= count
+            losses[batch.process].read -= count
+            losses[batch.process].given_up += count
+        self._batches = deque(batch for batch in self._batches if len(batch) or batch.ended or batch.gap)
+        self._slots = 0  # so that the next attempt waits for its time
+
+    def finish(self) -> bool:
+        """The last drain: twice, since a slot is taken only when an earlier poll saw it. Whether all was written."""
         self.poll()
         self.poll()
-        self.commit(finishing=True)
-        if self.sink is not None:
-            self.sink.shutdown()
+        written = self.commit()
+        if written:
+            written = self._attempt(
+                lambda: self._write_tables(self.assembler.finish("open" if self.alive() else "lost"), END)
+            )
+            self.manifest.complete = written
+            self._write_manifest()
+        if not written:
+            held = sum(map(len, self._batches))
+            log.error("%s cannot be written: %d slots of it stay in the rings", self.session.path, held)
+        if self.export is not None:
+            self.export.stop()
         for reader in self.readers:
             reader.close()
         self.discovery.tidy()
         self._held.close()
+        return written
 
-    def _losses_at(self, cursors: list[int], process: int) -> list[Losses]:
-        """What is known of a process's losses at these cursors; the manifest may be older or newer than they are."""
-        losses = {loss.ring: loss for loss in self.manifest.losses if loss.process == process}
-        for ring, (name, cursor) in enumerate(zip(RING_NAMES, cursors, strict=True)):
-            loss = losses.setdefault(name, Losses(process, name))
-            loss.read = self._read[process, ring]
-            loss.overwritten = max(0, cursor - loss.read - loss.torn - loss.unfinished)
-        return list(losses.values())
+    # What goes with it
 
-    def _write_tables(self, tables: dict[str, pa.Table]) -> None:
-        self._table_parts += 1
-        for name, table in tables.items():
-            self.session.write_table(name, table, self._table_parts)
+    def _note_clocks(self) -> None:
+        """Notes an anchor where the clocks have drifted apart, or the wall clock was set, since the last one."""
+        before = time.monotonic_ns()
+        wall = time.time_ns()
+        monotonic = (before + time.monotonic_ns()) // 2
+        anchors = self.manifest.anchors
+        if not anchors or abs((wall - monotonic) - (anchors[-1][1] - anchors[-1][0])) > ANCHOR_NS:
+            anchors.append((monotonic, wall))
 
-    def _export(self, sink: OtlpSink, tables: dict[str, pa.Table]) -> None:
-        result = sink.export(tables, self.manifest)
-        left_out = {f"not_exported_{reason}": count for reason, count in result.left_out.items()}
-        for name, count in {"spans_exported": result.sent, "spans_failed": result.failed, **left_out}.items():
-            self.manifest.counts[name] = self.manifest.counts.get(name, 0) + count
+    def _tend(self) -> None:
+        """Keeps the session within its bounds, and the export going."""
+        if self.export is not None:
+            self.export.tend()
+        if time.monotonic() < self._next_tend:
+            return
+        self._next_tend = time.monotonic() + TEND_S
+        try:
+            self.session.merge(self.manifest.derived)
+            self._rotate()
+        except (OSError, SessionError, pa.ArrowException) as error:
+            log.error("the parts of %s could not be merged or removed: %s", self.session.path, error)
+
+    def _rotate(self) -> None:
+        if self.keep == Keep():
+            return
+        sizes = self.session.sizes()
+        now_s = time.time()
+        ages = [now_s - part.path.stat().st_mtime for part, _ in sizes]
+        last = last_to_remove(sizes, ages, self.keep)
+        if not last:
+            return
+        for part, _ in sizes:
+            if part.last <= last:
+                commits = self.session.read_commits(part)
+                self._count("slots_rotated", sum(commit.slots for commit in commits))
+                self.manifest.rotated_ns = max(commit.wall_ns for commit in commits)
+        self.manifest.rotated = last
+        self._write_manifest()  # first: what is missing must not be taken for damage
+        self.session.remove_through(last)
+        log.info("removed the commits up to %d, to keep the session within its bounds", last)
+
+    def _count(self, name: str, count: int = 1) -> None:
+        self.manifest.counts[name] = self.manifest.counts.get(name, 0) + count
 
     def _describe(self) -> None:
         """Brings the manifest up to what the rings and the assembly know."""
@@ -230,10 +399,16 @@ class Collector:
         manifest.losses = list(losses.values())
         manifest.counts.update(self.assembler.counts)
 
+    def _write_manifest(self) -> None:
+        self._describe()
+        self._attempt(lambda: self.session.write_manifest(self.manifest))
+
     def _remove_dead_rings(self) -> None:
-        for reader in self.readers:
-            if reader.ended:
-                self.discovery.remove(reader.path)
+        """Lets go of the rings of dead processes, whose last records are in the session."""
+        for reader in [reader for reader in self.readers if reader.ended]:
+            self.discovery.remove(reader.path)
+            reader.close()
+            self.readers.remove(reader)
 
 
 def hold(session: Session) -> IO[bytes]:
@@ -275,16 +450,15 @@ def raw_table(batches: Sequence[Batch]) -> pa.Table:
     )
 
 
-def batches_of(table: pa.Table) -> list[Batch]:
-    """The batches that a part of raw records holds, one a process."""
-    process = table["process"].to_numpy()
-    ring = table["ring"].to_numpy()
+def batches_of(commit: Commit, table: pa.Table) -> Iterator[Batch]:
+    """The batches of a commit, from its raw records (session.RAW_SCHEMA)."""
     column = table["slot"].combine_chunks()
     if isinstance(column, pa.ChunkedArray):
         column = column.chunk(0) if column.num_chunks else pa.array([], pa.binary(128))
     data = column.buffers()[1]
     slots = np.frombuffer(data, SLOT, len(column), column.offset * SLOT.itemsize) if len(column) else np.empty(0, SLOT)
-    return [
-        Batch(int(key), slots[(process == key) & (ring == CONTROL)], slots[(process == key) & (ring == DETAIL)])
-        for key in dict.fromkeys(process.tolist())
-    ]
+    at = 0
+    for mark in commit.batches:
+        middle, end = at + mark.control, at + mark.control + mark.detail
+        yield Batch(mark.process, slots[at:middle], slots[middle:end], mark.gap, mark.gap_end, mark.ended)
+        at = end

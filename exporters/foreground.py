@@ -7,7 +7,7 @@ import signal
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 _PASSED_ON = {
     signal.SIGINT,
@@ -29,12 +29,20 @@ class CannotStart(Exception):
         self.status = status
 
 
-def run_in_foreground(command: list[str], environment: Mapping[str, str], output: IO[bytes] | None = None) -> int:
+def run_in_foreground(
+    command: list[str],
+    environment: Mapping[str, str],
+    output: IO[bytes] | None = None,
+    *,
+    started: Callable[[int], None] = lambda pid: None,
+    tend: Callable[[], None] = lambda: None,
+) -> int:
     """Runs `command` to its end; returns its exit status, or minus the number of the signal that ended it.
 
     Signals that are sent to this process go to the command. Those of the terminal (Ctrl-C) do not: the command is in
     the same process group and has them already, but for a hangup, of which the kernel tells the session's leader alone.
-    `output` takes its stdout and stderr. Raises CannotStart.
+    `output` takes its stdout and stderr. `started` is told the command's process; `tend` is called about once a second
+    while it runs. Raises CannotStart.
     """
     waited = _PASSED_ON | {signal.SIGCHLD}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, waited)
@@ -52,8 +60,10 @@ def run_in_foreground(command: list[str], environment: Mapping[str, str], output
             raise CannotStart(f"{command[0]}: no such command", 127) from error
         except OSError as error:
             raise CannotStart(f"{command[0]}: {error.strerror}", 126) from error
+        started(pid)
         while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
             info = signal.sigtimedwait(waited, 1.0)
+            tend()
             if info is None or info.si_signo == signal.SIGCHLD:
                 continue
             by_kernel = info.si_code > 0  # the terminal's; what `kill` sends has a code of 0 or less

@@ -1,188 +1,176 @@
-"""One request as it is assembled: records of both processes, in any order, become a row and its states. Pure."""
+"""Requests that are not over: their records, of both processes and in any order, until they become rows. Columns."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
-from stagetrace.instrument.ids import request_trace_id
-from stagetrace.instrument.records import Event, Text
-from stagetrace.instrument.stages import BY_ID, BY_NAME, Finish
+import numpy as np
+import numpy.typing as npt
 
+from stagetrace.instrument.records import Event
+from stagetrace.instrument.stages import BY_NAME
+
+if TYPE_CHECKING:
+    from .decode import Rows
+
+Block = npt.NDArray[np.int64]
+Column = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+# A block has a row for each of these and a column for each record. WHAT is a state's stage, or an event's negative.
+HANDLE, WHAT, NS, INSTANCE, STEP, FIRST_ATTRIBUTE = range(6)
+ATTRIBUTES = 4  # as many as a state or an event has
+FIELDS = FIRST_ATTRIBUTE + ATTRIBUTES
+
+_MOST_REQUESTS = 50_000
+_MOST_RECORDS = 1_000_000
 _TOKENIZE = BY_NAME["request_tokenize"].id
-_DISPATCH = BY_NAME["request_dispatch"].id
-_QUEUE = BY_NAME["queue"].id
-_PREFILL = BY_NAME["prefill"].id
-_DECODE = BY_NAME["decode"].id
-_PREEMPTED = BY_NAME["preempted"].id
-_OUTPUT = BY_NAME["output"].id
-_SUMS = {
-    _TOKENIZE: "tokenize_ns",
-    _DISPATCH: "dispatch_ns",
-    _QUEUE: "queue_ns",
-    _PREFILL: "prefill_ns",
-    _DECODE: "decode_ns",
-    _PREEMPTED: "preempted_ns",
-    _OUTPUT: "output_ns",
-}
-_STATUS = {Finish.ABORT: "aborted", Finish.ERROR: "error"}
-
-# W3C Trace Context, section 3.2.2: version, trace id, parent id, flags; all-zero ids are invalid.
-_TRACEPARENT = re.compile(r"([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
-_PRINTABLE = re.compile(r"[\x20-\x7e]*")
-_MAX_TRACE_STATE = 512
+_BY_HTTP = FIRST_ATTRIBUTE + 2
+_NEVER = np.iinfo(np.int64).max
 
 
-@dataclass
-class TraceContext:
-    """The caller's trace, from its traceparent."""
-
-    trace_id: str
-    parent_span_id: str
-    flags: int
-    state: str | None
-
-
-def parse_trace_context(text: str) -> TraceContext | None:
-    """The caller's trace context: a traceparent, a newline, a tracestate. None where the traceparent is invalid."""
-    parent, _, state = text.partition("\n")
-    match = _TRACEPARENT.fullmatch(parent.strip())
-    if match is None or match[1] == "ff" or (match[1] == "00" and match[5]):
-        return None
-    good = state if 0 < len(state) <= _MAX_TRACE_STATE and _PRINTABLE.fullmatch(state) else None
-    return TraceContext(match[2], match[3], int(match[4], 16), good)
-
-
-@dataclass
+@dataclass(slots=True)
 class Request:
-    """What is known of a request so far."""
+    """What is known of an open request beside its states and events."""
 
-    handle: int
-    instance: int = 0
-    states: list[tuple[int, int, int, tuple[int, ...]]] = field(default_factory=list)  # ns, stage, step, attributes
-    events: dict[int, tuple[int, tuple[int, ...]]] = field(default_factory=dict)  # event -> ns, attributes
-    texts: dict[int, str] = field(default_factory=dict)
-    last_ns: int = 0  # time of its last record
-    last_token_ns: int = 0  # end of the last step that gave it a token
-    last_step: int = 0  # the engine's step when it ended the request
+    texts: dict[int, str] = field(default_factory=dict)  # records.Text -> string
 
-    def enter(self, stage: int, words: tuple[int, ...]) -> None:
-        """A state record."""
-        _, time_ns, _, instance, step, *attributes = words
-        self.states.append((time_ns, stage, step, tuple(attributes)))
-        self.instance = instance or self.instance
-        self.last_ns = max(self.last_ns, time_ns)
 
-    def happen(self, event: int, words: tuple[int, ...]) -> None:
-        """An event record; the earliest of a kind counts."""
-        _, time_ns, _, instance, step, *attributes = words
-        found = (time_ns, tuple(attributes))
-        self.events[event] = min(self.events.get(event, found), found)
-        if event == Event.FINISHED:
-            self.last_step = max(self.last_step, step)
-        self.instance = instance or self.instance
-        self.last_ns = max(self.last_ns, time_ns)
+@dataclass(frozen=True)
+class Lives:
+    """The records of some requests, side by side, those of one in the order in which they came."""
+
+    block: Block
+    firsts: Column  # of each request: the column of its first record
 
     @property
-    def over(self) -> bool:
+    def handle(self) -> Column:
+        """Of each request."""
+        handle: Column = self.block[HANDLE][self.firsts]
+        return handle
+
+    @property
+    def lengths(self) -> Column:
+        """How many records each has."""
+        return np.diff(self.firsts, append=self.block.shape[1])
+
+    def had(self, event: Event) -> Flags:
+        """Whether an event of this kind came."""
+        return np.logical_or.reduceat(self.block[WHAT] == -event, self.firsts)
+
+    @property
+    def stateful(self) -> Flags:
+        """Whether it has been in any state."""
+        return np.logical_or.reduceat(self.block[WHAT] > 0, self.firsts)
+
+    @property
+    def last_ns(self) -> Column:
+        """Time of its last record."""
+        return np.maximum.reduceat(self.block[NS], self.firsts)
+
+    @property
+    def begin_ns(self) -> Column:
+        """Time of its first state; meaningless without one."""
+        return np.minimum.reduceat(np.where(self.block[WHAT] > 0, self.block[NS], _NEVER), self.firsts)
+
+    @property
+    def instance(self) -> Column:
+        """The engine instance that its last record with one names, or 0."""
+        at = np.where(self.block[INSTANCE] != 0, np.arange(self.block.shape[1]), -1)
+        last = np.maximum.reduceat(at, self.firsts)
+        return np.where(last < 0, 0, self.block[INSTANCE][last])
+
+    @property
+    def last_step(self) -> Column:
+        """The engine's step when it ended it."""
+        ended = self.block[WHAT] == -Event.FINISHED
+        return np.maximum.reduceat(np.where(ended, self.block[STEP], 0), self.firsts)
+
+    @property
+    def over(self) -> Flags:
         """Whether nothing more will come."""
-        if Event.FINISHED not in self.events:
-            return False
-        arrivals = [values for _, stage, _, values in self.states if stage == _TOKENIZE]
-        if not arrivals or Event.ABORTED in self.events:
-            return True
-        by_http = arrivals[0][2]
-        return (Event.LAST_SENT if by_http else Event.LAST_OUTPUT) in self.events
+        count = self.block.shape[1]
+        arrived = np.where(self.block[WHAT] == _TOKENIZE, np.arange(count), count)
+        arrival = np.minimum.reduceat(arrived, self.firsts)
+        straight = arrival == count  # it did not come through a front end
+        by_http = self.block[_BY_HTTP][np.where(straight, 0, arrival)] != 0
+        sent: Flags = np.where(by_http, self.had(Event.LAST_SENT), self.had(Event.LAST_OUTPUT))
+        over: Flags = self.had(Event.FINISHED) & (straight | self.had(Event.ABORTED) | sent)
+        return over
 
     @property
-    def ending(self) -> bool:
+    def ending(self) -> Flags:
         """Whether it ended on one side; what is missing is the other's word, or a slow client's last byte."""
-        return not self.events.keys().isdisjoint((Event.FINISHED, Event.LAST_OUTPUT, Event.ABORTED))
+        return self.had(Event.FINISHED) | self.had(Event.LAST_OUTPUT) | self.had(Event.ABORTED)
 
-    def rows(self, key: bytes, open_status: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The request's row and its states' rows (session.REQUESTS_SCHEMA, STATES_SCHEMA).
+    def of(self, chosen: Flags) -> Lives:
+        """Some of these requests."""
+        lengths = self.lengths[chosen]
+        return Lives(self.block[:, np.repeat(chosen, self.lengths)], np.cumsum(lengths) - lengths)
 
-        `open_status` is the status of a request that did not end: open or lost.
+    def __len__(self) -> int:
+        return len(self.firsts)
+
+
+class OpenRequests:
+    """All requests that are not over."""
+
+    def __init__(self) -> None:
+        self.by_handle: dict[int, Request] = {}
+        self._blocks: list[Block] = []
+
+    def add(self, states: Rows, events: Rows) -> None:
+        """Takes in records of states and events."""
+        for rows, sign in ((states, 1), (events, -1)):
+            if not len(rows):
+                continue
+            block = np.empty((FIELDS, len(rows)), np.int64)
+            block[WHAT] = sign * rows.stage
+            block[NS], block[HANDLE], block[INSTANCE:] = rows.words[1], rows.words[2], rows.words[3 : 5 + ATTRIBUTES]
+            self._blocks.append(block)
+            for handle in np.unique(block[HANDLE]).tolist():
+                if handle not in self.by_handle:
+                    self.by_handle[handle] = Request()
+
+    def name(self, handle: int, kind: int, text: str) -> None:
+        """Takes in what a handle stands for."""
+        request = self.by_handle.get(handle)
+        if request is None:
+            request = self.by_handle[handle] = Request()
+        request.texts[kind] = text
+
+    def lives(self) -> Lives:
+        """The records of all open requests, in the order of each one's first record."""
+        if not self._blocks:
+            return Lives(np.empty((FIELDS, 0), np.int64), np.empty(0, np.int64))
+        block = np.concatenate(self._blocks, axis=1) if len(self._blocks) > 1 else self._blocks[0]
+        handles, first, which = np.unique(block[HANDLE], return_index=True, return_inverse=True)
+        place = np.empty(len(handles), np.int64)
+        place[np.argsort(first, kind="stable")] = np.arange(len(handles))
+        which = place[which]
+        order = np.argsort(which, kind="stable")
+        self._blocks = [block[:, order]]
+        return Lives(self._blocks[0], np.flatnonzero(np.diff(which[order], prepend=-1)))
+
+    def remove(self, lives: Lives, closing: Flags) -> list[Request]:
+        """Lets go of requests, of those that `lives` gave; what else was known of each."""
+        self._blocks = [lives.block[:, np.repeat(~closing, lives.lengths)]] if not closing.all() else []
+        return [self.by_handle.pop(handle, Request()) for handle in lives.handle[closing].tolist()]
+
+    def too_many(self, lives: Lives) -> Flags:
+        """Which are to be closed although they are open, the oldest first, so that memory stays bounded.
+
+        Names that no record has followed go before them.
         """
-        states = sorted(self.states)
-        times = {event: self.events[event][0] for event in self.events}
-        front, engine = self.events.get(Event.LAST_OUTPUT), self.events.get(Event.FINISHED)
-        finish = self._finish()
-        begin = states[0][0] if states else self.last_ns
-        end = times.get(Event.LAST_SENT) or times.get(Event.ABORTED) or times.get(Event.LAST_OUTPUT) or self.last_ns
-        end = max(end, begin, states[-1][0] if states else 0)
-        first = {stage: time_ns for time_ns, stage, _, _ in reversed(states)}
-        attributes = {stage: values for _, stage, _, values in reversed(states)}
-        completed = finish not in (Finish.UNKNOWN, Finish.ABORT, Finish.ERROR)
-        engine_end = engine[0] if engine else None
-        if engine and front and completed and engine[1][0] == Finish.ABORT:
-            engine_end = min(engine[0], front[0])  # a stop string: the engine went on until the front end told it
-        if engine_end is not None and states and states[-1][1] in (_QUEUE, _PREFILL, _DECODE, _PREEMPTED):
-            over = max(engine_end, states[-1][0])
-            end = max(end, over)
-            states.append((over, _OUTPUT, 0, (engine[1][1],) if engine else ()))
-        sums: dict[str, int | None] = dict.fromkeys(_SUMS.values())
-        rows = []
-        for (time_ns, stage, step, values), until in zip(states, [*(at for at, *_ in states[1:]), end], strict=True):
-            if stage in _SUMS:
-                sums[_SUMS[stage]] = (sums[_SUMS[stage]] or 0) + until - time_ns
-            rows.append(state_row(self.handle, stage, time_ns, until, self.instance, step, values))
-        context = parse_trace_context(self.texts.get(Text.TRACE_CONTEXT, ""))
-        prompt = next((values[0] for values in (attributes.get(_TOKENIZE), attributes.get(_QUEUE)) if values), None)
-        row: dict[str, Any] = {
-            "handle": self.handle,
-            "request_id": self.texts.get(Text.REQUEST_ID),
-            "external_id": self.texts.get(Text.EXTERNAL_ID),
-            "trace_id": context.trace_id if context else request_trace_id(key, self.handle).hex(),
-            "parent_span_id": context.parent_span_id if context else None,
-            "trace_flags": context.flags if context else 1,
-            "trace_state": context.state if context else None,
-            "instance": self.instance or None,
-            "status": _STATUS.get(finish, "finished") if finish else open_status,
-            "finish": finish.name.lower(),
-            "partial": not states or states[0][1] not in (_TOKENIZE, _QUEUE),
-            "prompt_tokens": prompt,
-            "output_tokens": front[1][1] if front else engine[1][1] if engine else None,
-            "cached_tokens": attributes[_PREFILL][0] if attributes.get(_PREFILL) else None,
-            "max_tokens": (attributes[_TOKENIZE][1] or None) if attributes.get(_TOKENIZE) else None,
-            "preemptions": sum(stage == _PREEMPTED for _, stage, _, _ in states),
-            "arrival_ns": first.get(_TOKENIZE),
-            "dispatched_ns": first.get(_DISPATCH),
-            "queued_ns": first.get(_QUEUE),
-            "scheduled_ns": first.get(_PREFILL),
-            "first_token_ns": first.get(_DECODE),
-            "first_output_ns": times.get(Event.FIRST_OUTPUT),
-            "first_sent_ns": times.get(Event.FIRST_SENT),
-            "last_token_ns": engine_end if completed else self.last_token_ns or None,
-            "last_output_ns": times.get(Event.LAST_OUTPUT),
-            "last_sent_ns": times.get(Event.LAST_SENT),
-            "end_ns": end,
-            **sums,
-        }
-        return row, rows
+        crowd = len(self.by_handle) - _MOST_REQUESTS
+        if crowd > 0:
+            alive = {*lives.handle.tolist()}
+            for handle in [handle for handle in self.by_handle if handle not in alive][:crowd]:
+                del self.by_handle[handle]
+                crowd -= 1
+        newer = np.cumsum(lives.lengths[::-1])[::-1]  # records of it and of those that came after it
+        return (newer > _MOST_RECORDS) | (np.arange(len(lives)) < crowd)
 
-    def _finish(self) -> Finish:
-        """Why it ended: the front end knows of stop strings, which the engine sees as an abort."""
-        for event in (Event.LAST_OUTPUT, Event.FINISHED):
-            if event in self.events:
-                number = self.events[event][1][0]
-                if number and number in set(Finish):
-                    return Finish(number)
-        return Finish.ABORT if Event.ABORTED in self.events else Finish.UNKNOWN
-
-
-def state_row(
-    handle: int, stage: int, begin: int, end: int, instance: int, step: int, values: tuple[int, ...]
-) -> dict[str, Any]:
-    """One row of the states table; `values` are the attributes, those that the stage does not have are null."""
-    known = len(BY_ID[stage].attributes)
-    return {
-        "handle": handle,
-        "stage": stage,
-        "begin_ns": begin,
-        "end_ns": end,
-        "instance": instance or None,
-        "step": step or None,
-        **{f"a{i}": value for i, value in enumerate(values[:known])},
-    }
+    def __len__(self) -> int:
+        return len(self.by_handle)

@@ -2,22 +2,27 @@
 
     session.json                 identity: id and hash key, created once by whoever comes first (instrument/identity.py)
     manifest.json                what is known of engines, processes, clocks and losses; replaced as a whole
-    raw/part-00000001.parquet    raw records, the session's truth; each part carries every ring's cursor
+    raw/part-*.parquet           raw records, the session's truth; each commit carries every ring's cursor
     tables/<name>/part-*.parquet derived tables: requests, states, members, steps, segments, intervals
+    exports/<name>.json          how far a backend has been sent the tables
+    level, switches.jsonl        the level as last switched, and every switch (exporters/control.py)
     collector.log
 
-Times in tables are integer nanoseconds on the host's monotonic clock; manifest.json has anchors to wall time.
+Parts have the numbers of the commits in them (parts.py). What a table's part N holds follows from the commits up to N
+alone, so that replaying them gives the same parts again. Times in tables are integer nanoseconds on the host's
+monotonic clock; manifest.json has anchors to wall time.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
-from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +30,12 @@ import pyarrow.parquet as pq
 from stagetrace.instrument.identity import Identity, read_identity
 from stagetrace.instrument.stages import MAX_ATTRIBUTES, STEP_COMPOSITION
 
-MANIFEST_VERSION = 1
+from .parts import BLOCK, END, Part, list_parts, merge_block, read_part, remove_within, write_part
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MANIFEST_VERSION = 2
 DEFAULT_ROOT = "stagetrace-sessions"
 
 _ATTRIBUTES = [pa.field(f"a{i}", pa.int64()) for i in range(MAX_ATTRIBUTES)]
@@ -189,6 +199,7 @@ class Process:
 class Losses:
     """What of one ring did not reach the session, by reason; in slots, but for `dropped` (records).
 
+    `given_up` was read and could not be written: the disk was full for longer than memory holds, newest detail first.
     What was read and turned out to be no record is in the manifest's counts: `corrupt` slots, `incomplete` records.
     """
 
@@ -201,11 +212,63 @@ class Losses:
     torn: int = 0
     unfinished: int = 0
     corrupt: int = 0
+    given_up: int = 0
 
     @property
     def lost(self) -> int:
         """Everything but what was read."""
-        return self.overwritten + self.dropped + self.torn + self.unfinished + self.corrupt
+        return self.overwritten + self.dropped + self.torn + self.unfinished + self.corrupt + self.given_up
+
+
+@dataclass
+class RingMark:
+    """How far a ring was read at a commit, and what it had lost by then."""
+
+    cursors: list[int]  # numbers of the next slots to read: control, detail
+    losses: list[Losses]
+
+
+@dataclass
+class BatchMark:
+    """One poll of one ring in a commit: so many rows of control, then of detail; the rest as in drain.Batch."""
+
+    process: int
+    control: int
+    detail: int
+    gap: bool = False
+    gap_end: int = 0
+    ended: bool = False
+
+
+@dataclass
+class Commit:
+    """What a commit of raw records says beside them: enough to go on behind it, and to derive its tables again."""
+
+    number: int
+    taken_ns: int  # monotonic: the time as of which tables were derived
+    wall_ns: int
+    switches: int = 0  # of the level that were known then
+    batches: list[BatchMark] = field(default_factory=list)
+    rings: dict[str, RingMark] = field(default_factory=dict)  # by file name: those that were still in place
+    counts: dict[str, int] = field(default_factory=dict)  # of the assembly, before this commit
+
+    @property
+    def slots(self) -> int:
+        """How many rows of raw records it has."""
+        return sum(batch.control + batch.detail for batch in self.batches)
+
+
+@dataclass
+class Export:
+    """exports/<name>.json: how far one backend has been sent the tables."""
+
+    target: str  # where to and how, without credentials
+    commit: int = 0  # the last one whose tables it has
+    end: bool = False  # whether it has what was open at the end
+    sent: int = 0  # spans that the backend confirmed
+    refused: int = 0  # spans that it would not take while it took others
+    left_out: dict[str, int] = field(default_factory=dict)  # rows that become no spans, by reason
+    trouble: str = ""  # why nothing arrives at present
 
 
 @dataclass
@@ -220,6 +283,9 @@ class Manifest:
     started_ns: int = 0  # wall
     updated_ns: int = 0  # wall
     complete: bool = False  # the collector ended in order
+    derived: int = 0  # number of the last commit whose tables are all written
+    rotated: int = 0  # number of the last commit that was removed to keep the session within its bounds
+    rotated_ns: int = 0  # wall: until when that removed
     anchors: list[tuple[int, int]] = field(default_factory=list)  # (monotonic ns, wall ns)
     processes: list[Process] = field(default_factory=list)
     losses: list[Losses] = field(default_factory=list)
@@ -232,6 +298,8 @@ class Session:
     def __init__(self, path: Path, identity: Identity):
         self.path = path
         self.identity = identity
+        self._derived = path / "tables"
+        self._merged: set[int] = set()  # blocks that are known to be merged
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Session:
@@ -265,96 +333,263 @@ class Session:
 
     def read_manifest(self) -> Manifest:
         """The manifest, or an empty one before the collector's first commit. Raises SessionError if it is broken."""
+        path = self.path / "manifest.json"
         try:
-            data = json.loads((self.path / "manifest.json").read_text("utf-8"))
+            data = json.loads(path.read_text("utf-8", "replace"))
         except FileNotFoundError:
             return Manifest(session=self.identity.session)
-        except ValueError as error:
-            raise SessionError(f"{self.path / 'manifest.json'} is not JSON ({error})") from error
-        if data.get("version") != MANIFEST_VERSION:
+        except (OSError, ValueError, RecursionError) as error:
+            raise SessionError(f"{path} is not JSON or cannot be read ({error})") from error
+        if isinstance(data, dict) and data.get("version") != MANIFEST_VERSION:
             raise SessionError(
                 f"{self.path} was written by another version of stagetrace"
                 f" (manifest version {data.get('version')}, this is {MANIFEST_VERSION})"
             )
-        data["processes"] = [Process(**process) for process in data["processes"]]
-        data["losses"] = [Losses(**losses) for losses in data["losses"]]
-        data["anchors"] = [(int(monotonic), int(wall)) for monotonic, wall in data["anchors"]]
-        return Manifest(**data)
+        try:
+            data["processes"] = [_checked(Process(**process)) for process in data["processes"]]
+            data["losses"] = [_checked(Losses(**losses)) for losses in data["losses"]]
+            data["anchors"] = [(int(monotonic), int(wall)) for monotonic, wall in data["anchors"]]
+            return _checked(Manifest(**data))
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
+            raise SessionError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Replaces the manifest as a whole."""
         manifest.updated_ns = time.time_ns()
         text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False)
-        replace(self.path / "manifest.json", text.encode("utf-8"))
+        replace(self.path / "manifest.json", text.encode("utf-8", "replace"))
 
     # Raw records
 
-    def raw_parts(self) -> list[Path]:
+    @property
+    def _raw(self) -> Path:
+        return self.path / "raw"
+
+    def _tables(self, name: str) -> Path:
+        return self._derived / name
+
+    def raw_parts(self) -> list[Part]:
         """The committed parts of raw records, oldest first."""
-        return _parts(self.path / "raw")
+        return list_parts(self._raw)
 
-    def write_raw(self, table: pa.Table, cursors: dict[str, list[int]], number: int) -> None:
-        """Commits one part of raw records with every ring's cursor: all of it or nothing is seen."""
-        metadata = {b"stagetrace.cursors": json.dumps(cursors).encode()}
-        _write_part(self.path / "raw", table.replace_schema_metadata(metadata), number)
+    def write_raw(self, table: pa.Table, commit: Commit) -> None:
+        """Commits raw records (rows of RAW_SCHEMA): all of them or nothing is seen. Raises OSError."""
+        write_part(self._raw, table, commit.number, {_COMMITS: json.dumps([asdict(commit)]).encode()})
 
-    def read_raw(self, part: Path) -> tuple[pa.Table, dict[str, list[int]]]:
-        """One part of raw records and the cursors after it, by ring name: [control, detail]."""
-        table = pq.read_table(part)
-        return table, json.loads((table.schema.metadata or {}).get(b"stagetrace.cursors", b"{}"))
+    def read_commits(self, part: Part) -> list[Commit]:
+        """What the commits in a part of raw records say, oldest first. Raises SessionError for a damaged part."""
+        try:
+            data = json.loads((pq.read_metadata(part.path).metadata or {})[_COMMITS])
+            return [_commit(each) for each in data]
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise SessionError(f"{part.path} is damaged ({type(error).__name__}: {error})") from error
+
+    def read_raw(self, part: Part) -> Iterator[tuple[Commit, pa.Table]]:
+        """The commits in a part and their records. Raises SessionError for a damaged part."""
+        commits = self.read_commits(part)
+        group = 0
+        try:
+            with pq.ParquetFile(part.path) as file:
+                for commit in commits:
+                    table = RAW_SCHEMA.empty_table()
+                    if commit.slots:
+                        table = file.read_row_group(group).replace_schema_metadata(None).cast(RAW_SCHEMA)
+                        group += 1
+                    if table.num_rows != commit.slots or table["slot"].null_count:
+                        raise SessionError(f"{part.path} is damaged: a commit of it has not the records that it names")
+                    yield commit, table
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise SessionError(f"{part.path} is damaged ({type(error).__name__}: {error})") from error
+
+    def set_aside(self, part: Part) -> Path:
+        """Renames a damaged part, so that it is neither read nor written over; says how it is called now."""
+        aside = part.path.with_suffix(".damaged")
+        part.path.replace(aside)
+        return aside
 
     # Derived tables
 
     def write_table(self, name: str, table: pa.Table, number: int) -> None:
-        """Commits one part of a derived table; an empty one leaves no file."""
+        """Writes one part of a derived table; an empty one leaves no file. Raises OSError."""
         if table.num_rows:
-            _write_part(self.path / "tables" / name, table, number)
+            write_part(self._tables(name), table, number)
 
-    def read_table(self, name: str, columns: list[str] | None = None, committed_ns: int | None = None) -> pa.Table:
+    def read_table(
+        self,
+        name: str,
+        columns: list[str] | None = None,
+        committed_ns: int | None = None,
+        numbers: tuple[int, int] | None = None,
+    ) -> pa.Table:
         """A derived table in the order of its parts; empty (with its schema) when nothing was derived yet.
 
         With `committed_ns` (wall clock) parts that were committed before it are left out, but for the newest: a table
-        that is read as empty is empty.
+        that is read as empty is empty. With `numbers` it is what the commits from the first to the second
+        gave. Raises SessionError for a damaged part.
         """
         schema = TABLES[name]
         if columns is not None:
             schema = pa.schema([schema.field(column) for column in columns])
-        directory = self.path / "tables" / name
-        parts = [pq.read_table(part, columns=columns) for part in _parts(directory, committed_ns)]
-        return (
-            pa.concat_tables([part.select(schema.names).cast(schema) for part in parts])
-            if parts
-            else schema.empty_table()
-        )
+        tables: list[pa.Table] = []
+        for attempt in range(_ATTEMPTS):  # a part may be merged or removed between looking and reading
+            try:
+                parts = list_parts(self._tables(name))
+                if committed_ns is not None:
+                    parts = _since(parts, committed_ns)
+                first, last = numbers or (0, END)
+                parts = [part for part in parts if part.last >= first and part.first <= last]
+                tables = [read_part(part, first, last, columns) for part in parts]
+                break
+            except FileNotFoundError:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+            except (pa.ArrowException, OSError, ValueError) as error:
+                raise SessionError(f"{self.path}: a file under tables/{name} is damaged ({error})") from error
+        if not tables:
+            return schema.empty_table()
+        try:
+            return pa.concat_tables([part.select(schema.names).cast(schema) for part in tables])
+        except (pa.ArrowException, KeyError, ValueError) as error:
+            raise SessionError(f"{self.path}: a file under tables/{name} has other columns ({error})") from error
 
-    def clear_tables(self) -> None:
-        """Removes the derived tables, before they are rebuilt from the raw records."""
+    @contextmanager
+    def new_tables(self) -> Iterator[Session]:
+        """The same session with empty tables to write; they take the place of its own when the body has ended well.
+
+        Raises OSError.
+        """
+        fresh = Session(self.path, self.identity)
+        fresh._derived = self.path / "tables.new"
+        shutil.rmtree(fresh._derived, ignore_errors=True)
+        try:
+            yield fresh
+            old = self.path / "tables.old"
+            shutil.rmtree(old, ignore_errors=True)
+            if self._derived.exists():
+                self._derived.rename(old)
+            if fresh._derived.exists():
+                fresh._derived.rename(self._derived)
+            shutil.rmtree(old, ignore_errors=True)
+            self._merged.clear()
+        finally:
+            shutil.rmtree(fresh._derived, ignore_errors=True)
+
+    def remove_tables(self, number: int) -> None:
+        """Removes what the tables hold of one commit, or of the end (parts.END)."""
         for name in TABLES:
-            for part in _parts(self.path / "tables" / name):
-                part.unlink()
+            for part in list_parts(self._tables(name)):
+                if part.first == part.last == number:
+                    part.path.unlink(missing_ok=True)
+
+    # As it grows
+
+    def merge(self, last: int) -> None:
+        """Merges whole blocks of commits up to `last` into one part each.
+
+        Raises SessionError for a damaged part, OSError or pyarrow's errors; what was there is unchanged then.
+        """
+        blocks = [block for block in range(last // BLOCK) if block not in self._merged]
+        parts = self.raw_parts() if blocks else []
+        for block in blocks:
+            own = [part for part in parts if block * BLOCK < part.first and part.last <= (block + 1) * BLOCK]
+            commits = [commit for part in own for commit in self.read_commits(part)]
+            for commit in commits[:-1]:
+                commit.rings = {}  # of interest while it is the newest, or was so lately
+            metadata = {_COMMITS.decode(): json.dumps([asdict(commit) for commit in commits])}
+            merge_block(self._raw, block, metadata)
+            for name in TABLES:
+                merge_block(self._tables(name), block, {})
+            self._merged.add(block)
+
+    def sizes(self) -> list[tuple[Part, int]]:
+        """Every part of raw records, oldest first, with the bytes on disk of it and of the tables up to it."""
+        others = [part for name in TABLES for part in list_parts(self._tables(name))]
+        found = []
+        for part in self.raw_parts():
+            within = [other for other in others if other.last <= part.last]
+            others = [other for other in others if other.last > part.last]
+            found.append((part, sum(_size(each) for each in (part, *within))))
+        return found
+
+    def remove_through(self, last: int) -> None:
+        """Removes the parts of all commits up to `last`, raw and derived."""
+        for directory in (*(self._tables(name) for name in TABLES), self._raw):
+            for part in list_parts(directory):
+                if part.last <= last:
+                    remove_within([part])
+                    part.path.unlink(missing_ok=True)
+
+    # Exports
+
+    def read_exports(self) -> dict[str, Export]:
+        """How far each backend has been sent the tables, by name. A file that is damaged counts as none."""
+        found = {}
+        for path in sorted((self.path / "exports").glob("*.json")):
+            try:
+                found[path.stem] = _checked(Export(**json.loads(path.read_text("utf-8"))))
+            except (OSError, ValueError, TypeError, RecursionError):
+                continue
+        return found
+
+    def write_export(self, name: str, export: Export) -> None:
+        """Replaces what is known of one backend. Raises OSError."""
+        directory = self.path / "exports"
+        directory.mkdir(mode=0o700, exist_ok=True)
+        replace(directory / f"{name}.json", json.dumps(asdict(export), indent=1).encode("utf-8"))
 
 
-def _parts(directory: Path, committed_ns: int | None = None) -> list[Path]:
-    """The parts in a directory, oldest first; with `committed_ns` (wall clock) the newest and those since then."""
+_COMMITS = b"stagetrace.commits"
+_ATTEMPTS = 5
+
+
+_TYPES: dict[str, type] = {"int": int, "str": str, "bool": bool, "list": list, "dict": dict}
+_Checked = TypeVar("_Checked")
+
+
+def _checked(made: _Checked) -> _Checked:
+    """A dataclass whose fields came from a file. Raises TypeError where one is not of its type."""
+    for each in fields(made):  # type: ignore[arg-type]
+        value = getattr(made, each.name)
+        wanted = _TYPES.get(str(each.type).partition("[")[0])
+        if wanted is not None and (not isinstance(value, wanted) or (wanted is int and isinstance(value, bool))):
+            raise TypeError(f"{each.name} is {value!r:.40}")
+        if each.type == "dict[str, int]" and not all(type(count) is int for count in value.values()):
+            raise TypeError(f"{each.name} has something that is no number")
+        if each.type == "list[str]" and not all(isinstance(word, str) for word in value):
+            raise TypeError(f"{each.name} has something that is no text")
+        if each.type == "list[dict[str, str]]" and not all(isinstance(one, dict) for one in value):
+            raise TypeError(f"{each.name} has something that is no object")
+    return made
+
+
+def _commit(data: dict[str, Any]) -> Commit:
+    """A commit from its JSON. Raises TypeError, KeyError, ValueError or AttributeError where it is none."""
+    rings = {}
+    for ring, mark in data["rings"].items():
+        control, detail = mark["cursors"]
+        losses = [_checked(Losses(**losses)) for losses in mark["losses"]]
+        rings[ring] = RingMark([int(control), int(detail)], losses)
+    batches = [_checked(BatchMark(**batch)) for batch in data["batches"]]
+    if any(batch.control < 0 or batch.detail < 0 for batch in batches):
+        raise ValueError("a batch has fewer than no records")
+    return _checked(Commit(**{**data, "batches": batches, "rings": rings}))
+
+
+def _size(part: Part) -> int:
     try:
-        with os.scandir(directory) as entries:
-            names = sorted(entry.name for entry in entries if fnmatchcase(entry.name, "part-*.parquet"))
+        return part.path.stat().st_size
     except FileNotFoundError:
+        return 0
+
+
+def _since(parts: list[Part], committed_ns: int) -> list[Part]:
+    """The newest part and those that were committed since then (wall clock)."""
+    if not parts:
         return []
-    first = 0
-    if committed_ns is not None and names:  # from the newest back: a long session has many
-        first = len(names) - 1
-        while first and (directory / names[first - 1]).stat().st_mtime_ns >= committed_ns:
-            first -= 1
-    return [directory / name for name in names[first:]]
-
-
-def _write_part(directory: Path, table: pa.Table, number: int) -> None:
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    final = directory / f"part-{number:08}.parquet"
-    partial = final.with_suffix(".partial")
-    pq.write_table(table, partial, compression="zstd")
-    partial.replace(final)
+    first = len(parts) - 1
+    while first and parts[first - 1].path.stat().st_mtime_ns >= committed_ns:  # a long session has many
+        first -= 1
+    return parts[first:]
 
 
 def replace(path: Path, data: bytes) -> None:
@@ -365,11 +600,18 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def new_session_path(root: str | os.PathLike[str] = DEFAULT_ROOT) -> Path:
-    """A fresh directory name under `root`: the local time, with a number where two begin in the same second."""
+    """Makes a fresh directory under `root`: the local time, with a number where two begin in the same second.
+
+    Raises OSError.
+    """
     stem = time.strftime("%Y%m%d-%H%M%S")
-    path = Path(root) / stem
+    Path(root).mkdir(mode=0o700, parents=True, exist_ok=True)
     number = 1
-    while path.exists():
-        number += 1
-        path = Path(root) / f"{stem}-{number}"
-    return path
+    while True:
+        path = Path(root) / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            path.mkdir(mode=0o700)
+        except FileExistsError:
+            number += 1
+        else:
+            return path

@@ -1,7 +1,10 @@
-"""A real OTLP receiver on a loopback port, gRPC or HTTP: keeps what arrives, and can refuse, or answer late."""
+"""A real OTLP receiver on a loopback port, gRPC or HTTP: keeps what arrives, and can misbehave in many ways."""
 
 from __future__ import annotations
 
+import socket
+import ssl
+import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,8 +19,19 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
     from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+
+# What gRPC says in place of an HTTP status (OTLP specification, "OTLP/gRPC response").
+_GRPC = {
+    503: grpc.StatusCode.UNAVAILABLE,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+}
 
 
 @dataclass
@@ -49,6 +63,10 @@ class Receiver:
         self.headers: list[dict[str, str]] = []
         self.paths: list[str] = []
         self.refuse = 0  # how many of the next requests are refused, not to be tried again
+        self.refuses: Callable[[ExportTraceServiceRequest], bool] = lambda request: False  # those that always are
+        self.status = 0  # an HTTP status that every request is answered with instead of being taken; 0: taken
+        self.reset = False  # connections are reset in the middle of a request
+        self.delay_s = 0.0  # before each answer
         self.stuck = threading.Event()  # while it is set no request is answered
 
     @property
@@ -69,13 +87,15 @@ class Receiver:
         """Whether a request is accepted; then it is kept."""
         self.headers.append(headers)
         self.paths.append(path)
-        if self.refuse:
-            self.refuse -= 1
+        request = ExportTraceServiceRequest.FromString(body)
+        if self.refuse or self.refuses(request):
+            self.refuse = max(self.refuse - 1, 0)
             return False
-        self.requests.append(ExportTraceServiceRequest.FromString(body))
+        self.requests.append(request)
         return True
 
     def wait(self) -> None:
+        self._over.wait(self.delay_s)
         while self.stuck.is_set() and not self._over.wait(0.01):
             pass
 
@@ -107,6 +127,8 @@ class GrpcReceiver(Receiver):
             def Export(self, request: ExportTraceServiceRequest, context: grpc.ServicerContext) -> Any:  # noqa: N802
                 receiver.wait()
                 headers = {key: str(value) for key, value in context.invocation_metadata()}
+                if receiver.status:
+                    context.abort(_GRPC[receiver.status], "told so by the test")
                 if not receiver.take(request.SerializeToString(), headers, ""):
                     context.abort(grpc.StatusCode.INVALID_ARGUMENT, "refused by the test")
                 return ExportTraceServiceResponse()
@@ -121,9 +143,17 @@ class GrpcReceiver(Receiver):
 
 
 class HttpReceiver(Receiver):
-    """Protobuf over HTTP, on any path."""
+    """Protobuf over HTTP, on any path; over TLS with a certificate and its key (files)."""
 
     protocol = "http/protobuf"
+
+    def __init__(self, port: int = 0, certificate: tuple[Path, Path] | None = None):
+        super().__init__(port)
+        self.certificate = certificate
+
+    @property
+    def endpoint(self) -> str:
+        return super().endpoint.replace("http:", "https:") if self.certificate else super().endpoint
 
     def start(self) -> None:
         receiver = self
@@ -135,10 +165,15 @@ class HttpReceiver(Receiver):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 receiver.wait()
                 headers = {key.lower(): value for key, value in self.headers.items()}
-                accepted = receiver.take(body, headers, self.path)
+                if receiver.reset:
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    self.close_connection = True
+                    self.connection.close()  # unread and unanswered: a reset
+                    return
+                accepted = not receiver.status and receiver.take(body, headers, self.path)
                 answer = ExportTraceServiceResponse().SerializeToString()
                 try:
-                    self.send_response(200 if accepted else 400)
+                    self.send_response(receiver.status or (200 if accepted else 400))
                     self.send_header("Content-Type", "application/x-protobuf")
                     self.send_header("Content-Length", str(len(answer)))
                     self.end_headers()
@@ -151,6 +186,10 @@ class HttpReceiver(Receiver):
 
         self.server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
         self.server.daemon_threads = True
+        if self.certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*self.certificate)
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
         self.port = self.server.server_address[1]
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
         self.thread.start()

@@ -1,17 +1,16 @@
-"""The OTLP sink against a real receiver, by gRPC and by HTTP: what arrives, and what happens when nothing does."""
+"""The OTLP sink against a real receiver, by gRPC and by HTTP: what arrives (when and how often: test_follow.py)."""
 
 from __future__ import annotations
 
-import logging
 import os
-import socket
 import time
 from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from backends.receiver import GrpcReceiver, HttpReceiver, Receiver
+from backends.receiver import HttpReceiver, Receiver
 from backends.tables import KEY, MS, PARENT_ID, TRACE_ID, TRACE_STATE, Builder, serving
 from opentelemetry import trace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as WireSpan
@@ -19,22 +18,44 @@ from opentelemetry.proto.trace.v1.trace_pb2 import SpanFlags
 from opentelemetry.proto.trace.v1.trace_pb2 import Status as WireStatus
 
 from stagetrace.exporters import otlp
+from stagetrace.exporters.otel_settings import destination
 from stagetrace.exporters.otlp import OtlpSink
 from stagetrace.exporters.session import Manifest
 from stagetrace.instrument import ids
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from backends.receiver import Received
 
 REMOTE = bytes.fromhex(TRACE_ID), bytes.fromhex(PARENT_ID)
 
 
+@dataclass
+class Sent:
+    """What became of some tables."""
+
+    sent: int = 0  # spans that the backend confirmed
+    failed: int = 0  # and those that it did not
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+def made_sink(environ: Mapping[str, str] = os.environ, **more: Any) -> OtlpSink:
+    wanted = destination(environ)
+    assert wanted is not None
+    return OtlpSink.to(wanted, KEY, **more)
+
+
+def export(sink: OtlpSink, tables: dict[str, Any], manifest: Manifest) -> Sent:
+    """Makes the spans of the tables and sends each request once."""
+    made = sink.spans(tables, manifest)
+    sent = sum(len(batch) for batch in otlp.batches(made.spans) if sink.send(batch))
+    return Sent(sent, len(made.spans) - sent, dict(made.left_out))
+
+
 @pytest.fixture
 def sink(receiver: Receiver) -> Iterator[OtlpSink]:
-    made = OtlpSink.from_environment(os.environ, KEY)
-    assert made is not None
+    made = made_sink()
     yield made
     made.shutdown()
 
@@ -54,7 +75,7 @@ ANCHORED = Manifest(session="s", host="h", anchors=[(0, 10**18)])
 
 def test_session_arrives_whole_and_every_parent_is_there(receiver: Receiver, sink: OtlpSink) -> None:
     session = serving()
-    result = sink.export(session.tables, session.manifest)
+    result = export(sink, session.tables, session.manifest)
     received = receiver.received()
     assert result.failed == 0
     assert result.sent == len(received) > 0
@@ -80,7 +101,7 @@ def test_session_arrives_whole_and_every_parent_is_there(receiver: Receiver, sin
 
 def test_step_trace(receiver: Receiver, sink: OtlpSink) -> None:
     session = serving()
-    sink.export(session.tables, session.manifest)
+    export(sink, session.tables, session.manifest)
     of_step = [
         item for item in receiver.received() if item.span.trace_id == ids.step_trace_id(KEY, session.instance, 1)
     ]
@@ -131,7 +152,7 @@ def test_step_trace(receiver: Receiver, sink: OtlpSink) -> None:
 
 def test_request_trace_continues_the_callers(receiver: Receiver, sink: OtlpSink) -> None:
     session = serving()
-    sink.export(session.tables, session.manifest)
+    export(sink, session.tables, session.manifest)
     of_request = [item for item in receiver.received() if item.span.trace_id.hex() == TRACE_ID]
     root = next(item for item in of_request if item.span.name == "request")
     assert root.span.span_id == ids.request_span_id(KEY, session.traced)
@@ -194,7 +215,7 @@ def test_request_trace_continues_the_callers(receiver: Receiver, sink: OtlpSink)
 
 def test_times_follow_the_newest_anchor_before_the_trace(receiver: Receiver, sink: OtlpSink) -> None:
     session = serving()
-    sink.export(session.tables, session.manifest)
+    export(sink, session.tables, session.manifest)
     begins = {
         item.attributes["stagetrace.step"]: item.span.start_time_unix_nano - session.wall
         for item in receiver.received()
@@ -205,7 +226,7 @@ def test_times_follow_the_newest_anchor_before_the_trace(receiver: Receiver, sin
 
 def test_aborted_request_is_no_error_and_unsampled_one_is_not_sent(receiver: Receiver, sink: OtlpSink) -> None:
     session = serving()
-    sink.export(session.tables, session.manifest)
+    export(sink, session.tables, session.manifest)
     requests = {item.id: item for item in receiver.received() if item.span.name == "request"}
     derived = ids.request_trace_id(KEY, session.aborted), ids.request_span_id(KEY, session.aborted)
     assert set(requests) == {derived, (REMOTE[0], ids.request_span_id(KEY, session.traced))}
@@ -222,7 +243,7 @@ def test_error_status_arrives_with_its_reason(receiver: Receiver, sink: OtlpSink
     build = Builder()
     for status in ("error", "lost", "open", "finished"):
         build.request(status, status=status, arrival_ns=5, end_ns=9)
-    assert sink.export(build.tables(), ANCHORED).sent == 4
+    assert export(sink, build.tables(), ANCHORED).sent == 4
     statuses = {item.attributes["stagetrace.request_id"]: item.span.status for item in receiver.received()}
     assert {name: status.code for name, status in statuses.items()} == {
         "error": WireStatus.STATUS_CODE_ERROR,
@@ -236,10 +257,10 @@ def test_error_status_arrives_with_its_reason(receiver: Receiver, sink: OtlpSink
 
 def test_same_tables_give_the_same_spans(receiver: Receiver, sink: OtlpSink) -> None:
     session = serving()
-    sink.export(session.tables, session.manifest)
+    export(sink, session.tables, session.manifest)
     first = receiver.received()
     receiver.requests.clear()
-    sink.export(session.tables, session.manifest)
+    export(sink, session.tables, session.manifest)
     assert [item.span for item in receiver.received()] == [item.span for item in first]
 
 
@@ -248,9 +269,8 @@ def test_links_beyond_the_sdks_limit_arrive_and_dropped_ones_are_told(receiver: 
     handle = build.request("long", arrival_ns=0, end_ns=1)
     build.add("members", handle=handle, instance=7, first_step=10, last_step=309)
     build.add("members", handle=handle, instance=7, first_step=400, last_step=699)
-    sink = OtlpSink.from_environment(os.environ, KEY, link_limit=500)
-    assert sink is not None
-    assert sink.export(build.tables(), ANCHORED).sent == 1
+    sink = made_sink(link_limit=500)
+    assert export(sink, build.tables(), ANCHORED).sent == 1
     sink.shutdown()
     span = receiver.received()[0].span
     steps = [*range(10, 310), *range(400, 600)]
@@ -264,12 +284,12 @@ def test_states_and_links_that_came_before_the_request_are_in_its_trace(receiver
     handle = ids.handle(KEY, "r")
     early.state("prefill_chunk", handle, 5, 20, step=1)
     early.add("members", handle=handle, instance=7, first_step=1, last_step=2)
-    assert sink.export(early.tables(), ANCHORED) == otlp.ExportResult()
+    assert export(sink, early.tables(), ANCHORED) == Sent()
     over = Builder()
     over.request("r", arrival_ns=0, end_ns=30)
     over.state("prefill", handle, 4, 21)
     over.add("members", handle=handle, instance=7, first_step=4, last_step=4)
-    assert sink.export(over.tables(), ANCHORED).sent == 3
+    assert export(sink, over.tables(), ANCHORED).sent == 3
     received = receiver.received()
     names = {item.span.name: item for item in received}
     assert parent_name(names["prefill_chunk"], received) == "prefill"
@@ -277,7 +297,7 @@ def test_states_and_links_that_came_before_the_request_are_in_its_trace(receiver
     assert [link.span_id for link in names["request"].span.links] == expected
     late = Builder()
     late.add("members", handle=handle, instance=7, first_step=6, last_step=6)
-    assert sink.export(late.tables(), ANCHORED) == otlp.ExportResult(left_out={"members_after_their_request": 1})
+    assert export(sink, late.tables(), ANCHORED) == Sent(left_out={"members_after_their_request": 1})
 
 
 def test_large_requests_are_cut_below_grpcs_message_limit(receiver: Receiver, sink: OtlpSink) -> None:
@@ -285,7 +305,7 @@ def test_large_requests_are_cut_below_grpcs_message_limit(receiver: Receiver, si
     for number in range(90):
         handle = build.request(f"r{number}", arrival_ns=number, end_ns=number + 1)
         build.add("members", handle=handle, instance=7, first_step=1, last_step=5000)
-    result = sink.export(build.tables(), ANCHORED)
+    result = export(sink, build.tables(), ANCHORED)
     assert (result.sent, result.failed) == (90, 0)
     sizes = [request.ByteSize() for request in receiver.requests]
     assert sum(sizes) > 4 * 1024 * 1024 > max(sizes), "one message would not have done"
@@ -299,9 +319,8 @@ def test_resource_says_which_process_and_the_environment_goes_first(
     for environment in ({}, {"OTEL_SERVICE_NAME": "chat", "OTEL_RESOURCE_ATTRIBUTES": "host.name=mine,team=a%20b"}):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        sink = OtlpSink.from_environment(os.environ, KEY)
-        assert sink is not None
-        sink.export(session.tables, session.manifest)
+        sink = made_sink()
+        export(sink, session.tables, session.manifest)
         sink.shutdown()
         resources = defaultdict(set)
         for item in receiver.received():
@@ -320,17 +339,15 @@ def test_resource_says_which_process_and_the_environment_goes_first(
 
 def test_headers_and_path_are_those_of_the_environment(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "x-scope-orgid=tenant-1")
-    sink = OtlpSink.from_environment(os.environ, KEY)
-    assert sink is not None
-    assert sink.export(many_steps(1).tables(), ANCHORED).sent == 1
+    sink = made_sink()
+    assert export(sink, many_steps(1).tables(), ANCHORED).sent == 1
     sink.shutdown()
     assert receiver.headers[0]["x-scope-orgid"] == "tenant-1"
     if isinstance(receiver, HttpReceiver):
         assert receiver.paths == ["/v1/traces"]
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", receiver.endpoint + "/whole/path")
-        sink = OtlpSink.from_environment(os.environ, KEY)
-        assert sink is not None
-        assert sink.export(many_steps(1).tables(), ANCHORED).sent == 1
+        sink = made_sink()
+        assert export(sink, many_steps(1).tables(), ANCHORED).sent == 1
         sink.shutdown()
         assert receiver.paths[1:] == ["/whole/path"]
 
@@ -338,75 +355,36 @@ def test_headers_and_path_are_those_of_the_environment(receiver: Receiver, monke
 def test_no_global_provider_is_set(receiver: Receiver, sink: OtlpSink) -> None:
     before = trace._TRACER_PROVIDER
     session = serving()
-    assert sink.export(session.tables, session.manifest).sent == len(receiver.received())
+    assert export(sink, session.tables, session.manifest).sent == len(receiver.received())
     assert trace._TRACER_PROVIDER is before is None
 
 
 # What happens when nothing arrives
 
 
-@pytest.mark.parametrize("kind", [GrpcReceiver, HttpReceiver])
-def test_dead_backend_is_counted_left_alone_and_found_again(
-    kind: type[Receiver], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(otlp, "_PAUSE_S", (0.5, 0.5))
-    with socket.socket() as taken:  # bound and not listening: connections are refused
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-        environ = {
-            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}",
-            "OTEL_EXPORTER_OTLP_PROTOCOL": kind.protocol,
-        }
-        sink = OtlpSink.from_environment(environ, KEY, timeout_s=1.0)
-        assert sink is not None
-        tables = many_steps(2000).tables()  # four batches
-        begin = time.monotonic()
-        result = sink.export(tables, ANCHORED)
-        assert time.monotonic() - begin < 3.0
-        assert (result.sent, result.failed) == (0, 2000)
-        begin = time.monotonic()
-        assert sink.export(many_steps(3).tables(), ANCHORED).failed == 3
-        assert time.monotonic() - begin < 0.3, "it is not asked again at once"
-    told = [record for record in caplog.records if record.name == otlp.__name__]
-    assert len(told) == 1
-    assert "OTEL_EXPORTER_OTLP_PROTOCOL" in told[0].getMessage()
-    with kind(port) as receiver:
-        deadline = time.monotonic() + 30
-        while not sink.export(many_steps(5).tables(), ANCHORED).sent:
-            assert time.monotonic() < deadline, "the backend is back and was not found"
-            time.sleep(0.05)
-        assert len(receiver.received()) == 5
-    sink.shutdown()
-
-
-def test_backend_that_does_not_answer_holds_a_call_no_longer_than_told(receiver: Receiver) -> None:
-    sink = OtlpSink.from_environment(os.environ, KEY, timeout_s=0.5)
-    assert sink is not None
+def test_backend_that_does_not_answer_holds_a_request_no_longer_than_told(receiver: Receiver) -> None:
+    sink = made_sink(timeout_s=0.5)
     receiver.stuck.set()
     begin = time.monotonic()
-    result = sink.export(many_steps(3000).tables(), ANCHORED)
+    result = export(sink, many_steps(3).tables(), ANCHORED)
     taken = time.monotonic() - begin
     sink.shutdown()
-    assert (result.sent, result.failed) == (0, 3000)
+    assert (result.sent, result.failed) == (0, 3)
     assert 0.4 < taken < 2.5
 
 
 def test_refused_batch_fails_and_the_others_arrive(receiver: Receiver, sink: OtlpSink) -> None:
     receiver.refuse = 1
-    result = sink.export(many_steps(1200).tables(), ANCHORED)
+    result = export(sink, many_steps(1200).tables(), ANCHORED)
     assert (result.sent, result.failed) == (1200 - otlp.BATCH_SPANS, otlp.BATCH_SPANS)
     assert len(receiver.received()) == result.sent
 
 
-def test_tables_that_cannot_be_exported_are_counted(
-    receiver: Receiver, sink: OtlpSink, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_tables_without_a_clock_anchor_become_no_spans(receiver: Receiver, sink: OtlpSink) -> None:
     session = serving()
     session.manifest.anchors = []
-    result = sink.export(session.tables, session.manifest)
-    rows = sum(session.tables[name].num_rows for name in ("requests", "states", "steps", "segments"))
-    assert (result.sent, result.failed) == (0, rows)
-    assert "no clock anchor" in caplog.text
+    with pytest.raises(ValueError, match="no clock anchor"):
+        sink.spans(session.tables, session.manifest)
     assert not receiver.headers
 
 
@@ -415,14 +393,14 @@ def test_after_shutdown_everything_fails_quietly(
 ) -> None:
     sink.shutdown()
     sink.shutdown()
-    assert sink.export(many_steps(3).tables(), ANCHORED).failed == 3
+    assert export(sink, many_steps(3).tables(), ANCHORED).failed == 3
     assert not receiver.headers
     assert not caplog.records
 
 
 def test_empty_tables_send_nothing(receiver: Receiver, sink: OtlpSink) -> None:
-    assert sink.export(Builder().tables(), ANCHORED) == otlp.ExportResult()
-    assert sink.export({}, ANCHORED) == otlp.ExportResult()
+    assert export(sink, Builder().tables(), ANCHORED) == Sent()
+    assert export(sink, {}, ANCHORED) == Sent()
     assert not receiver.headers
 
 
@@ -442,9 +420,8 @@ HERE = "http://127.0.0.1:1"
         {"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": HERE},
     ],
 )
-def test_environment_that_asks_for_no_traces(environ: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
-    assert OtlpSink.from_environment(environ, KEY) is None
-    assert not caplog.records
+def test_environment_that_asks_for_no_traces(environ: dict[str, str]) -> None:
+    assert destination(environ) is None
 
 
 @pytest.mark.parametrize(
@@ -467,8 +444,7 @@ def test_environment_that_asks_for_no_traces(environ: dict[str, str], caplog: py
     ],
 )
 def test_environment_that_asks_for_traces(environ: dict[str, str], module: str) -> None:
-    sink = OtlpSink.from_environment(environ, KEY)
-    assert sink is not None
+    sink = made_sink(environ)
     assert type(sink._exporter).__module__ == f"opentelemetry.exporter.otlp.proto.{module}.trace_exporter"
     sink.shutdown()
 
@@ -476,10 +452,16 @@ def test_environment_that_asks_for_traces(environ: dict[str, str], module: str) 
 @pytest.mark.parametrize(
     ("name", "value"), [("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"), ("OTEL_EXPORTER_OTLP_TIMEOUT", "soon")]
 )
-def test_mistake_in_a_variable_is_told(name: str, value: str, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.ERROR):
-        assert OtlpSink.from_environment({"OTEL_EXPORTER_OTLP_ENDPOINT": HERE, name: value}, KEY) is None
-    assert value in caplog.text
+def test_mistake_in_a_variable_is_told(name: str, value: str) -> None:
+    with pytest.raises(otlp.BadSettings, match=value):
+        made_sink({"OTEL_EXPORTER_OTLP_ENDPOINT": HERE, name: value})
+
+
+def test_credentials_are_not_in_the_name_of_a_destination() -> None:
+    wanted = destination({"OTEL_EXPORTER_OTLP_ENDPOINT": "https://me:secret@host:4317/path"})
+    assert wanted is not None
+    assert wanted.target == "https://host:4317/path by grpc"
+    assert "secret" not in wanted.name
 
 
 def parent_name(item: Received, among: list[Received]) -> str | None:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from unit.decoded import decoded, decoded_batch
 from unit.rings import FORWARD, output_of, python, read_all, reader_of, ring_paths
 
 from stagetrace.exporters.assemble import Assembler
-from stagetrace.exporters.decode import Parts, decode
+from stagetrace.exporters.long_records import Parts
 from stagetrace.instrument.identity import read_identity
 from stagetrace.instrument.records import RecordType
 from stagetrace.instrument.stages import BY_NAME
@@ -75,7 +76,7 @@ def test_every_record_in_the_ring_of_a_dead_process_is_read(tmp_path: Path, way:
     assert not reader.alive()
     batch = reader.poll()
     assert batch.ended
-    found = decode(batch.control, batch.detail, Parts(), Parts())
+    found = decoded_batch(batch)
     assert [row[3] for row in found.segments] == [*range(2_000)]
     assert [words[1] for _, type_, _, words in found.controls if type_ == RecordType.SNAPSHOT] == [
         *range(0, 2_000, 100)
@@ -122,7 +123,7 @@ def test_a_death_in_the_middle_of_writing_costs_at_most_the_record_it_was_in(tmp
     assert losses.read + losses.overwritten + losses.torn + losses.unfinished == reader.areas[1].cursor
     parts = Parts(), Parts()
     for piece in pieces:
-        found = decode(piece[:0], piece, *parts)
+        found = decoded(detail=piece, parts=parts)
         assert found.corrupt == 0
         for _, _, _, begin, end, *rest in found.segments:  # the content is that of its own write, whole
             assert end == begin

@@ -80,7 +80,7 @@ class Commands:
                 process.kill()
             process.communicate()
         try:
-            wait_for(lambda: not self.alive(), 3.0)
+            wait_for(lambda: not self.alive(), 10.0)
         except TimeoutError:
             pass
         left = self.alive()

@@ -626,9 +626,9 @@ def test_a_step_without_an_end_is_partial_once_it_is_overtaken(rig: Rig):
             rig.poll()
     for _ in range(3):
         rig.poll(steps.now)
-    instance = rig.assembler.instances[INSTANCE]
-    assert len(instance.covered) < 10
-    assert not instance.steps
+    sizes = rig.assembler.sizes()
+    assert sizes["covered"] < 10
+    assert sizes["steps"] == 0
     first, *others = sorted(rig.rows["steps"], key=lambda row: row["step"])
     assert (first["status"], first["begin_ns"], first["end_ns"]) == ("partial", 1_000, 1_010)
     assert {row["status"] for row in others} == {"complete"}
@@ -708,9 +708,7 @@ def test_a_rank_that_does_not_report_in_time_is_missing(tmp_path: Path):
         rig.recorders["worker 0"].segment(segment("rank_step"), at + 20, at + 80, INSTANCE, 1, 0, 1)
         for _ in range(3):
             rig.poll(at + 200 + RANKS_PATIENCE_NS)
-        instance = rig.assembler.instances[INSTANCE]
-        assert not instance.reported
-        assert not instance.held
+        assert rig.assembler.sizes()["segments"] == 0
         rows = rig.finish()
         assert reported(rows) == {1: ("ranks_missing", 2, 1)}
         assert len([row for row in rows["segments"] if row["stage"] == BY_NAME["rank_step"].id]) == 2
@@ -876,15 +874,12 @@ def test_nothing_is_kept_of_what_is_over(rig: Rig):
         rig.poll(steps.now)
     for _ in range(4):
         rig.poll(steps.now)
-    assembler = rig.assembler
-    instance = assembler.instances[INSTANCE]
+    sizes = rig.assembler.sizes()
     assert len(rig.rows["requests"]) == len(rig.rows["steps"]) == len(rig.rows["members"]) == 119
-    assert not assembler.requests
-    assert len(instance.last_token) + len(instance.members) + len(instance.changes) <= 2
-    assert not instance.steps
-    assert not instance.held
-    assert len(instance.covered) < 10
-    assert not any(source.pending.get(thread) for source in assembler.sources.values() for thread in source.pending)
+    assert not rig.assembler.requests
+    assert sizes["tokens"] + sizes["members"] + sizes["changes"] <= 2
+    assert sizes["covered"] < 10
+    assert {name for name, size in sizes.items() if size} <= {"tokens", "members", "changes", "covered", "instances"}
 
 
 def test_what_processes_say_of_themselves(tmp_path: Path):

@@ -409,7 +409,15 @@ def test_losses_and_hooks(tmp_path: Path):
     builder.process(hooks=[waiting, missing, unused], errors={"core": 1})
     builder.process(1, hooks=[installed, missing, unused], errors={"core": 2, "worker": 1})
     found = health(builder.write().read_manifest())
-    assert found.lost == {"overwritten": 6, "dropped": 4, "torn": 1, "unfinished": 2, "corrupt": 3, "incomplete": 6}
+    assert found.lost == {
+        "overwritten": 6,
+        "dropped": 4,
+        "torn": 1,
+        "unfinished": 2,
+        "corrupt": 3,
+        "given_up": 0,
+        "incomplete": 6,
+    }
     assert (found.read, len(found.rings), found.accounting_conflicts) == (151, 2, 2)
     assert found.hooks == [
         HookTrouble("core", "missing", "no attribute", 2),

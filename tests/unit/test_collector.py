@@ -32,7 +32,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from stagetrace.exporters import collector
-from stagetrace.exporters.otlp import OtlpSink
+from stagetrace.exporters.export_process import ExportProcess
 from stagetrace.exporters.session import Session
 from stagetrace.instrument.identity import claim_identity
 path, function, parts = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -45,8 +45,10 @@ def killed(*arguments, **more):
     return original(*arguments, **more)
 setattr(owner, function, killed)
 collector.COMMIT_S = 0.2
-sink = OtlpSink.from_environment(os.environ, session.identity.key)
-collector.Collector(session, ["the", "command"], sink=sink).run(lambda: False)
+made = collector.Collector(session, ["the", "command"])
+if "OTEL_EXPORTER_OTLP_ENDPOINT" in os.environ:
+    made.export = ExportProcess(session)
+made.run(lambda: False)
 """
 
 
@@ -86,8 +88,9 @@ def raw_numbers(session: Session) -> dict[tuple[int, int], list[int]]:
     """The slot numbers in the session, in its order, by process and ring."""
     numbers = defaultdict(list)
     for part in session.raw_parts():
-        for row in session.read_raw(part)[0].to_pylist():
-            numbers[row["process"], row["ring"]].append(struct.unpack_from("<Q", row["slot"])[0])
+        for _, table in session.read_raw(part):
+            for row in table.to_pylist():
+                numbers[row["process"], row["ring"]].append(struct.unpack_from("<Q", row["slot"])[0])
     return dict(numbers)
 
 
@@ -233,7 +236,7 @@ def test_spans_that_a_killed_collector_did_not_export_are_exported(commands: Com
         }
         more = ("--steady", "--long", "--pause", "0.05", "--until", until)
         writer = commands.recording("--open", "1", *more, session=session.path)
-        killed_collector(commands, session, "_export", parts)
+        killed_collector(commands, session, "_tend", parts)
         until.touch()
         writer.wait(PATIENCE_S)
         stop_when_rings_are_gone(commands, session)

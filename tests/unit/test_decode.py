@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unit.decoded import decoded
 from unit.rings import DECODE, FORWARD, opened, read_all
 
-from stagetrace.exporters.decode import Parts, Records, decode, text_of
 from stagetrace.exporters.drain import SLOT, Slots
+from stagetrace.exporters.long_records import Parts
 from stagetrace.instrument.records import PART_WORDS, SLOT_WORDS, Change, Event, RecordType, Text, header_word
 from stagetrace.instrument.stages import BY_ID, STAGES, STEP_COMPOSITION, Kind
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 COMPOSITION = tuple(range(len(STEP_COMPOSITION)))
-NONE = np.empty(0, SLOT)
 
 
 def slots(*rows: tuple[int, int, tuple[int, ...]]) -> Slots:
@@ -42,10 +42,6 @@ def long(type_: int, first: int, words: tuple[int, ...], *, numbers: list[int] |
             for i in range(parts)
         )
     )
-
-
-def decoded(control: Slots = NONE, detail: Slots = NONE, parts: tuple[Parts, Parts] | None = None) -> Records:
-    return decode(control, detail, *(parts or (Parts(), Parts())))
 
 
 SNAPSHOT = (5, 6, 20, *range(1_000, 1_020))
@@ -75,7 +71,7 @@ def test_parts_in_any_order_and_in_any_batches_make_the_record(order: list[int],
     start = 0
     for end, cut in enumerate(breaks, 1):
         if cut or end == len(pieces):
-            records = decode(pieces[start:end], NONE, *parts)
+            records = decoded(pieces[start:end], parts=parts)
             assert (records.corrupt, records.incomplete) == (0, 0)
             found += records.controls
             start = end
@@ -182,10 +178,11 @@ def test_no_other_stage_can(number: int):
 
 
 @given(st.text(max_size=100))
-def test_text_of(text: str):
+def test_a_text_is_what_was_written(text: str):
     data = text.encode("utf-8", "replace")
     words = np.frombuffer(data.ljust(-(-len(data) // 8) * 8 + 32, b"\0"), "<i8")
-    assert text_of((7, 1, len(data), *words.tolist())) == (7, 1, data.decode())
+    found = decoded(long(RecordType.TEXT, 1, (7, 1, len(data), *words.tolist())))
+    assert found.texts == [(7, 1, data.decode())]
 
 
 def test_a_slot_holds_what_the_table_says():

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from unit.decoded import decoded
 from unit.rings import (
     DECODE,
     FORWARD,
@@ -26,7 +27,6 @@ from unit.rings import (
 )
 
 from stagetrace.exporters.assemble import Assembler
-from stagetrace.exporters.decode import Parts, decode
 from stagetrace.exporters.drain import SLOT, Batch, NotARing, RingReader, Slots
 from stagetrace.instrument import records
 from stagetrace.instrument.recorder import Recorder
@@ -120,11 +120,9 @@ class Draining(RuleBasedStateMachine):
         assert numbers == sorted(set(numbers))
         kept = min(self.written, len(self.reader.areas[DETAIL].slots))
         assert set(numbers) >= {*range(self.written - kept, self.written)}
-        found = decode(
+        found = decoded(
             np.concatenate([batch.control for batch in self.batches]),
             np.concatenate([batch.detail for batch in self.batches]),
-            Parts(),
-            Parts(),
         )
         assert [row[3] for row in found.segments] == numbers, "a slot's content is another's"
         assert [words[1] for _, type_, _, words in found.controls if type_ == RecordType.STATE] == self.accepted

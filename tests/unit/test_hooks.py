@@ -14,10 +14,10 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from unit.decoded import decoded_batch
 from unit.rings import die, environment, opened, read_all, reader_of, sized, variables
 
 from stagetrace.exporters.assemble import Assembler
-from stagetrace.exporters.decode import Parts, decode, text_of
 from stagetrace.instrument.hooks import ERRORS_UNTIL_OUT, Hook, HookPoint, Hooks
 from stagetrace.instrument.recorder import Recorder, now
 from stagetrace.instrument.records import MAX_HOOKS, RecordType, header_word
@@ -162,7 +162,7 @@ def hooked(recorder: Recorder, *points: HookPoint) -> list[Hook]:
 
 def segments(reader: RingReader) -> list[tuple[int, ...]]:
     batch = read_all(reader)
-    return decode(batch.control, batch.detail, Parts(), Parts()).segments
+    return decoded_batch(batch).segments
 
 
 # Where and when
@@ -480,6 +480,5 @@ def test_a_hooks_status_is_json_that_names_it(name: str, pair: tuple[Recorder, R
     hooked(recorder, point(f"{name}:gone"))
     importlib.import_module(name)
     batch = read_all(reader)
-    (words,) = (words for *_, words in decode(batch.control, batch.detail, Parts(), Parts()).controls)
-    _, _, text = text_of(words)
+    ((_, _, text),) = decoded_batch(batch).texts
     assert json.loads(text)["name"] == f"{name}:gone"

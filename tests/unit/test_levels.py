@@ -6,11 +6,11 @@ import gc
 from typing import TYPE_CHECKING
 
 import pytest
+from unit.decoded import decoded_batch
 from unit.rings import FORWARD, environment, opened, read_all, variables
 
 from stagetrace.exporters.assemble import SWITCH_PATIENCE_NS, Assembler
 from stagetrace.exporters.control import Switch, read_switches, set_level
-from stagetrace.exporters.decode import Parts, decode
 from stagetrace.exporters.session import Session
 from stagetrace.instrument import gc_pauses
 from stagetrace.instrument.levels import LEVEL_FILE, maximum_level, session_level
@@ -171,7 +171,7 @@ def test_gc_pauses_are_recorded(tmp_path: Path) -> None:
         finally:
             gc.callbacks[:] = before
         batch = read_all(reader)
-    segments = decode(batch.control, batch.detail, Parts(), Parts()).segments
+    segments = decoded_batch(batch).segments
     pauses = [row for row in segments if row[1] == BY_NAME["gc_pause"].id]
     _, _, _, begin, end, _, _, generation, *_ = pauses[-1]
     assert begin < end

@@ -21,6 +21,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unit.decoded import Decoded
+from unit.decoded import decoded as slots_decoded
 from unit.rings import (
     DECODE,
     FORWARD,
@@ -38,7 +40,7 @@ from unit.rings import (
     variables,
 )
 
-from stagetrace.exporters.decode import Parts, Records, decode, text_of
+from stagetrace.exporters.long_records import Parts
 from stagetrace.instrument import records
 from stagetrace.instrument import ring as ring_module
 from stagetrace.instrument.identity import claim_identity, read_identity
@@ -66,9 +68,9 @@ def pair(tmp_path: Path) -> Iterator[tuple[Recorder, RingReader]]:
         yield recorder, reader
 
 
-def decoded(batch: Batch) -> Records:
+def decoded(batch: Batch) -> Decoded:
     parts = Parts(), Parts()
-    found = decode(batch.control, batch.detail, *parts)
+    found = slots_decoded(batch.control, batch.detail, parts)
     assert not found.corrupt
     assert not len(parts[0])
     assert not len(parts[1])
@@ -76,7 +78,7 @@ def decoded(batch: Batch) -> Records:
 
 
 def texts(batch: Batch) -> list[tuple[int, int, str]]:
-    return [text_of(words) for _, type_, _, words in decoded(batch).controls if type_ == RecordType.TEXT]
+    return decoded(batch).texts
 
 
 # What is written is what is read
@@ -520,7 +522,7 @@ def test_writes_from_a_garbage_collection_in_the_middle_of_a_write(tmp_path: Pat
     assert [words[4] for _, _, words in found.steps] == [*range(1, 301)]
     snapshots = [words[:33] for _, type_, _, words in found.controls if type_ == RecordType.SNAPSHOT]
     assert snapshots == [(1, i + 1, 30, *range(30)) for i in range(300)]
-    read = [text_of(words)[2] for _, type_, _, words in found.controls if type_ == RecordType.TEXT]
+    read = [text for *_, text in found.texts]
     assert [text for text in read if text.startswith("outer")] == [f"outer {i}" for i in range(300)]
     assert len([text for text in read if text.startswith("inner") and text.endswith("y" * 300)]) == inner
 
@@ -555,7 +557,7 @@ def test_writes_from_a_signal_handler_in_the_middle_of_a_write(tmp_path: Path):
         mine = [words for _, _, words in found.steps if words[3] == instance]
         assert sorted(words[1] for words in mine) == [*range(count)]
         assert {words[5:] for words in mine} == {COMPOSITION}
-    read = [text_of(words)[2] for *_, words in found.controls]
+    read = [text for *_, text in found.texts]
     assert len(read) == inner + outer
     assert {len(text.split()[2]) for text in read} == {30, 100}
 

@@ -231,7 +231,15 @@ def test_json_keys_are_documented(tmp_path: Path):
         return keys.union(*inner)
 
     found = fixed(as_dict(summarise(builder.write())))
-    reasons = {"overwritten", "dropped", "torn", "unfinished", "corrupt", "incomplete"}  # rows of the table of losses
+    reasons = {
+        "overwritten",
+        "dropped",
+        "torn",
+        "unfinished",
+        "corrupt",
+        "given_up",
+        "incomplete",
+    }  # rows of the table of losses
     assert {"p95_ns", "share", "requests_per_s", "why"} <= found
     assert {key for key in found - reasons if f"`{key}`" not in page} == set()
     assert {reason for reason in reasons if f"| {reason} |" not in page} == set()

@@ -30,7 +30,7 @@ from stagetrace.analysis.breakdown import COLUMNS
 from stagetrace.analysis.load import load
 from stagetrace.analysis.top import Screen, State, View, as_dict, lines, look, plain_lines
 from stagetrace.cli.main import app
-from stagetrace.exporters.session import RAW_SCHEMA, TABLES, Session, SessionError
+from stagetrace.exporters.session import RAW_SCHEMA, TABLES, Commit, RingMark, Session, SessionError
 from stagetrace.instrument.levels import LEVEL_FILE
 
 if TYPE_CHECKING:
@@ -253,8 +253,8 @@ def test_messages_say_what_to_do(tmp_path: Path):
 
 def commit(session: Session, number: int, wall_ns: int, **cursors: list[int]) -> None:
     """A commit of raw records at a time; its cursors by the role of the ring's process."""
-    session.write_raw(RAW_SCHEMA.empty_table(), {f"{role}-1-1.ring": at for role, at in cursors.items()}, number)
-    os.utime(session.raw_parts()[-1], ns=(wall_ns, wall_ns))
+    marks = {f"{role}-1-1.ring": RingMark(at, []) for role, at in cursors.items()}
+    session.write_raw(RAW_SCHEMA.empty_table(), Commit(number, 0, wall_ns, rings=marks))
 
 
 def fills(shown: View) -> dict[tuple[str, str], tuple[int | None, float, float | None]]:

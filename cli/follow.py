@@ -1,0 +1,37 @@
+"""stagetrace follow: the export process of a collector; hidden, since `stagetrace collect` and `run` start it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+PATIENCE_S = 1.2  # after the end of the session; less than the collector has (exporters/export_process.py)
+
+
+def follow(session: Annotated[Path, typer.Argument(help="The session's directory.")]) -> None:
+    """Sends a session that is being recorded to where the OTEL_* variables say."""
+    # Imported here: the OpenTelemetry SDK takes longer to import than most commands to run.
+    from stagetrace.exporters.background import Orders
+    from stagetrace.exporters.follow import follow_session
+    from stagetrace.exporters.otel_settings import destination
+    from stagetrace.exporters.otlp import BadSettings
+    from stagetrace.exporters.session import Session, SessionError
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    orders = Orders()
+
+    def told() -> bool:
+        orders.look()
+        return orders.orphaned or orders.overdue(PATIENCE_S)
+
+    wanted = destination(os.environ)
+    try:
+        status = follow_session(Session.open(session), wanted, told) if wanted else 2
+    except (SessionError, BadSettings) as error:
+        logging.error("%s", error)
+        status = 2
+    raise typer.Exit(status)

@@ -1,0 +1,73 @@
+"""Derives the tables of a session again from its raw records, commit by commit, as its collector did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .assemble import Assembler
+from .collector import batches_of, hold
+from .control import read_switches
+from .parts import END
+from .session import Session, SessionError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pyarrow as pa
+
+
+@dataclass
+class Rebuilt:
+    """What became of a session's tables."""
+
+    commits: int = 0
+    slots: int = 0
+    rows: int = 0
+    damaged: list[str] = field(default_factory=list)  # parts of raw records that could not be read, and why
+
+
+def rebuild_tables(session: Session, progress: Callable[[int, int], None]) -> Rebuilt:
+    """Replaces the tables, part by part; `progress` is told commits done and in all.
+
+    What a session's bounds removed (`--keep`) stays removed: requests that began there are partial now. Raises
+    SessionError when a collector has the session, OSError when it cannot be written.
+    """
+    with hold(session):
+        manifest = session.read_manifest()
+        if not manifest.started_ns:
+            raise SessionError(f"{session.path} has no records")
+        assembler = Assembler(session.identity.key)
+        switches = read_switches(session)
+        parts = session.raw_parts()
+        total = parts[-1].last if parts else 0
+        if parts and parts[0].first > 1:
+            for process in manifest.processes:
+                assembler.introduce(process.key, process.info, process.hooks)
+        result = Rebuilt()
+        with session.new_tables() as fresh:
+
+            def write(tables: dict[str, pa.Table], number: int) -> None:
+                for name, table in tables.items():
+                    fresh.write_table(name, table, number)
+                    result.rows += table.num_rows
+
+            for part in parts:
+                try:
+                    for commit, table in session.read_raw(part):
+                        assembler.switches = switches[: commit.switches]
+                        for batch in batches_of(commit, table):
+                            assembler.add(batch)
+                        write(assembler.take(commit.taken_ns), commit.number)
+                        result.commits += 1
+                        result.slots += commit.slots
+                        progress(commit.number, total)
+                except SessionError as error:
+                    result.damaged.append(str(error))
+            write(assembler.finish("lost" if all(each.ended for each in manifest.processes) else "open"), END)
+        session.merge(total)
+        manifest.counts.update(assembler.counts)
+        manifest.derived = max(manifest.derived, total)
+        manifest.complete = True
+        session.write_manifest(manifest)
+    return result

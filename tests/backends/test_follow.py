@@ -1,0 +1,358 @@
+"""The export against backends that are away, refuse, hang or reset: the session is the spool, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from backends.receiver import GrpcReceiver, HttpReceiver, Receiver
+from backends.tables import MS, Builder, serving
+from unit.commands import Commands, commands_in, said, wait_for
+
+from stagetrace.exporters import follow
+from stagetrace.exporters.follow import Follower, Taken
+from stagetrace.exporters.otel_settings import destination
+from stagetrace.exporters.otlp import OtlpSink
+from stagetrace.exporters.parts import END
+from stagetrace.exporters.session import TABLES, Manifest, Session
+from stagetrace.instrument.identity import claim_identity
+from stagetrace.instrument.ids import request_span_id, segment_span_id, state_span_id, step_span_id
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+STEPS = 40  # of each commit
+_SELF_SIGNED = (
+    *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=a"),
+    *("-addext", "subjectAltName=IP:127.0.0.1"),
+)
+
+# Ways to misbehave, and to behave again.
+TROUBLES: dict[str, tuple[Callable[[Receiver], None], Callable[[Receiver], None]]] = {
+    "answers 503": (lambda it: setattr(it, "status", 503), lambda it: setattr(it, "status", 0)),
+    "answers 429": (lambda it: setattr(it, "status", 429), lambda it: setattr(it, "status", 0)),
+    "answers 401": (lambda it: setattr(it, "status", 401), lambda it: setattr(it, "status", 0)),
+    "hangs": (lambda it: it.stuck.set(), lambda it: it.stuck.clear()),
+}
+
+
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "PAUSE_S", (0.05, 0.2))
+    monkeypatch.setattr(follow, "LOOK_S", 0.02)
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    """A complete session of three commits and an end, each with steps."""
+    path = tmp_path / "session"
+    session = Session(path, claim_identity(path))
+    for number in (1, 2, 3, END):
+        build = Builder()
+        for step in range(STEPS):
+            begin = (min(number, 4) * STEPS + step) * MS
+            build.step(7, begin // MS, begin, begin + MS, decode_tokens=1)
+        for name, table in build.tables().items():
+            session.write_table(name, table, number)
+    session.write_manifest(
+        Manifest(session=session.identity.session, anchors=[(0, 10**18)], derived=3, complete=True, started_ns=1)
+    )
+    return session
+
+
+def follower_of(session: Session, receiver: Receiver | None = None, timeout_s: float = 0.3) -> Follower:
+    environ = dict(os.environ)
+    if receiver is not None:
+        environ |= {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint,
+            "OTEL_EXPORTER_OTLP_PROTOCOL": receiver.protocol,
+        }
+    wanted = destination(environ)
+    assert wanted is not None
+    made = Follower(session, OtlpSink.to(wanted, session.identity.key, timeout_s=timeout_s), wanted)
+    made.remember()
+    return made
+
+
+def finish(follower: Follower, patience_s: float = 20.0) -> None:
+    """Follows to the end."""
+    deadline = time.monotonic() + patience_s
+    follower.follow(lambda: time.monotonic() > deadline)
+    follower.close()
+    assert follower.done, follower.state
+
+
+def steps_of(receiver: Receiver) -> Counter[int]:
+    return Counter(item.attributes["stagetrace.step"] for item in receiver.received())
+
+
+ALL_STEPS = set(range(STEPS, 5 * STEPS))
+
+
+def test_everything_arrives_once(session: Session, receiver: Receiver) -> None:
+    finish(follower_of(session, receiver))
+    assert steps_of(receiver) == dict.fromkeys(ALL_STEPS, 1)
+    (state,) = session.read_exports().values()
+    assert (state.commit, state.end, state.sent, state.refused) == (3, True, 4 * STEPS, 0)
+    finish(follower_of(session, receiver))  # another time there is nothing to send
+    assert steps_of(receiver) == dict.fromkeys(ALL_STEPS, 1)
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_a_backend_in_trouble_gets_everything_when_it_is_well_again(
+    session: Session, receiver: Receiver, trouble: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    begin, end = TROUBLES[trouble]
+    begin(receiver)
+    follower = follower_of(session, receiver)
+    deadline = time.monotonic() + 1.5
+    follower.follow(lambda: time.monotonic() > deadline)
+    assert (follower.state.sent, follower.state.commit, follower.state.refused) == (0, 0, 0)
+    assert follower.state.trouble
+    end(receiver)
+    finish(follower)
+    assert set(steps_of(receiver)) == ALL_STEPS
+    told = [record.getMessage() for record in caplog.records if record.name == follow.__name__]
+    assert len(told) == 2, "once when it began and once when it was over"
+    assert "OTEL_EXPORTER_OTLP_PROTOCOL" in told[0] and "again" in told[1]
+
+
+def test_connections_that_are_reset(session: Session) -> None:
+    with HttpReceiver() as receiver:
+        receiver.reset = True
+        follower = follower_of(session, receiver)
+        deadline = time.monotonic() + 1.0
+        follower.follow(lambda: time.monotonic() > deadline)
+        assert follower.state.sent == 0
+        receiver.reset = False
+        finish(follower)
+        assert set(steps_of(receiver)) == ALL_STEPS
+
+
+@pytest.mark.parametrize("kind", [GrpcReceiver, HttpReceiver])
+def test_a_backend_that_is_not_there_yet(session: Session, kind: type[Receiver]) -> None:
+    with socket.socket() as taken:  # bound and not listening: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        follower = follower_of(session, kind(port), timeout_s=1.0)
+        deadline = time.monotonic() + 1.0
+        follower.follow(lambda: time.monotonic() > deadline)
+        assert (follower.state.sent, follower.waiting) == (0, 3)
+    with kind(port) as receiver:
+        finish(follower)
+        assert set(steps_of(receiver)) == ALL_STEPS
+
+
+def test_a_slow_backend_gets_everything(session: Session, receiver: Receiver) -> None:
+    receiver.delay_s = 0.1
+    finish(follower_of(session, receiver))
+    assert steps_of(receiver) == dict.fromkeys(ALL_STEPS, 1)
+
+
+def test_what_is_refused_while_others_are_taken_is_given_up_and_counted(session: Session, receiver: Receiver) -> None:
+    def of_second_commit(request: Any) -> bool:
+        spans = [span for group in request.resource_spans for scope in group.scope_spans for span in scope.spans]
+        return any(item.value.int_value == 2 * STEPS for span in spans for item in span.attributes)
+
+    receiver.refuses = of_second_commit
+    follower = follower_of(session, receiver)
+    deadline = time.monotonic() + 10
+    follower.follow(lambda: time.monotonic() > deadline or follower.state.sent == 3 * STEPS)
+    build = Builder()
+    for number in range(4, 9):  # others come and are taken
+        build.step(7, 1000 + number, number * MS, (number + 1) * MS, decode_tokens=1)
+        for name, table in build.tables().items():
+            session.write_table(name, table, number)
+    manifest = session.read_manifest()
+    manifest.derived = 8
+    session.write_manifest(manifest)
+    finish(follower)
+    assert follower.state.refused == STEPS
+    assert {*range(2 * STEPS, 3 * STEPS)} == ALL_STEPS - set(steps_of(receiver))
+
+
+def test_a_bad_certificate_sends_nothing_and_a_good_one_everything(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        [*_SELF_SIGNED, "-keyout", key, "-out", certificate],
+        check=True,
+        capture_output=True,
+    )
+    ssl.create_default_context(cafile=str(certificate))  # it is one
+    with HttpReceiver(certificate=(certificate, key)) as receiver:
+        follower = follower_of(session, receiver, timeout_s=2.0)
+        follower.follow(lambda: bool(follower.state.trouble))
+        follower.close()
+        assert (follower.state.sent, follower.state.refused) == (0, 0)
+        assert "CERTIFICATE_VERIFY_FAILED" in follower.state.trouble
+        assert not receiver.received()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", str(certificate))
+        for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):  # they would go before it
+            monkeypatch.delenv(name, raising=False)
+        finish(follower_of(session, receiver))
+        assert set(steps_of(receiver)) == ALL_STEPS
+
+
+def test_it_goes_on_where_another_was_stopped(session: Session, receiver: Receiver) -> None:
+    first = follower_of(session, receiver)
+    first.follow(lambda: first.state.commit >= 1)
+    first.close()
+    before = steps_of(receiver)
+    finish(follower_of(session, receiver))
+    after = steps_of(receiver)
+    assert set(after) == ALL_STEPS
+    assert all(after[step] == 1 for step in before if step < 2 * STEPS), "what was confirmed is not sent again"
+
+
+def test_what_was_removed_before_it_was_sent_is_counted(session: Session, receiver: Receiver) -> None:
+    manifest = session.read_manifest()
+    manifest.rotated = 2
+    session.write_manifest(manifest)
+    session.remove_through(2)
+    follower = follower_of(session, receiver)
+    finish(follower)
+    assert follower.state.left_out["commits_rotated"] == 2
+    assert set(steps_of(receiver)) == {step for step in ALL_STEPS if step >= 3 * STEPS}
+
+
+def test_commits_are_sent_one_by_one_out_of_merged_parts(session: Session, receiver: Receiver) -> None:
+    first = follower_of(session, receiver)
+    first.follow(lambda: first.state.commit >= 1)
+    first.close()
+    for number in range(4, 65):
+        for name, table in Builder().tables().items():
+            session.write_table(name, table, number)
+    manifest = session.read_manifest()
+    manifest.derived = 64
+    session.write_manifest(manifest)
+    session.merge(64)
+    assert len(list((session.path / "tables" / "steps").iterdir())) == 2, "one merged part, and the end"
+    before = steps_of(receiver)
+    finish(follower_of(session, receiver))
+    assert set(steps_of(receiver)) == ALL_STEPS
+    assert sum(steps_of(receiver).values()) - sum(before.values()) <= 3 * STEPS
+
+
+def test_two_do_not_send_the_same(session: Session, receiver: Receiver) -> None:
+    first = follower_of(session, receiver)
+    with pytest.raises(Taken):
+        follower_of(session, receiver)
+    first.close()
+    finish(follower_of(session, receiver))
+
+
+def test_a_request_whose_states_came_in_commits_that_were_sent_before(tmp_path: Path, receiver: Receiver) -> None:
+    whole = serving()
+    path = tmp_path / "session"
+    session = Session(path, claim_identity(path))
+    early = {
+        name: table if name in ("states", "members") else table.slice(0, 0) for name, table in whole.tables.items()
+    }
+    late = {name: table.slice(0, 0) if name in ("states", "members") else table for name, table in whole.tables.items()}
+    for number, tables in ((1, early), (2, late)):
+        for name, table in tables.items():
+            session.write_table(name, table, number)
+        whole.manifest.derived = number
+        whole.manifest.complete = number == 2
+        session.write_manifest(whole.manifest)
+        follower = follower_of(session, receiver)
+        follower.follow(lambda number=number, follower=follower: follower.state.commit >= number)
+        follower.close()
+    finish(follower_of(session, receiver))
+    ids = {item.id: item.span.name for item in receiver.received()}
+    assert set(ids) == {item.id for item in whole_at_once(tmp_path / "other", session, whole)}
+
+
+def whole_at_once(path: Path, session: Session, whole: Any) -> list[Any]:
+    """What a backend receives of the same tables in one commit."""
+    path.mkdir()
+    shutil.copy(session.path / "session.json", path)
+    other = Session(path, session.identity)
+    for name, table in whole.tables.items():
+        other.write_table(name, table, 1)
+    whole.manifest.derived = 1
+    other.write_manifest(whole.manifest)
+    with HttpReceiver() as receiver:
+        finish(follower_of(other, receiver))
+        return receiver.received()
+
+
+# The commands
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Iterator[Commands]:
+    with commands_in(tmp_path) as commands:
+        yield commands
+
+
+def expected_ids(session: Session) -> dict[str, set[bytes]]:
+    key = session.identity.key
+    rows = {name: session.read_table(name).to_pylist() for name in TABLES}
+    return {
+        "requests": {request_span_id(key, row["handle"]) for row in rows["requests"]},
+        "states": {
+            state_span_id(key, row["handle"], row["stage"], row["begin_ns"], row["step"] or 0) for row in rows["states"]
+        },
+        "steps": {step_span_id(key, row["instance"], row["step"]) for row in rows["steps"]},
+        "segments": {segment_span_id(key, row["process"], row["sequence"]) for row in rows["segments"] if row["step"]},
+    }
+
+
+def test_run_is_not_held_up_by_a_backend_that_hangs_and_export_sends_the_rest(
+    commands: Commands, receiver: Receiver
+) -> None:
+    commands.environment |= {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint,
+        "OTEL_EXPORTER_OTLP_PROTOCOL": receiver.protocol,
+        "NO_PROXY": "127.0.0.1",
+    }
+    receiver.stuck.set()
+    path = commands.directory / "session"
+    stagetrace = [sys.executable, "-m", "stagetrace.cli.main"]
+    recording = [sys.executable, str(commands_recording()), "--requests", "5"]
+    process = commands.start(*stagetrace, "run", "--no-report", "--session", path, "--", *recording)
+    assert said(process) == "recorded 5 requests"
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    session = Session.open(path)
+    assert session.read_manifest().complete
+    assert not receiver.received()
+    exporting = commands.start(*stagetrace, "export", path)
+    wait_for(lambda: receiver.headers or receiver.stuck.is_set())
+    receiver.stuck.clear()
+    out, err = exporting.communicate(timeout=60)
+    assert exporting.returncode == 0, err
+    received = {item.span.span_id for item in receiver.received()}
+    assert {name: len(ids - received) for name, ids in expected_ids(session).items()} == dict.fromkeys(
+        ("requests", "states", "steps", "segments"), 0
+    )
+    assert b"0 commits wait" in out
+    before = len(receiver.received())
+    again = commands.start(*stagetrace, "export", path, "--again")
+    assert again.communicate(timeout=60) and again.returncode == 0
+    assert {item.span.span_id for item in receiver.received()[before:]} == received
+
+
+def test_export_without_a_destination_says_what_to_set(commands: Commands) -> None:
+    refused = commands.start(sys.executable, "-m", "stagetrace.cli.main", "export", commands.directory)
+    _, err = refused.communicate(timeout=30)
+    assert refused.returncode == 2
+    assert b"OTEL_EXPORTER_OTLP_ENDPOINT" in err
+
+
+def commands_recording() -> Path:
+    from unit.commands import RECORDING
+
+    return RECORDING
