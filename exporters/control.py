@@ -11,6 +11,7 @@ import logging
 import mmap
 import time
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from stagetrace.instrument import records
@@ -68,8 +69,11 @@ def set_level(session: Session, level: Level) -> list[Switched]:
     for reader in Discovery(session.identity.session).look():
         try:
             if reader.alive():
-                switched.append(Switched(reader.role, reader.pid, reader.level, level, reader.maximum))
+                before_it = reader.level
                 _write_level(reader.path, level)
+                switched.append(Switched(reader.role, reader.pid, before_it, level, reader.maximum))
+        except (OSError, ValueError) as error:  # its process has just ended, and the collector has removed the ring
+            log.info("%s was not switched: %s", reader.path, error)
         finally:
             reader.close()
     switch = Switch(begin, time.monotonic_ns(), before, level)
@@ -94,16 +98,28 @@ def _write_level(ring: Path, level: Level) -> None:
 
 def read_switches(session: Session) -> list[Switch]:
     """The switches of a session so far, oldest first. A line that is not whole is left out (and logged)."""
+    path = session.path / SWITCHES
     try:
-        text = (session.path / SWITCHES).read_text("utf-8")
+        text = path.read_text("utf-8", "replace")
     except FileNotFoundError:
         return []
-    found = []
-    for line in text.splitlines():
-        try:
-            data = json.loads(line)
-            levels = [Level[str(data[name]).upper()] for name in ("before", "after")]
-            found.append(Switch(int(data["begin_ns"]), int(data["end_ns"]), *levels))
-        except (ValueError, KeyError, TypeError):
-            log.warning("%s has a line that is no switch: %r", session.path / SWITCHES, line[:80])
+    lines = text.splitlines()
+    found = [switch for line in lines if (switch := _parse(line)) is not None]
+    if len(found) < len(lines):
+        _complain(path, len(lines) - len(found))
     return found
+
+
+def _parse(line: str) -> Switch | None:
+    try:
+        data = json.loads(line)
+        before, after = (Level[str(data[name]).upper()] for name in ("before", "after"))
+        switch = Switch(int(data["begin_ns"]), int(data["end_ns"]), before, after)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+    return switch if 0 <= switch.begin_ns <= switch.end_ns < 1 << 63 else None
+
+
+@cache  # the collector reads the file at every commit
+def _complain(path: Path, count: int) -> None:
+    log.warning("%s has %d lines that are no switch: what they cut is not marked as partial", path, count)

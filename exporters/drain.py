@@ -7,6 +7,7 @@ at the poll before, so that nothing rests on the order in which another processo
 from __future__ import annotations
 
 import fcntl
+import logging
 import mmap
 import os
 from collections import deque
@@ -21,6 +22,8 @@ from stagetrace.instrument import records
 from stagetrace.instrument.stages import Level
 
 from .session import Losses
+
+log = logging.getLogger(__name__)
 
 SLOT = np.dtype(
     [("first", "<u8"), ("header", "<u8"), ("words", "<i8", (records.SLOT_WORDS,)), ("last", "<u8")],
@@ -144,6 +147,7 @@ class RingReader:
             size = os.fstat(self._descriptor).st_size
             if size < records.HEADER_SIZE:
                 raise NotARing(f"{path} is too short for a ring")
+            self._size = size
             self._memory = mmap.mmap(self._descriptor, size)
             self._read_header(size)
         except BaseException:
@@ -171,9 +175,31 @@ class RingReader:
             Area(np.frombuffer(self._memory, SLOT, count, offset), Losses(self.key, name, count))
             for name, count, offset in zip(RING_NAMES, (control, detail), bounds, strict=True)
         ]
-        self._dropped = np.frombuffer(self._memory, "<u8", 2, records.CONTROL_DROPPED_OFFSET)
-        self._control_read = np.frombuffer(self._memory, "<u8", 1, records.CONTROL_READ_OFFSET)
-        self._errors = np.frombuffer(self._memory, "<u8", records.MAX_HOOKS, records.ERRORS_OFFSET)
+        self._look_at(self._memory)
+
+    def _look_at(self, header: mmap.mmap | bytearray) -> None:
+        """Takes the words that change from this header page."""
+        self._dropped = np.frombuffer(header, "<u8", 2, records.CONTROL_DROPPED_OFFSET)
+        self._control_read = np.frombuffer(header, "<u8", 1, records.CONTROL_READ_OFFSET)
+        self._errors = np.frombuffer(header, "<u8", records.MAX_HOOKS, records.ERRORS_OFFSET)
+        self._level = np.frombuffer(header, "u1", 1, records.LEVEL_OFFSET)
+
+    def _cut(self) -> bool:
+        """Whether somebody cut the file short; to read on would then kill this process (SIGBUS), as it does the engine.
+
+        What was written and not yet read is `unfinished` from then on.
+        """
+        if os.fstat(self._descriptor).st_size >= self._size:
+            return False
+        if self.ended:
+            return True
+        log.warning(
+            "%s was cut short: what was not read yet is lost, and its process cannot go on recording", self.path
+        )
+        self._look_at(bytearray(os.pread(self._descriptor, records.HEADER_SIZE, 0).ljust(records.HEADER_SIZE, b"\0")))
+        for area in self.areas:
+            area.slots = np.zeros(len(area.slots), SLOT)
+        return True
 
     def alive(self) -> bool:
         """Whether the process that writes this ring lives: it holds the file's lock."""
@@ -187,7 +213,7 @@ class RingReader:
     @property
     def level(self) -> Level:
         """The level that the process records at now."""
-        return Level(min(self._memory[records.LEVEL_OFFSET], Level.KERNEL))
+        return Level(min(int(self._level[0]), Level.KERNEL))
 
     @property
     def errors(self) -> dict[int, int]:
@@ -211,7 +237,7 @@ class RingReader:
     def poll(self) -> Batch:
         """What came since the last poll; once the process is dead, all of the rest."""
         control, detail = self.areas
-        final = not self.alive()
+        final = self._cut() or not self.alive()
         before = control.losses.lost
         # What explains a detail record was written before it, and so is in the same batch or an earlier one: the
         # detail's head is looked up before control's, and where control waits for a slot, detail does too.
@@ -234,7 +260,7 @@ class RingReader:
 
     def close(self) -> None:
         """Lets go of the file."""
-        del self.areas, self._dropped, self._control_read, self._errors
+        del self.areas, self._dropped, self._control_read, self._errors, self._level
         try:
             self._memory.close()
         except BufferError:

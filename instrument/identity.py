@@ -6,11 +6,14 @@ import json
 import os
 import time
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from secrets import token_bytes, token_hex
 
 FILE = "session.json"
 _PATIENCE_S = 2.0
+_HEX = frozenset("0123456789abcdef")
+_LONGEST_ID = 32  # what a ring's header has room for
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,12 @@ def read_identity(path: Path) -> Identity | None:
     """The identity of the session at `path`, or None when it has none (yet) that is readable."""
     try:
         data = json.loads((path / FILE).read_text("utf-8"))
-        return Identity(str(data["id"]), bytes.fromhex(data["key"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        session, key = str(data["id"]), bytes.fromhex(data["key"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    # The id becomes the name of a directory of rings, and the key one of BLAKE2's.
+    good = 0 < len(session) <= _LONGEST_ID and _HEX.issuperset(session) and 0 < len(key) <= blake2b.MAX_KEY_SIZE
+    return Identity(session, key) if good else None
 
 
 def claim_identity(path: Path) -> Identity:

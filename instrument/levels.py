@@ -19,7 +19,7 @@ def named(text: str | None, default: Level) -> Level:
 def session_level(session: Path) -> Level:
     """The level that the session records at now: as last switched, else STAGETRACE_LEVEL, else step."""
     try:
-        text = (session / LEVEL_FILE).read_text("utf-8")
+        text = (session / LEVEL_FILE).read_text("ascii", "replace")
     except OSError:
         text = None
     return named(text, named(os.environ.get("STAGETRACE_LEVEL"), Level.STEP))

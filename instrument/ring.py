@@ -99,9 +99,9 @@ class Ring:
             except OSError as error:
                 if error.errno not in _NO_ROOM:
                     raise
-                if control <= _SMALLEST:
+                if control == detail == _SMALLEST:
                     raise NoRoom(error.errno, f"no room for a ring in {directory}: enlarge /dev/shm") from error
-                control, detail = control // 4, detail // 4
+                control, detail = max(control // 4, _SMALLEST), max(detail // 4, _SMALLEST)
 
     @classmethod
     def _create(

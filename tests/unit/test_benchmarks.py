@@ -20,6 +20,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import measure
 import record_cost
 import rings
+import soak
 from stream import Seen
 from windows import WITH, WITHOUT, Window, client_figures, cpu_figures, cpu_seconds, difference, differences
 
@@ -63,6 +64,47 @@ def test_step_cost_names_what_is_missing(tmp_path: Path) -> None:
     done = run("step_cost.py", "--quick", "--python", str(tmp_path / "python"))
     assert done.returncode == 2
     assert "make engines-env" in done.stderr
+
+
+def test_soak_prints_what_is_held_over_time_and_accounts_for_every_step(tmp_path: Path) -> None:
+    done = run("soak.py", "--quick", "--json", "--directory", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    *shown, last = done.stdout.splitlines()
+    assert any(line.startswith("minute") and "collector MiB" in line for line in shown)
+    found = json.loads(last)
+    assert found["steps"] > 5_000
+    assert found["slots_read"] > 10 * found["steps"]
+    assert found["steps_twice"] == 0
+    assert found["steps_missing"] == 0 or sum(found["lost"].values()) > 0
+    assert found["accounting_conflicts"] == 0
+    assert (
+        set(found["verdict"])
+        == set(found["per_hour"])
+        == {f"{who}_{what}" for who in ("collector", "writer") for what in ("rss", "descriptors", "threads")}
+    )
+    assert found["last"]["session_mib"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trend_is_flat_grows_or_is_not_resolved() -> None:
+    seconds = np.arange(0.0, 3600, 15)
+    noise = np.random.default_rng(4).normal(0, 0.2, len(seconds))
+    verdicts = {
+        "flat": 200 + noise,
+        "GROWS": 200 + seconds / 300 + noise,
+        "falls": 200 - seconds / 300 + noise,
+        "not resolved: run longer": 200 + 60 * noise,
+    }
+    for verdict, values in verdicts.items():
+        found = soak.trend(seconds, values)
+        assert found.verdict == verdict
+        assert found.low < found.per_hour < found.high
+    assert soak.trend(seconds, verdicts["GROWS"]).per_hour == pytest.approx(12, rel=0.05)
+    assert soak.trend(seconds, 10 + noise, tolerance=1).verdict == "flat"
+    assert soak.trend(seconds[:3], noise[:3]).verdict == "not resolved: run longer"
+    # Samples that hang together say less than their number: the same values, each four times.
+    apart, together = soak.trend(seconds, noise), soak.trend(seconds, np.repeat(noise[::4], 4))
+    assert together.high - together.low > 1.5 * (apart.high - apart.low)
 
 
 def test_nothing_is_left_behind() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from typing import TYPE_CHECKING
 
@@ -322,6 +323,28 @@ def test_an_altered_header_word_is_counted_as_corrupt(tmp_path: Path):
     assembler.add(read_all(reader))
     assert assembler.counts["corrupt"] == 4
     assert len(assembler.finish()["segments"]) == 6
+    die(recorder)
+
+
+def test_a_file_that_is_cut_short_ends_its_ring_and_not_the_reader(tmp_path: Path):
+    """To touch what is no longer there would be a SIGBUS."""
+    recorder, reader = unread(tmp_path)
+    first = [reader.poll(), reader.poll()]
+    assert sequences(first, "detail") == [*range(10)]
+    for number in range(10, 14):
+        recorder.segment(FORWARD, number, number, 1, 1)
+    recorder.errors[3] = 2
+    reader.poll()
+    os.truncate(reader.path, records.HEADER_SIZE + 5)
+    batch = reader.poll()
+    assert (len(batch), batch.ended, reader.ended) == (0, True, True)
+    losses = reader.areas[DETAIL].losses
+    assert (losses.read, losses.unfinished, losses.lost) == (10, 4, 4)
+    assert (reader.level, reader.errors) == (Level.STEP, {3: 2})
+    os.truncate(reader.path, 0)
+    assert reader.poll().ended
+    reader.committed()
+    reader.close()
     die(recorder)
 
 

@@ -66,7 +66,19 @@ def test_a_file_that_is_written_late_is_waited_for(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"id": "ab"}', '{"id": "ab", "key": "no hex"}', "\x00\xff", "null"]
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"id": "ab"}',
+        '{"id": "ab", "key": "no hex"}',
+        "\x00\xff",
+        "null",
+        '{"id": "../up", "key": "cd"}',
+        '{"id": "", "key": "cd"}',
+        "[" * 9_000,
+    ],
 )
 def test_an_unreadable_file_is_refused_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str):
     monkeypatch.setattr(identity, "_PATIENCE_S", 0.02)

@@ -45,8 +45,9 @@ def test_a_switch_counts_for_processes_that_start_later(tmp_path: Path) -> None:
         assert session_level(tmp_path) is Level.REQUEST
         (tmp_path / LEVEL_FILE).write_text("off\n")
         assert session_level(tmp_path) is Level.OFF
-        (tmp_path / LEVEL_FILE).write_text("damaged")
-        assert session_level(tmp_path) is Level.REQUEST
+        for damaged in (b"damaged", b"", b"\xff\xfe\x00"):
+            (tmp_path / LEVEL_FILE).write_bytes(damaged)
+            assert session_level(tmp_path) is Level.REQUEST
 
 
 def test_a_running_process_is_switched(tmp_path: Path) -> None:
@@ -75,9 +76,12 @@ def test_a_damaged_line_of_switches_is_left_out(tmp_path: Path, caplog: pytest.L
         session = Session.open(tmp_path / "session")
         set_level(session, Level.OFF)
         with open(session.path / "switches.jsonl", "a") as file:
-            file.write('{"begin_ns": 1, "before": "no"}\n{"begin')
-    assert len(read_switches(session)) == 1
-    assert caplog.text.count("no switch") == 2
+            file.write('{"begin_ns": 1, "before": "no"}\n{"begin_ns": 1e400, "end_ns": 2}\n[]\n' + "[" * 9_000)
+        with open(session.path / "switches.jsonl", "ab") as binary:
+            binary.write(b"\n\xff\xfe")
+    for _ in range(2):  # the collector reads them at every commit, and says so once
+        assert len(read_switches(session)) == 1
+    assert caplog.text.count("5 lines that are no switch") == 1
 
 
 def test_what_a_switch_cuts_is_partial(tmp_path: Path) -> None:
@@ -120,6 +124,25 @@ def test_steps_that_a_switch_cuts(tmp_path: Path) -> None:
         assembler.instances[9].ranks = 0
         steps = assembler.take(311 + SWITCH_PATIENCE_NS)["steps"].to_pylist()
     assert {row["step"]: row["status"] for row in steps} == {1: "complete", 2: "partial", 3: "partial", 4: "complete"}
+
+
+def test_an_error_in_recording_a_collection_is_contained_and_said_once(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with opened(tmp_path) as (recorder, _):
+        monkeypatch.setattr(recorder, "segment", None)
+        callback = gc_pauses.GcPauses(recorder)
+        gc.callbacks.append(callback)
+        try:
+            for _ in range(3):
+                gc.collect()
+        finally:
+            gc.callbacks.remove(callback)
+    assert caplog.text.count("error in recording gc_pause") == 1
+    assert "Exception ignored" not in capsys.readouterr().err
 
 
 def test_ring_sizes_follow_the_seconds_asked_for() -> None:

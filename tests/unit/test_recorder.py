@@ -374,6 +374,7 @@ SMALL = records.HEADER_SIZE + 2 * SLOTS * records.SLOT_SIZE
     [
         (SMALL + (1 << 23), "True 4096 16384"),
         (SMALL + (1 << 19), "True 1024 4096"),
+        (SMALL, "True 1024 1024"),
         (SMALL // 4, "False None None"),
     ],
 )

@@ -1,0 +1,20 @@
+"""What is fuzzed: one function per parser of outside input, from any bytes.
+
+Each returns, or an AssertionError says what went wrong; the errors that a parser documents are contained in it, every
+other exception is a finding.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fuzz.headers import trace_context
+from fuzz.rings import ring
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "ring": ring,
+    "trace_context": trace_context,
+}
