@@ -104,11 +104,12 @@ class Collector:
             self._marks = newest.rings
             self._replay(self._last_slots(parts))
             log.info("took up %s after commit %d", self.session.path, self._number)
+        in_place = {path.name for path in self.discovery.paths()}
         for name, mark in self._marks.items():
-            if not (self.discovery.directory / name).exists():  # nothing more will come of it
+            if name not in in_place:  # nothing more will come of it
                 self._batches.append(Batch(mark.losses[0].process, ended=True))
         for process in self.manifest.processes:
-            process.ended = process.ended or not (self.discovery.directory / process.ring).exists()
+            process.ended = process.ended or process.ring not in in_place
 
     def _readable_parts(self) -> list[Part]:
         """The parts of raw records; those that are damaged are set aside, named and counted.

@@ -83,7 +83,7 @@ class Recorder:
 
     def _open(self, session: Path, role: str) -> None:
         identity = claim_identity(session)
-        ring = Ring.create(identity.session, role, session_level(session), maximum_level())
+        ring = Ring.create(identity.session, session, role, session_level(session), maximum_level())
         ring.memory[records.LEVEL_OFFSET] = session_level(session)  # again: it may have been switched meanwhile
         memory = memoryview(ring.memory)
         control = records.HEADER_SIZE
