@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow.compute  # noqa: F401  # now: another user may not be able to read where Python is installed
 import pytest
 from unit.rings import FORWARD
 
