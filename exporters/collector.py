@@ -37,6 +37,7 @@ COMMIT_S = 2.0
 COMMIT_SLOTS = 50_000
 ANCHOR_S = 10.0
 NICE = 10
+_BYTES = np.dtype((np.void, SLOT.itemsize))
 
 
 class Collector:
@@ -262,9 +263,11 @@ def raw_table(batches: Sequence[Batch]) -> pa.Table:
     ]
     if not pieces:
         return RAW_SCHEMA.empty_table()
-    slots = np.concatenate([slots for _, _, slots in pieces])
+    slots = np.concatenate([slots.view(_BYTES) for _, _, slots in pieces])  # faster than field by field
     lengths = [len(slots) for _, _, slots in pieces]
-    binary = pa.FixedSizeBinaryArray.from_buffers(pa.binary(128), len(slots), [None, pa.py_buffer(slots.tobytes())])
+    binary = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(128), len(slots), [None, pa.py_buffer(slots.view(np.uint8))]
+    )
     return pa.Table.from_arrays(
         [
             pa.array(np.repeat([process for process, _, _ in pieces], lengths), pa.int64()),
