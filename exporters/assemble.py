@@ -48,6 +48,7 @@ STEP_PATIENCE_NS = 1_000_000_000  # a request waits so long for the end of its l
 _FOREVER = 1 << 62  # ns
 _MOST_INSTANCES = 256
 _MOST_RANKS = 1 << 20
+_BYTES = np.dtype((np.void, SLOT.itemsize))
 
 
 @dataclass
@@ -415,7 +416,7 @@ class Assembler:
 
     def _cut(self, begin: int, end: int, level: Level) -> bool:
         """Whether recording at `level` was switched on or off in [begin, end], in ns."""
-        return any(
+        return bool(self.switches) and any(
             switch.crosses(level) and switch.begin_ns <= end and begin <= switch.end_ns for switch in self.switches
         )
 
@@ -476,4 +477,6 @@ class Assembler:
 
 def _joined(pieces: list[Slots]) -> Slots:
     pieces = [piece for piece in pieces if len(piece)]
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else np.empty(0, SLOT)
+    if len(pieces) < 2:
+        return pieces[0] if pieces else np.empty(0, SLOT)
+    return np.concatenate([piece.view(_BYTES) for piece in pieces]).view(SLOT)  # faster than field by field

@@ -45,6 +45,7 @@ REPLAY_SLOTS = 20_000_000  # at most, when a session is taken up; what began bef
 TEND_S = 30.0  # between looks at the session's size
 ANCHOR_NS = 1_000_000  # by which wall and monotonic clock drift apart before that is noted
 NICE = 10
+_BYTES = np.dtype((np.void, SLOT.itemsize))
 
 Tables = dict[str, pa.Table]
 
@@ -443,9 +444,11 @@ def raw_table(batches: Sequence[Batch]) -> pa.Table:
     ]
     if not pieces:
         return RAW_SCHEMA.empty_table()
-    slots = np.concatenate([slots for _, _, slots in pieces])
+    slots = np.concatenate([slots.view(_BYTES) for _, _, slots in pieces])  # faster than field by field
     lengths = [len(slots) for _, _, slots in pieces]
-    binary = pa.FixedSizeBinaryArray.from_buffers(pa.binary(128), len(slots), [None, pa.py_buffer(slots.tobytes())])
+    binary = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(128), len(slots), [None, pa.py_buffer(slots.view(np.uint8))]
+    )
     return pa.Table.from_arrays(
         [
             pa.array(np.repeat([process for process, _, _ in pieces], lengths), pa.int64()),

@@ -60,9 +60,11 @@ class Instance:
             return None
         step.end = end
         self.waiting[number] = step
-        for overtaken in [other for other in self.open.values() if other.number < number - _MOST_OVERTAKEN]:
-            self.cut(overtaken)
-        oldest = min([step.begin, *(other.begin for other in self.open.values())])
+        oldest = step.begin
+        if self.open:
+            for overtaken in [other for other in self.open.values() if other.number < number - _MOST_OVERTAKEN]:
+                self.cut(overtaken)
+            oldest = min([oldest, *(other.begin for other in self.open.values())])
         while self.covered and self.covered[0][1] <= oldest:
             self.covered.popleft()
         step.unattributed = end - step.begin - overlap(self.covered, step.begin, end)

@@ -5,6 +5,7 @@ A block is an array of a row for each field below and a column for each segment.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -68,9 +69,7 @@ class Cover:
 
     def up_to(self, group: int) -> list[tuple[int, int]]:
         """Those that were settled up to a group's end, and were not taken yet."""
-        first = self.taken
-        while self.taken < len(self.groups) and self.groups[self.taken] <= group:
-            self.taken += 1
+        first, self.taken = self.taken, bisect_right(self.groups, group, self.taken)
         return self.spans[first : self.taken]
 
     def rest(self) -> list[tuple[int, int]]:
