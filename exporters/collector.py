@@ -221,10 +221,7 @@ class Collector:
             now_ns,
             time.time_ns(),
             len(switches),
-            [
-                BatchMark(each.process, len(each.control), len(each.detail), each.gap, each.gap_end, each.ended)
-                for each in batches
-            ],
+            batch_marks(batches),
             {
                 reader.path.name: RingMark(reader.cursors, [area.losses for area in reader.areas])
                 for reader in self.readers
@@ -432,6 +429,14 @@ def hold(session: Session) -> IO[bytes]:
     except OSError as error:
         log.warning("%s cannot be locked against a second collector: %s", session.path, error)
     return held
+
+
+def batch_marks(batches: Iterable[Batch]) -> list[BatchMark]:
+    """What a commit says of its batches, in their order."""
+    return [
+        BatchMark(each.process, len(each.control), len(each.detail), each.gap, each.gap_end, each.ended)
+        for each in batches
+    ]
 
 
 def raw_table(batches: Sequence[Batch]) -> pa.Table:
