@@ -122,7 +122,7 @@ def watch(session: Path, processes: dict[str, subprocess.Popen[bytes]], seconds:
 
 
 def soak(directory: Path, seconds: float, steps_per_second: float) -> tuple[dict[str, measure.Values], dict[str, Any]]:
-    """The samples of a run, and what is in its session: steps, losses by reason."""
+    """The samples of a run, and what is in its session: steps, losses by reason. Raises RuntimeError."""
     session = directory / "session"
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory, prefix="stagetrace-soak-") as rings:
@@ -143,8 +143,14 @@ def soak(directory: Path, seconds: float, steps_per_second: float) -> tuple[dict
             samples = watch(session, {"collector": collector, "writer": writer}, seconds)
             writer.kill()
             writer.wait()
+            told = time.monotonic()
             collector.send_signal(signal.SIGTERM)
-            status = collector.wait(PATIENCE_S)
+            try:
+                status = collector.wait(PATIENCE_S)
+            except subprocess.TimeoutExpired as error:
+                log_text = (directory / "collector.log").read_text("utf-8", "replace")
+                raise RuntimeError(f"the collector did not end in {PATIENCE_S:.0f} s: {log_text[-2000:]}") from error
+            ending = time.monotonic() - told
         finally:
             for process in (writer, collector):
                 process.kill()
@@ -152,7 +158,7 @@ def soak(directory: Path, seconds: float, steps_per_second: float) -> tuple[dict
         left = [path.name for path in Path(rings).rglob("*.ring")]
     if status or left:
         raise RuntimeError(f"the collector ended with status {status} and left {left}: {directory / 'collector.log'}")
-    return samples, account(Session.open(session))
+    return samples, {"flush_s": ending, **account(Session.open(session))}
 
 
 def account(session: Session) -> dict[str, Any]:
@@ -239,6 +245,7 @@ def main() -> int:
     out.print(f"of a core: collector {cpu['collector']:.1f} %, writer {cpu['writer']:.1f} %")
     out.print(f"lost: {', '.join(f'{count} {why}' for why, count in found['lost'].items())}")
     unaccounted = found["steps_twice"] > 0 or (found["steps_missing"] > 0 and not sum(found["lost"].values()))
+    out.print(f"end: the collector wrote what it held within {found['flush_s']:.1f} s")
     out.print(f"steps missing: {found['steps_missing']}, twice: {found['steps_twice']}")
     if options.json:
         measure.print_json(

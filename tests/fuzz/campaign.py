@@ -25,8 +25,16 @@ from guided import MISSING
 HERE = Path(__file__).resolve().parent
 CORPUS = HERE / "corpus"
 # Of 100 inputs each target gets so many: to open and show a session takes a hundred times as long as the others.
-SHARES = {"ring": 60, "trace_context": 40}
-INPUTS = 120_000
+SHARES = {
+    "ring": 30,
+    "stream": 25,
+    "text": 4,
+    "trace_context": 34,
+    "session_files": 3,
+    "session_tables": 2,
+    "session_taken_up": 2,
+}
+INPUTS = 110_000
 SLICE = 5_000  # inputs to a process
 LONGEST = 2_048  # bytes of an input
 HANG_S = 30

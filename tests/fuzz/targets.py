@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fuzz.assembled import stream, text
 from fuzz.headers import trace_context
 from fuzz.rings import ring
+from fuzz.stored import session_files, session_tables, session_taken_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "ring": ring,
+    "stream": stream,
+    "text": text,
     "trace_context": trace_context,
+    "session_files": session_files,
+    "session_tables": session_tables,
+    "session_taken_up": session_taken_up,
 }

@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 KEPT = sorted(path for path in (HERE / "corpus").glob("*/*") if path.parent.name in TARGETS)
 EXAMPLES = {
-    "ring": 800,
-    "stream": 1_000,
-    "text": 300,
-    "trace_context": 5_000,
-    "session_files": 80,
-    "session_tables": 60,
+    "ring": 400,
+    "stream": 500,
+    "text": 150,
+    "trace_context": 2_000,
+    "session_files": 60,
+    "session_tables": 40,
+    "session_taken_up": 40,
 }
 
 
