@@ -27,7 +27,7 @@ _FINISH_BY_STATUS = {
 
 
 def composition(
-    output: Any, chunks: Iterable[tuple[int, int, int]], *, waiting: int, running: int, kv_usage: float, preempted: int
+    output: Any, chunks: Iterable[tuple[int, int, int]], waiting: int, running: int, kv_usage: float, preempted: int
 ) -> tuple[int, ...]:
     """What is in a scheduled batch, in the order of stages.STEP_COMPOSITION.
 

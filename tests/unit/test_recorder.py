@@ -84,9 +84,21 @@ def texts(batch: Batch) -> list[tuple[int, int, str]]:
 
 def test_a_segment(pair: tuple[Recorder, RingReader]):
     recorder, reader = pair
-    recorder.segment(FORWARD, 10, 20, 2**63 - 1, 7, 1, -2, 3, 4, 5, 6, 7, -(2**63))
+    recorder.segment(FORWARD, 10, 20, 2**63 - 1, 7, 1, -2, -(2**63))
     (row,) = decoded(read_all(reader)).segments
-    assert row == (1, FORWARD >> 32, threading.get_ident(), 10, 20, 2**63 - 1, 7, 1, -2, 3, 4, 5, 6, 7, -(2**63))
+    assert row == (1, FORWARD >> 32, threading.get_ident(), 10, 20, 2**63 - 1, 7, 1, -2, -(2**63), 0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("count", range(9))
+def test_a_segment_that_is_packed_in_parts(pair: tuple[Recorder, RingReader], count: int):
+    recorder, reader = pair
+    attributes = (1, -2, 3, 4, 5, 6, 7, -(2**63))[:count]
+    for _ in range(2 * SLOTS):  # whatever was in the slot is gone
+        recorder.put(records.HEAD.pack(FORWARD, 9), 1, 1, records.TAILS[8].pack(-1, -1, *(-1,) * 8))
+    read_all(reader)
+    recorder.put(records.HEAD.pack(FORWARD, 9), 10, 20, records.TAILS[count].pack(2**63 - 1, 7, *attributes))
+    (row,) = decoded(read_all(reader)).segments
+    assert row[1:] == (FORWARD >> 32, 9, 10, 20, 2**63 - 1, 7, *attributes, *(0,) * (8 - count))
 
 
 def test_a_step(pair: tuple[Recorder, RingReader]):
@@ -241,6 +253,7 @@ def test_a_full_detail_ring_overwrites_the_oldest(pair: tuple[Recorder, RingRead
 def use(recorder: Recorder) -> None:
     """Every kind of write."""
     recorder.segment(FORWARD, 1, 2, 3, 4)
+    recorder.put(records.HEAD.pack(FORWARD, 9), 1, 2, records.TAILS[1].pack(3, 4, 5))
     recorder.step_begin(1, 2, 3, 4, COMPOSITION)
     recorder.step_end(5, 3, 4)
     recorder.state(DECODE, 1, 1)
