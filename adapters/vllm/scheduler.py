@@ -128,6 +128,7 @@ class Tracker:
         recorder = self.recorder
         if recorder.epoch[0] != self.epoch:
             self.resume(scheduler)
+        new, cached = output.scheduled_new_reqs, output.scheduled_cached_reqs
         thread = get_ident()
         if thread != self.thread:
             self.run_on(thread)
@@ -138,7 +139,7 @@ class Tracker:
         deep = recorder.level[0] >= _STEP_LEVEL
         chunks: Sequence[tuple[int, int, int]] = ()
         first_tokens: Sequence[str] = ()
-        if self.prefilling or output.scheduled_new_reqs or output.scheduled_cached_reqs.resumed_req_ids:
+        if self.prefilling or new or cached.resumed_req_ids:
             chunks, first_tokens = self._prefill(scheduler, output, begin, deep)
         in_flight = self.in_flight
         if len(in_flight) >= _MOST_IN_FLIGHT:
@@ -157,9 +158,11 @@ class Tracker:
             scheduler.kv_cache_manager.usage,
             self.preempted,
         )
-        self._membership(output)
-        recorder.step_begin(begin, end, instance, step, words)
-        put, last_end = recorder.put, self.last_end
+        # In steady decode the requests are those of the last step, at the cost of comparing pointers.
+        if new or cached.req_ids != self.batch or step >= self.snapshot_at or recorder.dropped[0] != self.dropped:
+            self._membership(cached.req_ids, new)
+        step_begin, put, last_end = recorder.step_begin, recorder.put, self.last_end
+        step_begin(begin, end, instance, step, words)
         if last_end:
             if self.idle:
                 put(self.idling, last_end, begin, _NO_WORK)
@@ -206,16 +209,15 @@ class Tracker:
             del self.prefilling[request_id]
         return chunks, complete
 
-    def _membership(self, output: Any) -> None:
+    def _membership(self, running: list[str], new: Sequence[Any]) -> None:
         """Records who takes part in the step and did not in the last one, and the reverse; at times everybody."""
-        running, new = output.scheduled_cached_reqs.req_ids, output.scheduled_new_reqs
         recorder, instance, step = self.recorder, self.instance, self.step
         handles = self.handles
         due = step >= self.snapshot_at
         if recorder.dropped[0] != self.dropped:  # what was lost may have been a change: tell everything
             self.dropped = recorder.dropped[0]
             due = True
-        if new or running != self.batch:  # in steady decode equal, at the cost of comparing pointers
+        if new or running != self.batch:
             batch = [*running, *(request.req_id for request in new)]
             before, after = set(self.batch), set(batch)
             joined = after - before
