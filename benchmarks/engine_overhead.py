@@ -193,7 +193,8 @@ class Recorded:
 
     client: dict[str, Difference]
     cpu: dict[str, Difference]
-    stopped: dict[str, Difference] | None  # the client's metrics while the collector was stopped
+    stopped: dict[str, Difference]  # the client's metrics while the collector was stopped; empty when not asked for
+    collector: dict[str, Difference]  # and what the collector adds to them when it runs
     session: Session
 
 
@@ -234,7 +235,11 @@ def measure_recording(directory: Path, plan: Plan, stop: bool) -> Recorded:
             let_go()
     seen = checked(load.seen)
     client, cpu = differences(windows, seen)
-    return Recorded(client, cpu, differences(windows, seen, STOPPED)[0] if stop else None, session)
+    if not stop:
+        return Recorded(client, cpu, {}, {}, session)
+    return Recorded(
+        client, cpu, differences(windows, seen, STOPPED)[0], differences(windows, seen, WITH, STOPPED)[0], session
+    )
 
 
 def measure_native(directory: Path, plan: Plan) -> dict[str, Difference]:
@@ -393,8 +398,8 @@ def run(options: argparse.Namespace) -> int:
         recorded = measure_recording(directory, plan, options.collector)
         client, cpu = recorded.client, recorded.cpu
         own = self_times(recorded.session, record, step)
-        if recorded.stopped is not None:
-            others["collector_stopped"] = recorded.stopped
+        if options.collector:
+            others |= {"collector_stopped": recorded.stopped, "collector": recorded.collector}
         if options.native:
             others["native"] = measure_native(directory, plan)
         if options.torch_profiler:
@@ -427,6 +432,7 @@ def run(options: argparse.Namespace) -> int:
     out.print(measure.table("\nRecording at level step", columns, rows_of(client)))
     titles = {
         "collector_stopped": "The same with the collector stopped",
+        "collector": "The collector running against stopped, recording in both",
         "native": "vLLM's own tracing (between runs)",
         "torch_profiler": "torch.profiler",
     }

@@ -73,15 +73,17 @@ def cpu_figures(window: Window, seen: Seen) -> dict[str, float]:
     return {name: used / tokens if tokens else float("nan") for name, used in window.cpu_s.items()}
 
 
-def difference(windows: Sequence[Window], values: Sequence[float], kind: str = WITH) -> Difference:
-    """What a metric changes by in windows of that kind against those WITHOUT, pair by pair.
+def difference(
+    windows: Sequence[Window], values: Sequence[float], kind: str = WITH, against: str = WITHOUT
+) -> Difference:
+    """What a metric changes by in windows of one kind against those of another, pair by pair.
 
     A pair's windows follow one another, so that drift is in all of them.
     """
     pairs: dict[int, dict[str, float]] = {}
     for window, value in zip(windows, values, strict=True):
         pairs.setdefault(window.pair, {})[window.kind] = value
-    both = [(pair[kind], pair[WITHOUT]) for pair in pairs.values() if {kind, WITHOUT} <= set(pair)]
+    both = [(pair[kind], pair[against]) for pair in pairs.values() if {kind, against} <= set(pair)]
     whole = [pair for pair in both if np.isfinite(pair).all()]
     changes = np.array([100 * (with_ / without - 1) for with_, without in whole if without])
     if not len(changes):
@@ -91,15 +93,15 @@ def difference(windows: Sequence[Window], values: Sequence[float], kind: str = W
 
 
 def differences(
-    windows: Sequence[Window], seen: Seen, kind: str = WITH
+    windows: Sequence[Window], seen: Seen, kind: str = WITH, against: str = WITHOUT
 ) -> tuple[dict[str, Difference], dict[str, Difference]]:
-    """Of the client's metrics, and of the CPU time of each process: windows of that kind against those WITHOUT."""
+    """Of the client's metrics, and of the CPU time of each process: windows of one kind against those of another."""
     client = [client_figures(window, seen) for window in windows]
     cpu = [cpu_figures(window, seen) for window in windows]
     processes = list(windows[0].cpu_s) if windows else []
     return (
-        {name: difference(windows, [one[name] for one in client], kind) for name in METRICS},
-        {name: difference(windows, [one[name] for one in cpu], kind) for name in processes},
+        {name: difference(windows, [one[name] for one in client], kind, against) for name in METRICS},
+        {name: difference(windows, [one[name] for one in cpu], kind, against) for name in processes},
     )
 
 

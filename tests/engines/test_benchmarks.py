@@ -40,7 +40,7 @@ def test_engine_overhead() -> None:
     # The steps that were timed are those of the server: they write as much.
     assert found["detail_slots_per_step"] == pytest.approx(found["timed_slots_per_step"], abs=0.5)
     assert {"engine core", "worker", "front end", "collector"} <= set(found["cpu"])
-    for one in (found, found["collector_stopped"]):
+    for one in (found, found["collector_stopped"], found["collector"]):
         for name in ("tpot", "ttft", "throughput"):
             low, high = one[f"{name}_pct_ci95"]
             assert low <= one[f"{name}_pct"] <= high

@@ -208,6 +208,7 @@ def test_a_third_kind_of_window_has_a_difference_of_its_own() -> None:
     values = [base * change for base in (1.0, 2.0, 3.0, float("nan")) for change in (1.10, 1.0, 1.03)]
     assert difference(made, values).pct == pytest.approx(10)
     assert difference(made, values, STOPPED).pct == pytest.approx(3)
+    assert difference(made, values, WITH, STOPPED).pct == pytest.approx(100 * (1.10 / 1.03 - 1))
 
 
 def test_a_pair_that_is_not_whole_is_left_out() -> None:
