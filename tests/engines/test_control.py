@@ -49,8 +49,8 @@ def watched(recording: Recording) -> list[Result]:
     terminal = Terminal(commands, recording.path, "--interval", "0.5s", "--window", "20s", rows=50, columns=140)
     thread = threading.Thread(target=load)
     thread.start()
-    try:
-        wait_for(lambda: re.search(r"^ttft +[1-9].*decode +[1-9]", terminal.screen(), re.M), 90)
+    try:  # a line each for ttft beside prefill steps, tpot beside decode steps
+        wait_for(lambda: re.search(r"^ttft +[1-9].*\n+tpot .*  decode +[1-9]", terminal.screen(), re.M), 90)
     finally:
         seen.set()
         thread.join()

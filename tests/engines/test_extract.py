@@ -23,10 +23,18 @@ def test_composition_of_vllms_own_batches(engine_python: Path) -> None:
     assert run(engine_python, "composition.py") == []
 
 
-def test_every_wrapper_has_the_parameters_of_vllms_function(engine_python: Path) -> None:
-    """None falls back to `*args, **kwargs`, under vLLM's decorators neither: that is what the benchmarks measure."""
+# What decorators of vLLM's own hide: there the wrapper names the leading parameters and takes whatever else comes.
+HIDDEN = {
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.__init__",  # once in a process's life
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens",
+}
+
+
+def test_wrappers_have_the_parameters_of_vllms_functions(engine_python: Path) -> None:
+    """Under torch.inference_mode too: that they hand on no `*args, **kwargs` is what the benchmarks measure."""
     found = run(engine_python, "wrappers.py")
     assert len(found) == len(HOOK_POINTS)
-    assert {target: theirs for target, (_, theirs) in found.items()} == {
-        target: ours for target, (ours, _) in found.items()
-    }
+    assert {target for target, (ours, theirs) in found.items() if ours != theirs} == HIDDEN
+    for point in HOOK_POINTS:
+        if point.target in HIDDEN:
+            assert found[point.target][0] == ", ".join((*point.parameters, "*args", "**kwargs"))

@@ -45,7 +45,7 @@ class Terminal:
     def screen(self) -> str:
         """The lines that it drew last."""
         self.shows("")
-        return _CONTROL.sub("", self.output.rsplit("\x1b[H", 1)[-1])
+        return _CONTROL.sub("", self.output.rsplit("\x1b[H", 1)[-1]).replace("\r\n", "\n")
 
     def ended(self) -> int:
         """Its exit status; the terminal is as it was before."""
