@@ -22,7 +22,7 @@ import record_cost
 import rings
 import soak
 from stream import Seen
-from windows import WITH, WITHOUT, Window, client_figures, cpu_figures, cpu_seconds, difference, differences
+from windows import STOPPED, WITH, WITHOUT, Window, client_figures, cpu_figures, cpu_seconds, difference, differences
 
 from stagetrace.instrument.records import RecordType, header_word
 
@@ -242,6 +242,15 @@ def test_a_wide_interval_is_not_resolved() -> None:
     found = difference(windows(10), values)
     assert not found.resolved
     assert str(found).startswith("not resolved")
+
+
+def test_a_third_kind_of_window_has_a_difference_of_its_own() -> None:
+    kinds = (WITH, WITHOUT, STOPPED)
+    made = [Window(pair, kind, 0, 1) for pair in range(4) for kind in kinds]
+    values = [base * change for base in (1.0, 2.0, 3.0, float("nan")) for change in (1.10, 1.0, 1.03)]
+    assert difference(made, values).pct == pytest.approx(10)
+    assert difference(made, values, STOPPED).pct == pytest.approx(3)
+    assert difference(made, values, WITH, STOPPED).pct == pytest.approx(100 * (1.10 / 1.03 - 1))
 
 
 def test_a_pair_that_is_not_whole_is_left_out() -> None:
