@@ -27,7 +27,18 @@ from .discover import Discovery
 from .drain import CONTROL, DETAIL, SLOT, Batch, RingReader
 from .parts import END
 from .retention import Keep, last_to_remove
-from .session import RAW_SCHEMA, BatchMark, Commit, Manifest, Process, RingMark, Session, SessionError
+from .session import (
+    FATES,
+    RAW_SCHEMA,
+    BatchMark,
+    Commit,
+    Losses,
+    Manifest,
+    Process,
+    RingMark,
+    Session,
+    SessionError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -81,6 +92,7 @@ class Collector:
         self._slots = 0  # in them
         self._owed: Owed | None = None
         self._number = 0  # of the last commit
+        self._last_commit: dict[int, int] = {}  # of each process
         self._marks: dict[str, RingMark] = {}  # of rings that an earlier collector read
         self._writes_fail = False
         self._next_tend = 0.0
@@ -240,6 +252,7 @@ class Collector:
         late = not batches and any(table.num_rows for table in tables.values())
         if batches or late:
             self._number += 1
+            self._last_commit |= {batch.process: self._number for batch in batches}
             self._owed = Owed(commit if late else None, self._number, tables)
         return True
 
@@ -374,9 +387,30 @@ class Collector:
                 self._count("slots_rotated", sum(commit.slots for commit in commits))
                 self.manifest.rotated_ns = max(commit.wall_ns for commit in commits)
         self.manifest.rotated = last
+        self._forget_processes(last)
         self._write_manifest()  # first: what is missing must not be taken for damage
         self.session.remove_through(last)
         log.info("removed the commits up to %d, to keep the session within its bounds", last)
+
+    def _forget_processes(self, last: int) -> None:
+        """Lets go of dead processes of which nothing is kept; what they lost still counts, as process 0's."""
+        manifest = self.manifest
+        gone = {process.key for process in manifest.processes if process.ended and 0 < process.last_commit <= last}
+        if not gone:
+            return
+        manifest.processes = [process for process in manifest.processes if process.key not in gone]
+        kept = [loss for loss in manifest.losses if loss.process not in gone]
+        for loss in manifest.losses:
+            if loss.process not in gone:
+                continue
+            total = next((each for each in kept if (each.process, each.ring) == (0, loss.ring)), None)
+            if total is None:
+                kept.append(total := Losses(0, loss.ring))
+            for name in FATES:
+                setattr(total, name, getattr(total, name) + getattr(loss, name))
+        manifest.losses = kept
+        since = [at for at, (_, wall_ns) in enumerate(manifest.anchors) if wall_ns <= manifest.rotated_ns]
+        del manifest.anchors[: since[-1] if since else 0]
 
     def _count(self, name: str, count: int = 1) -> None:
         self.manifest.counts[name] = self.manifest.counts.get(name, 0) + count
@@ -398,6 +432,7 @@ class Collector:
             names = self.assembler.hook_names.get(reader.key, {})
             process.errors = {names.get(index, str(index)): count for index, count in reader.errors.items()}
             process.ended = reader.ended
+            process.last_commit = self._last_commit.get(reader.key, process.last_commit)
             for area in reader.areas:
                 losses[reader.key, area.losses.ring] = area.losses
         manifest.losses = list(losses.values())

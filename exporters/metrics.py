@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from opentelemetry.sdk.metrics.export import (
@@ -25,7 +24,7 @@ from opentelemetry.sdk.metrics.export import (
 )
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 
-from .session import Losses
+from .session import FATES
 from .spans import SCOPE, resource_attributes
 
 if TYPE_CHECKING:
@@ -38,8 +37,6 @@ log = logging.getLogger(__name__)
 
 EVERY_S = 10.0
 PAUSE_S = 300.0  # after a refusal
-FATES = tuple(each.name for each in fields(Losses) if each.name not in ("process", "ring", "slots"))
-
 _Points = list[tuple[int, dict[str, str]]]  # value, attributes
 
 

@@ -190,6 +190,7 @@ class Process:
     host: str
     started_ns: int  # monotonic
     ended: bool = False
+    last_commit: int = 0  # the last one that has records of it
     info: dict[str, Any] = field(default_factory=dict)  # engine, version, model, flags, ranks
     hooks: list[dict[str, str]] = field(default_factory=list)  # name, status (installed, missing, ...), why, gives
     errors: dict[str, int] = field(default_factory=dict)  # contained errors of ours, by hook
@@ -218,6 +219,9 @@ class Losses:
     def lost(self) -> int:
         """Everything but what was read."""
         return self.overwritten + self.dropped + self.torn + self.unfinished + self.corrupt + self.given_up
+
+
+FATES = tuple(each.name for each in fields(Losses) if each.name not in ("process", "ring", "slots"))  # `read` is one
 
 
 @dataclass

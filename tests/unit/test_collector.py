@@ -246,6 +246,9 @@ def test_spans_that_a_killed_collector_did_not_export_are_exported(commands: Com
         until.touch()
         writer.wait(PATIENCE_S)
         stop_when_rings_are_gone(commands, session)
+        # What did not fit between the last record and the collector's end waits in the session.
+        rest = commands.start(STAGETRACE, "export", session.path)
+        assert rest.wait(PATIENCE_S) == 0
         received = {span.span.span_id for span in receiver.received()}
     key = session.identity.key
     tables = {name: session.read_table(name).to_pylist() for name in TABLES}
@@ -481,10 +484,15 @@ def test_taking_up_a_long_session_replays_its_end_alone(
 def test_a_session_stays_within_its_bounds(commands: Commands, session: Session, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("STAGETRACE_RING_DIR", str(commands.rings))
     monkeypatch.setattr(collector_module, "TEND_S", 0.0)
+    early = commands.recording("--requests", "3", session=session.path)
+    assert early.wait(PATIENCE_S) == 0
+    collector = Collector(session, keep=Keep(size=400_000))
+    collector.poll()
+    collector.commit()
+    assert [process.pid for process in session.read_manifest().processes] == [early.pid]
     until = commands.directory / "until"
     writer = commands.recording("--steady", "--pause", "0.002", "--until", until, session=session.path)
     wait_for(commands.ring_files)
-    collector = Collector(session, keep=Keep(size=400_000))
     for _ in range(30):
         time.sleep(0.05)
         collector.poll()
@@ -497,6 +505,7 @@ def test_a_session_stays_within_its_bounds(commands: Commands, session: Session,
     assert collector.finish()
     manifest = session.read_manifest()
     assert manifest.rotated > 0 and manifest.counts["slots_rotated"] > 0
+    assert [process.pid for process in manifest.processes] == [writer.pid], "of the other nothing is kept"
     first = session.read_commits(session.raw_parts()[0])[0]
     assert first.number == manifest.rotated + 1
     assert manifest.rotated_ns < first.wall_ns
