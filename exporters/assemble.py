@@ -169,6 +169,8 @@ class Assembler:
         self._counts["incomplete"] += records.incomplete
         self._control(process, source, records)
         self._detail(process, source, records)
+        for instance in self._instances.values():
+            self._count("changes_given_up", instance.batch.give_up(instance.newest))
 
     def _control(self, process: int, source: Source, records: Records) -> None:
         for record in records.texts:
@@ -225,8 +227,6 @@ class Assembler:
         while snapshot is not None:
             self._snapshot(snapshot)
             snapshot = next(snapshots, None)
-        for instance in self._instances.values():
-            self._count("changes_given_up", instance.batch.give_up(instance.newest))
 
     def _snapshot(self, snapshot: Snapshot) -> None:
         instance = self._instance(snapshot.instance)
@@ -288,6 +288,7 @@ class Assembler:
                 self._count("instances_given_up", 1)
                 return None
             idle.batch.forget(idle.newest)
+            self._count("changes_given_up", len(idle.batch.changes))
             del self._instances[idle.number]
         batch = EngineBatch(number, self._requests.by_handle, self._found)
         instance = self._instances[number] = Instance(number, batch)
@@ -338,6 +339,8 @@ class Assembler:
 
     def _take_requests(self, now_ns: int) -> tuple[pa.Table, pa.Table]:
         lives = self._requests.lives()
+        self._count("names_given_up", self._requests.give_up_names(lives))
+        crowded = self._requests.too_many(lives)
         if not len(lives):
             self._over = lives.handle
             return TABLES["requests"].empty_table(), TABLES["states"].empty_table()
@@ -350,7 +353,6 @@ class Assembler:
         is_over = np.where(dead, over | ~ending, over & ~waits) & ~cut
         # A request that is over is closed at the next take: records of it may be on their way through another ring.
         late = ending & (now_ns - last_ns > REQUEST_PATIENCE_NS)
-        crowded = self._requests.too_many(lives)
         self._count("requests_given_up", int(np.count_nonzero(crowded)))
         closing = cut | late | crowded | is_over & np.isin(handle, self._over)
         self._over = handle[is_over]

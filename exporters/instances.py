@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .steps import PARTIAL, Step
+from .steps import PARTIAL, RANKS_MISSING, Step
 from .timelines import overlap
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _MOST_OVERTAKEN = 64  # a step that so many later ones have overtaken has no end to come
 _MOST_OPEN = 256  # steps whose end has not come
+_MOST_WAITING = 100_000  # steps whose ranks have not all reported
 _MOST_COVERED = 20_000
 
 
@@ -60,6 +61,8 @@ class Instance:
             return None
         step.end = end
         self.waiting[number] = step
+        if len(self.waiting) > _MOST_WAITING:
+            self.close(self.waiting[next(iter(self.waiting))], RANKS_MISSING)
         oldest = step.begin
         if self.open:
             for overtaken in [other for other in self.open.values() if other.number < number - _MOST_OVERTAKEN]:
@@ -76,5 +79,5 @@ class Instance:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is known of it but its number."""
-        return not (self.process or self.open or self.waiting or self.closed)
+        """Whether nothing more can come of it: its process is dead, or never said that it has it."""
+        return (self.ended or not self.process) and not (self.open or self.waiting or self.closed)

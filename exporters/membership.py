@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .steps import Step
 
-_MOST_CHANGES = 100_000  # that wait for their step
+_MOST_CHANGES = 20_000  # that wait for their step
 _MOST_MEMBERS = 1 << 16
 _CHUNK = BY_NAME["prefill_chunk"]
 _SNAPSHOT = 0  # beside the values of records.Change
