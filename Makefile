@@ -68,7 +68,7 @@ bench: dev engines-env ## what recording costs, in three programs; docs/performa
 	@echo "== engine_overhead: a real engine under load (five minutes)"
 	$(DEV) benchmarks/engine_overhead.py $(BENCH)
 
-docs: dev ## docs/stages.md, from the vocabulary
+docs: dev ## the pages that are made from tables: docs/stages.md, docs/speed-of-light.md
 	$(DEV) docs/generate.py
 
 clean: ## what was built here; environments and sessions stay

@@ -78,6 +78,7 @@ class Indexer:
     dim: int
     top: int
     projections: tuple[Linear, ...] = ()
+    vectors: int = 0
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,8 @@ def _counts(layer: Layer) -> tuple[int, int]:
         total += mixer.vectors + sum(each.parameters for each in mixer.projections)
         if isinstance(mixer, LatentAttention):
             total += mixer.expansion.parameters if mixer.expansion else 0
-            total += sum(each.parameters for each in mixer.indexer.projections) if mixer.indexer else 0
+            if mixer.indexer:
+                total += mixer.indexer.vectors + sum(each.parameters for each in mixer.indexer.projections)
     block = layer.feed_forward
     if isinstance(block, Dense):
         total += sum(each.parameters for each in block.matrices)
@@ -318,7 +320,7 @@ rotary_emb_base routed_scaling_factor router_aux_loss_coef router_jitter_noise s
 sep_token_id seq_aux seq_length swiglu_alpha swiglu_limit text_config tie_encoder_decoder time_step_floor
 time_step_limit time_step_max time_step_min time_step_rank topk_group topk_method torch_dtype
 transformers_version unsloth_fixed unsloth_version use_associative_scan use_bias use_bidirectional_attention
-use_cache use_conv_bias use_mamba_kernels use_mambapy use_qk_norm
+use_cache use_conv_bias use_mamba_kernels use_mambapy use_qk_norm z_loss_coefficient
 """
 NOT_NEEDED = frozenset(_NOT_NEEDED.split())
 NOT_TEXT = ("vision_config", "audio_config", "vision_tower_config", "speech_config")
@@ -584,6 +586,7 @@ class _Reader:
         if whole == "dense":
             return ["dense"] * count
         given = self.listed("mlp_layer_types")
+        self.used.update(_SPARSE)
         if given and len(given) >= count:
             return ["experts" if each == "sparse" else "dense" for each in given[:count]]
         return [whole if self._is_sparse(index) else "dense" for index in range(count)]
@@ -724,7 +727,7 @@ class _Reader:
         if hidden:
             projections.append(self.linear("self_attn.indexer.wk", hidden, dim))
             projections.append(self.linear("self_attn.indexer.weights_proj", hidden, heads, plain=True))
-        return Indexer(heads, dim, top, tuple(projections))
+        return Indexer(heads, dim, top, tuple(projections), 2 * dim)
 
     def _delta(self) -> Recurrent | None:
         """Gated delta rule: transformers, Qwen3NextGatedDeltaNet."""
@@ -920,6 +923,16 @@ class _Reader:
 
 _NOT_ACTIVATIONS = (dtype("fp8"), dtype("int8"), dtype("fp4"))
 
+_SPARSE = (
+    "moe_layers",
+    "interleave_moe_layer_step",
+    "expert_layer_period",
+    "expert_layer_offset",
+    "moe_layer_interval",
+    "first_k_dense_replace",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+)
 _IMPLIED = (
     "sliding_window",
     "use_sliding_window",

@@ -51,8 +51,8 @@ CONVENTIONS: tuple[tuple[str, str], ...] = (
     (
         "latent attention",
         "prefill expands the latents of the whole context to keys and values of every head; decode works on the latents"
-        " (absorbed), as does sparse attention in both phases. vLLM does so; SGLang too, unless a prefill has a cached"
-        " prefix that it attends to absorbed. The cache is read as latents either way",
+        " (absorbed), as does sparse attention in both phases. So does vLLM; SGLang where its attention backend takes"
+        " one of the MHA methods for prefill, else absorbed there too. The cache is read as latents either way",
     ),
     (
         "recurrences",
@@ -102,6 +102,108 @@ CONVENTIONS: tuple[tuple[str, str], ...] = (
         " one token a request, each with the output projection for every request",
     ),
     ("left out", "LoRA adapters, encoders of images and sound, and what the description says it does not understand"),
+)
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A line of the table of formulas: what a part of a step takes."""
+
+    stage: str
+    part: str
+    operations: str
+    moved: str  # bytes
+    source: str
+
+
+_DERIVED = "derived here"
+_GPT = "Kaplan et al., Scaling Laws for Neural Language Models, 2020, table 1: 2 a parameter and token"
+FORMULAS: tuple[Formula, ...] = (
+    Formula("embed", "embedding", "0", "one row a token", _DERIVED),
+    Formula("forward", "projections around attention", "2 T in out, each matrix", "each matrix once", _GPT),
+    Formula("forward", "norms", "0 (not counted)", "each number once", _DERIVED),
+    Formula(
+        "attention",
+        "full attention",
+        "2 heads (d of keys + d of values) S(q kv - q (q - 1) / 2)",
+        "S(kv) + S(q) entries of kv heads (d of keys + d of values)",
+        "Sums.positions; Dao et al., FlashAttention, 2022: no other traffic is needed",
+    ),
+    Formula(
+        "attention",
+        "sliding attention",
+        "2 heads (d of keys + d of values) S(sum over j = 1..q of min(kv - q + j, window))",
+        "S(min(kv, window + q - 1)) + S(q) entries",
+        "Beltagy et al., Longformer, 2020, section 3.1; bounds: Sums.windowed_positions",
+    ),
+    Formula(
+        "attention",
+        "latent attention, expanded",
+        "2 heads (nope + rope + value) pairs + 2 latent heads (nope + value) S(kv)",
+        "S(kv) + S(q) entries of latent + rope; the expansion's weights once",
+        "DeepSeek-V2, 2024, section 2.1.2, equations 9 to 19",
+    ),
+    Formula(
+        "attention",
+        "latent attention, absorbed",
+        "2 heads (2 latent + rope) pairs + 2 latent heads (nope + value) T",
+        "the same",
+        "DeepSeek-V2, 2024, section 2.1.2: the expansion absorbed into queries and outputs",
+    ),
+    Formula(
+        "attention",
+        "indexer",
+        "2 heads (d + 1) pairs; attention then sees the top k alone",
+        "S(kv) + S(q) entries of d bytes and scales",
+        "DeepSeek-V3.2-Exp, 2025, section 2, equation 1",
+    ),
+    Formula(
+        "attention",
+        "linear recurrence",
+        "6 heads (d of keys) (d of values) T + 2 channels kernel T",
+        "the state twice a request",
+        "Yang et al., Gated Delta Networks, 2024, equation 10",
+    ),
+    Formula(
+        "attention",
+        "mamba recurrence",
+        "4 channels state T + 2 channels kernel T",
+        "the state twice a request",
+        "Gu and Dao, Mamba, 2023, equation 2; Dao and Gu, Mamba-2, 2024, equation 1",
+    ),
+    Formula("mlp", "mlp", "2 T in out, each matrix", "each matrix once", _GPT),
+    Formula("moe_route", "router", "2 T hidden experts", "the matrix once", _DERIVED),
+    Formula(
+        "expert_compute",
+        "experts",
+        "2 k T in out, each matrix of an expert",
+        "the matrices of the experts that are touched: E (1 - (1 - k / E)^T) of E on average",
+        "distinct_experts: each token misses an expert with probability 1 - k / E",
+    ),
+    Formula("shared_experts", "shared experts", "2 T in out, each matrix", "each matrix once", _DERIVED),
+    Formula("logits", "logits", "2 R hidden vocabulary", "the matrix once", _GPT),
+    Formula(
+        "draft",
+        "multi-token prediction",
+        "projection, block and logits, each pass",
+        "the same",
+        "DeepSeek-V3, 2024, section 2.2",
+    ),
+    Formula(
+        "collective",
+        "tensor parallel",
+        "0",
+        "all_reduce of T hidden, twice a layer",
+        "Shoeybi et al., Megatron-LM, 2019, section 3",
+    ),
+    Formula(
+        "expert_dispatch",
+        "exchange of tokens",
+        "0",
+        "all_gather of all ranks' tokens, or all_to_all: a token to n (1 - C(E - E / n, k) / C(E, k)) of n ranks",
+        "distinct_ranks: k different experts, each choice as likely; DeepEP sends a token to a rank once",
+    ),
+    Formula("expert_combine", "exchange of results", "0", "reduce_scatter, or all_to_all, of as much", "the same"),
 )
 
 
@@ -406,7 +508,7 @@ class _Counting:
         )
 
     def indexer(self, indexer: Indexer, phase: str, sums: Sums) -> Iterator[Work]:
-        """Scores of every token that is seen, on every rank: 2 x heads x dim operations each.
+        """Scores of every token that is seen, on every rank: 2 x heads x dim operations each, 2 x heads to add them up.
 
         Its cache is vLLM's: fp8 with a 32-bit scale for 128 numbers.
         """
@@ -415,11 +517,12 @@ class _Counting:
         if phase == "prefill":
             weights = sum(each.format.bytes(each.outputs, each.inputs) for each in indexer.projections)
             yield self.work("forward", "projections around attention", weights=weights)
+            yield self.work("forward", "norms", weights=indexer.vectors * self.width)
         entry = index_bytes(indexer)
         yield self.work(
             "attention",
             part,
-            operations=2.0 * indexer.heads * indexer.dim * sums.positions(),
+            operations=2.0 * indexer.heads * (indexer.dim + 1) * sums.positions(),
             read=sums.context * entry,
             written=sums.tokens * entry,
         )

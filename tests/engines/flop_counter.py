@@ -68,6 +68,38 @@ MODELS: dict[str, dict[str, Any]] = {
     "olmo2": {"head_dim": None},
     "phi": {"head_dim": None},
     "phi3": {"head_dim": None, "pad_token_id": 0},
+    "gemma": {},
+    "glm4": {"attention_bias": True, "pad_token_id": 0},
+    "granite": {"head_dim": None},
+    "granitemoe": {"head_dim": None, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "ministral": {"sliding_window": WINDOW, "layer_types": ALTERNATING},
+    "minimax_m2": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "olmo3": {"head_dim": None, "sliding_window": WINDOW, "layer_types": ALTERNATING},
+    "phimoe": {"head_dim": None, "num_local_experts": 8, "attention_bias": True, "lm_head_bias": True},
+    "smollm3": {"head_dim": None, "pad_token_id": 0},
+    "bamba": {
+        "head_dim": None,
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 16,
+        "mamba_d_head": 32,
+        "mamba_d_state": 32,
+        "mamba_n_groups": 2,
+        "mamba_chunk_size": 32,
+    },
+    "deepseek_v32": {
+        **MLA,
+        "n_routed_experts": 16,
+        "moe_intermediate_size": 96,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_key_value_heads": 8,
+        "index_topk": 16,
+        "index_n_heads": 4,
+        "index_head_dim": 32,
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    },
+    "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 384, "interleave_moe_layer_step": 2},
     "glm4_moe": {
         "n_routed_experts": 8,
         "moe_intermediate_size": 96,
@@ -111,6 +143,7 @@ SHAPES = [(1, 64), (3, 32), (2, 128)]  # requests, prompt tokens of each
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # the shapes are small: more threads only wait for one another
     models = {kind: count(kind, MODELS[kind]) for kind in sys.argv[1:] or MODELS}
     equations = {"delta_rule": delta_rule(), "state_space": state_space(), "absorbed": absorbed()}
     print(json.dumps({"models": models, "equations": equations}))

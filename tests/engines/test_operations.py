@@ -1,8 +1,9 @@
 """Tests that operations and bytes are those that torch counts of transformers' own models.
 
 Eager attention in transformers computes the whole square of a prefill, masks or not; the comparison gives the count the
-same square. What recurrent layers do is compared apart: transformers computes it in chunks or element by element, which
-FlopCounterMode sees in part or not at all.
+same square, and so with the other things that transformers computes and throws away (as_transformers_computes). What
+recurrent layers do is compared apart: transformers computes it in chunks or element by element, which FlopCounterMode
+sees in part or not at all.
 """
 
 from __future__ import annotations
@@ -17,31 +18,43 @@ import pytest
 from engines.server import environment
 
 from stagetrace.analysis.batch import Batch, Sums
-from stagetrace.analysis.model_config import LatentAttention, Layer, Model, Recurrent, describe, kv_numbers
+from stagetrace.analysis.model_config import FAMILIES, LatentAttention, Layer, Model, Recurrent, describe, kv_numbers
 from stagetrace.analysis.operations import Latent, step_work
 
 SCRIPT = Path(__file__).with_name("flop_counter.py")
 KINDS = [
+    "bamba",
     "deepseek_v2",
     "deepseek_v3",
+    "deepseek_v32",
+    "gemma",
     "gemma2",
     "gemma3_text",
+    "glm4",
     "glm4_moe",
     "gpt_oss",
+    "granite",
+    "granitemoe",
     "jamba",
     "llama",
+    "llama4_text",
+    "minimax_m2",
+    "ministral",
     "mistral",
     "mixtral",
     "nemotron_h",
     "olmo2",
+    "olmo3",
     "olmoe",
     "phi",
     "phi3",
+    "phimoe",
     "qwen2",
     "qwen2_moe",
     "qwen3",
     "qwen3_moe",
     "qwen3_next",
+    "smollm3",
 ]
 NONE = Sums(*[np.asarray(0.0)] * 5)
 EVERY_EXPERT = np.asarray(1e9)  # capped at how many there are
@@ -71,13 +84,30 @@ def batch(run: dict[str, Any]) -> Batch:
 def unwindowed(config: dict[str, Any]) -> dict[str, Any]:
     """The config with all attention full: so does transformers' eager attention compute a prefill."""
     full = {"sliding_window": None}
-    if "sliding_attention" in (config.get("layer_types") or []):
+    if {"sliding_attention", "chunked_attention"} & set(config.get("layer_types") or []):
         full["layer_types"] = ["full_attention"] * len(config["layer_types"])
     return config | full
 
 
+def as_transformers_computes(kind: str, config: dict[str, Any], phase: str) -> Model:
+    """The model with what transformers' eager code does beyond what the result needs."""
+    if kind == "llama4_text":  # every expert for every token
+        config = config | {"num_experts_per_tok": config["num_local_experts"]}
+    if kind == "deepseek_v32":  # sparse attention as a mask; the indexer is added
+        config = config | {"index_topk": None}
+    return describe(unwindowed(config) if phase == "prefill" else config)
+
+
+def indexer(config: dict[str, Any], run: dict[str, Any]) -> float:
+    """Operations of an indexer: its projections and its scores."""
+    sparse, dense = (step_work(describe(each), batch(run)) for each in (config, config | {"index_topk": None}))
+    scores = sum(float(each.operations) for each in sparse.works if each.part.startswith("indexer"))
+    return scores + float(sparse.operations("forward") - dense.operations("forward"))
+
+
 def test_every_architecture_is_compared(counted: dict[str, Any]):
     assert sorted(counted["models"]) == KINDS
+    assert set(FAMILIES) - set(KINDS) == {"kimi_k2"}  # which is DeepSeek-V3's code
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,9 +115,11 @@ def test_operations_are_those_of_the_counter(counted: dict[str, Any], kind: str)
     config = counted["models"][kind]["config"]
     assert len(counted["models"][kind]["runs"]) == 6
     for run in counted["models"][kind]["runs"]:
-        model = describe(unwindowed(config) if run["phase"] == "prefill" else config)
+        model = as_transformers_computes(kind, config, run["phase"])
         work = step_work(model, batch(run), prefill_form=Latent.EXPANDED, decode_form=Latent.EXPANDED)
         ours = sum(float(each.operations) for each in work.works if "recurrence" not in each.part)
+        if kind == "deepseek_v32":
+            ours += indexer(config, run)
         theirs = run["operations"] - run["recurrence"]
         assert ours == theirs, (kind, run)
         assert (run["recurrence"] > 0) == any("recurrence" in each.part for each in work.works)
@@ -110,7 +142,7 @@ def test_cache_is_that_of_the_tensors(counted: dict[str, Any], kind: str):
     """Of attention without windows: transformers' sliding layers keep what the next token needs, engines what fits."""
     found = counted["models"][kind]
     model = describe(unwindowed(found["config"]))
-    windowed = describe(found["config"]).layers != model.layers
+    windowed = "sliding_window" in found["config"] and describe(found["config"]).layers != model.layers
     for run in found["runs"]:
         if run["phase"] == "prefill":
             tokens = run["requests"] * run["q"]

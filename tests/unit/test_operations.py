@@ -192,7 +192,7 @@ def test_sparse_attention_sees_what_its_indexer_chooses():
     parts = {each.part: each for each in work.of("attention")}
     assert parts["latent attention, decode"].operations == 61 * 2 * 128 * 1088 * 2048
     assert parts["latent attention, decode"].cache_read == 70_272 * 2048
-    assert parts["indexer, decode"].operations == 61 * 2 * 64 * 128 * 10_000
+    assert parts["indexer, decode"].operations == 61 * 2 * 64 * 129 * 10_000
     assert parts["indexer, decode"].cache_read == 61 * 132 * 10_000
 
 
