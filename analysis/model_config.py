@@ -759,7 +759,7 @@ class _Reader:
             channels=channels,
             projections=projections,
             vectors=channels * kernel + 2 * value_heads + value_dim,
-            state_format=dtype(self.text("mamba_ssm_dtype")) or FP32,
+            state_format=self._state_format(),
         )
 
     def _mamba(self) -> Recurrent | None:
@@ -778,7 +778,7 @@ class _Reader:
             return None
         bias = self.flag("mamba_proj_bias", self.flag("use_bias"))
         conv_bias = 1 if self.flag("mamba_conv_bias", self.flag("use_conv_bias", True)) else 0
-        cache = dtype(self.text("mamba_ssm_cache_dtype"))
+        cache = self._state_format()
         if heads:
             projections: list[Linear] = []
             if self.hidden:
@@ -823,6 +823,12 @@ class _Reader:
             vectors=inner * (kernel + conv_bias + state + 1) + norms,
             state_format=cache,
         )
+
+    def _state_format(self) -> Format | None:
+        """Of a recurrent state, as vLLM keeps it: what the config says, float32 for Nemotron-H, else as activations."""
+        names = ("mamba_ssm_cache_dtype", "mamba_ssm_dtype")
+        given = next((form for form in (dtype(self.text(name)) for name in names) if form), None)
+        return given or (FP32 if self.kind == "nemotron_h" else None)
 
     def _expert_count(self) -> int | None:
         return self.integer("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

@@ -39,8 +39,9 @@ CONVENTIONS: tuple[tuple[str, str], ...] = (
     ),
     (
         "attention",
-        "2 x heads x (width of keys + width of values) for each pair of a token and one that it sees. Causal: a request"
-        " with q tokens in the step and kv after it has q kv - q (q - 1) / 2 pairs, which the step's sums give exactly",
+        "2 x heads x (width of keys + width of values) for each pair of a token and one that it sees, in the"
+        " activations' arithmetic whatever the cache's format. Causal: a request with q tokens in the step and kv after"
+        " it has q kv - q (q - 1) / 2 pairs, which the step's sums give exactly",
     ),
     (
         "windows",
@@ -52,7 +53,8 @@ CONVENTIONS: tuple[tuple[str, str], ...] = (
         "latent attention",
         "prefill expands the latents of the whole context to keys and values of every head; decode works on the latents"
         " (absorbed), as does sparse attention in both phases. So does vLLM; SGLang where its attention backend takes"
-        " one of the MHA methods for prefill, else absorbed there too. The cache is read as latents either way",
+        " one of the MHA methods for prefill, else absorbed there too. The cache is read as latents either way,"
+        " and absorbed weights are not quantised",
     ),
     (
         "recurrences",
@@ -319,12 +321,14 @@ def distinct_experts(count: int, per_token: int, tokens: Numbers, bound: Bound =
 
 
 def _merged(works: Sequence[Work]) -> Iterator[Work]:
-    """One entry for each part and arithmetic, in the order in which they come first."""
+    """One entry for each part and arithmetic, in the order in which they come first, without those that are nothing."""
     found: dict[tuple[str, str, str], Work] = {}
     for each in works:
         key = (each.stage, each.part, each.arithmetic)
         found[key] = found[key].plus(each) if key in found else each
-    yield from found.values()
+    for each in found.values():
+        if any(np.any(getattr(each, name)) for name in _QUANTITIES):
+            yield each
 
 
 class _Counting:
@@ -446,10 +450,22 @@ class _Counting:
                 yield from self.latent_attention(mixer, phase, sums)
             else:
                 yield self.recurrent(mixer, phase, sums)
-        if isinstance(mixer, LatentAttention) and mixer.expansion:  # once for both phases
-            outputs, inputs = mixer.expansion.part(ranks)
-            weights = mixer.expansion.format.bytes(outputs, inputs)
-            yield self.work("attention", "latent expansion", mixer.expansion.format, weights=weights)
+        if isinstance(mixer, LatentAttention) and mixer.expansion:
+            yield self.expansion_weights(mixer, mixer.expansion)
+
+    def form(self, mixer: LatentAttention, phase: str) -> Latent:
+        return Latent.ABSORBED if mixer.indexer else self.forms[phase]
+
+    def expansion_weights(self, mixer: LatentAttention, expansion: Linear) -> Work:
+        """Read once for both phases; absorbed, vLLM and SGLang keep a copy that is not quantised, which is read too."""
+        outputs, inputs = expansion.part(self.ranks.tensor)
+        phases = {"prefill": self.batch.prefill.tokens, "decode": self.batch.decode.tokens}
+        tokens = {form: _total(n for phase, n in phases.items() if self.form(mixer, phase) is form) for form in Latent}
+        expanded, absorbed = (np.minimum(tokens[form], 1.0) for form in (Latent.EXPANDED, Latent.ABSORBED))
+        if expansion.format == self.plain:
+            absorbed = np.maximum(absorbed - expanded, 0.0)
+        size = expanded * expansion.format.bytes(outputs, inputs) + absorbed * self.plain.bytes(outputs, inputs)
+        return replace(self.work("attention", "latent expansion, weights"), weights=self.none + size)
 
     def attention(self, mixer: Attention, phase: str, sums: Sums) -> Work:
         heads = -(-mixer.heads // self.ranks.tensor)
@@ -479,21 +495,19 @@ class _Counting:
         heads = -(-mixer.heads // self.ranks.tensor)
         entry = kv_numbers(mixer) * self.model.kv_cache.element_bytes
         positions, context = sums.positions(), sums.context
-        form = self.forms[phase]
         if mixer.indexer:
-            form = Latent.ABSORBED
             yield from self.indexer(mixer.indexer, phase, sums)
             positions = sums.windowed_positions(mixer.indexer.top, self.bound)
             context = sums.chosen_context(mixer.indexer.top)
-        expanded = form is Latent.EXPANDED
+        expanded = self.form(mixer, phase) is Latent.EXPANDED
         keys = (mixer.nope_dim if expanded else mixer.latent) + mixer.rope_dim
         values = mixer.value_dim if expanded else mixer.latent
         moved = mixer.nope_dim + mixer.value_dim
         rows = context if expanded else sums.tokens
         yield self.work(
             "attention",
-            "latent expansion",
-            mixer.expansion.format if mixer.expansion else None,
+            f"latent expansion, {phase}",
+            mixer.expansion.format if mixer.expansion and expanded else None,
             operations=2.0 * mixer.latent * heads * moved * rows,
             activations=rows * (mixer.latent + heads * moved) * self.width,
         )
@@ -560,17 +574,18 @@ class _Counting:
 
     def draft(self, count: int) -> list[Work]:
         """DeepSeek-V3, 2024, section 2.2; vLLM proposes further tokens with the same layers, one token a request."""
-        first = self.draft_pass()
-        works = first
-        batch = self.batch
+        batch = replace(self.batch, distinct_experts=None)  # what is recorded is the main model's
+        works = self.on(batch).draft_pass()
         for number in range(1, count):
             requests = batch.requests
             context = batch.prefill.context + batch.decode.context + requests * number
             decode = Sums(requests, requests, context, requests, context)
-            later = Batch(Sums(*[self.none] * 5), decode, batch.distinct_experts)
-            again = _Counting(self.model, later, self.ranks, self.bound, self.forms["prefill"], self.forms["decode"])
-            works = works + again.draft_pass()
+            works += self.on(Batch(Sums(*[self.none] * 5), decode)).draft_pass()
         return works
+
+    def on(self, batch: Batch) -> _Counting:
+        """The same for another batch."""
+        return _Counting(self.model, batch, self.ranks, self.bound, self.forms["prefill"], self.forms["decode"])
 
     def draft_pass(self) -> list[Work]:
         model = self.model

@@ -175,9 +175,15 @@ def test_latent_attention_is_absorbed_in_decode():
     assert sum(float(each.cache_read) for each in work.of("attention")) == 70_272 * 4000
     expanded = step_work(model, Batch.of_requests(decode=[(1, 4000)]), decode_form=Latent.EXPANDED)
     assert expanded.operations("attention") == 61 * (2 * 128 * 320 * 4000 + 2 * 512 * 128 * 256 * 4000)
-    assert sum(float(each.weights) for each in work.of("attention")) == sum(
-        float(each.weights) for each in expanded.of("attention")
-    )
+    plain = 61 * 2 * 512 * 128 * 256  # absorbed the weights are a copy in bf16, expanded they are fp8
+    assert sum(float(each.weights) for each in work.of("attention")) == plain
+    assert sum(float(each.weights) for each in expanded.of("attention")) == pytest.approx(plain / 2, rel=1e-3)
+    mixed = Batch.of_requests(prefill=[(8, 8)], decode=[(1, 4000)])
+    both = sum(float(each.weights) for each in step_work(model, mixed).of("attention"))
+    assert both == pytest.approx(1.5 * plain, rel=1e-3)
+    whole = describe(DEEPSEEK_V3 | {"quantization_config": None})
+    assert sum(float(each.weights) for each in step_work(whole, mixed).of("attention")) == plain
+    assert work.operations_by_arithmetic("attention").keys() == {"bf16"}
 
 
 def test_sparse_attention_sees_what_its_indexer_chooses():
