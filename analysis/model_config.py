@@ -21,6 +21,10 @@ MOST_LAYERS = 10_000
 LARGEST = 1 << 40
 
 
+class ConfigError(Exception):
+    """A model's config.json that cannot be read; the message names it."""
+
+
 class Split(StrEnum):
     """Which side of a matrix a tensor-parallel group shares (Shoeybi et al., Megatron-LM, 2019, section 3)."""
 
@@ -327,16 +331,15 @@ NOT_TEXT = ("vision_config", "audio_config", "vision_tower_config", "speech_conf
 
 
 def load_model(path: Path, dtype_name: str = "auto", kv_cache_dtype: str = "auto") -> Model:
-    """The model that a config.json describes.
-
-    Raises OSError when the file cannot be read, ValueError when it is not a JSON object.
-    """
+    """The model that a config.json describes. Raises ConfigError when it cannot be read or is no JSON object."""
     try:
         config = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"the model's config.json cannot be read ({error.strerror}): {path}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ConfigError(f"the model's config.json is not JSON ({error}): {path}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path} is not a JSON object: a model's config.json is needed")
+        raise ConfigError(f"the model's config.json is not a JSON object: {path}")
     return describe(config, dtype_name, kv_cache_dtype)
 
 

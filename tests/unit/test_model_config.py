@@ -28,6 +28,7 @@ from unit.configs import (
 from stagetrace.analysis.batch import Batch
 from stagetrace.analysis.model_config import (
     Attention,
+    ConfigError,
     Dense,
     Experts,
     LatentAttention,
@@ -236,12 +237,12 @@ def test_a_file_that_is_no_object_is_said(tmp_path: Path):
     file.write_text(json.dumps(LLAMA_405B))
     assert load_model(file) == describe(LLAMA_405B)
     file.write_text("[]")
-    with pytest.raises(ValueError, match="not a JSON object"):
+    with pytest.raises(ConfigError, match="not a JSON object"):
         load_model(file)
     file.write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ConfigError, match="is not JSON"):
         load_model(file)
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(ConfigError, match=r"No such file or directory.*nowhere"):
         load_model(tmp_path / "nowhere")
 
 
