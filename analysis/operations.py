@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .architecture import Attention, Dense, Experts, Indexer, LatentAttention, Linear, Recurrent, kv_numbers
 from .batch import Batch, Bound, Numbers, Sums
-from .model_config import Attention, Dense, Experts, Indexer, LatentAttention, Linear, Recurrent, kv_numbers
 from .sharding import Collective, Exchange, Sharding, distinct_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from .architecture import Layer, Mixer, Model
     from .formats import Format
-    from .model_config import Layer, Mixer, Model
 
 # What is counted and how, a line each: the page docs/speed-of-light.md prints them.
 CONVENTIONS: tuple[tuple[str, str], ...] = (

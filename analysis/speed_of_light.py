@@ -15,9 +15,10 @@ import pandas as pd
 
 from stagetrace.instrument.stages import BY_ID, BY_NAME, Phase
 
+from .architecture import Model
 from .batch import Batch, Numbers
 from .hardware import match
-from .model_config import ConfigError, Model, load_model
+from .model_config import ConfigError, load_model
 from .operations import StepWork, Work, step_work
 from .sharding import Collective, Sharding
 

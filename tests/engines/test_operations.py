@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from engines.server import environment
 
+from stagetrace.analysis.architecture import LatentAttention, Layer, Model, Recurrent, kv_numbers
 from stagetrace.analysis.batch import Batch, Sums
-from stagetrace.analysis.model_config import FAMILIES, LatentAttention, Layer, Model, Recurrent, describe, kv_numbers
+from stagetrace.analysis.model_config import FAMILIES, describe
 from stagetrace.analysis.operations import Latent, step_work
 
 SCRIPT = Path(__file__).with_name("flop_counter.py")

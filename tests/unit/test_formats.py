@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from unit.configs import LLAMA_405B, QWEN3_235B
 
+from stagetrace.analysis.architecture import Experts
 from stagetrace.analysis.formats import BF16, FP8, Format, dtype, matches, quantisation
-from stagetrace.analysis.model_config import Experts, describe
+from stagetrace.analysis.model_config import describe
 
 LINEAR = "model.layers.3.self_attn.q_proj"
 OUTPUTS, INPUTS = 4096, 8192

@@ -25,17 +25,9 @@ from unit.configs import (
     QWEN25_72B,
 )
 
+from stagetrace.analysis.architecture import Attention, Dense, Experts, LatentAttention, Recurrent
 from stagetrace.analysis.batch import Batch
-from stagetrace.analysis.model_config import (
-    Attention,
-    ConfigError,
-    Dense,
-    Experts,
-    LatentAttention,
-    Recurrent,
-    describe,
-    load_model,
-)
+from stagetrace.analysis.model_config import ConfigError, describe, load_model
 from stagetrace.analysis.operations import step_work
 
 # Total and active parameters, to the digits that are published, and whether the active ones have the input embedding.
