@@ -81,6 +81,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3": _QWEN3,
     "qwen3_moe": _QWEN3,
     "qwen3_next": _QWEN_NEXT,
+    "qwen3_5_text": _QWEN_NEXT,
+    "qwen3_5_moe_text": _QWEN_NEXT,
     "gemma": Family(tied=True),
     "gemma2": Family(norms=4, pattern=2, tied=True),
     "gemma3_text": Family(norms=4, qk_norm="head", pattern=6, tied=True),
@@ -92,6 +94,9 @@ FAMILIES: dict[str, Family] = {
     "phimoe": Family(norm_bias=True),
     "glm4": Family(o_bias=False, norms=4),
     "glm4_moe": _GLM_MOE,
+    "glm4_moe_lite": Family(correction=True),
+    "glm_moe_dsa": Family(correction=True),
+    "seed_oss": Family(qkv_bias=True, o_bias=False),
     "deepseek_v2": _LLAMA,
     "deepseek_v3": Family(correction=True),
     "deepseek_v32": Family(correction=True),
@@ -118,11 +123,11 @@ max_window_layers mlp_hidden_act model_type moe_layer_freq moe_shared_expert_ove
 n_group no_rope_layer_interval no_rope_layers norm_eps norm_topk_prob num_logits_to_keep
 original_max_position_embeddings output_attentions output_hidden_states output_router_logits pad_token_id
 partial_rotary_factor prefix pretraining_tp problem_type pruned_heads qk_layernorm quantization_config
-query_pre_attn_scalar rescale_prenorm_residual resid_pdrop residual_in_fp32 residual_multiplier return_dict
-rms_norm_eps rope_interleave rope_local_base_freq rope_parameters rope_ratio rope_scaling rope_theta rotary_dim
-rotary_emb_base routed_scaling_factor router_aux_loss_coef router_jitter_noise scoring_func scoring_function
-sep_token_id seq_aux seq_length swiglu_alpha swiglu_limit text_config tie_encoder_decoder time_step_floor
-time_step_limit time_step_max time_step_min time_step_rank topk_group topk_method torch_dtype
+query_pre_attn_scalar rescale_prenorm_residual resid_pdrop residual_dropout residual_in_fp32 residual_multiplier
+return_dict rms_norm_eps rope_interleave rope_local_base_freq rope_parameters rope_ratio rope_scaling rope_theta
+rotary_dim rotary_emb_base routed_scaling_factor router_aux_loss_coef router_jitter_noise scoring_func
+scoring_function sep_token_id seq_aux seq_length swiglu_alpha swiglu_limit text_config tie_encoder_decoder
+time_step_floor time_step_limit time_step_max time_step_min time_step_rank topk_group topk_method torch_dtype
 transformers_version unsloth_fixed unsloth_version use_associative_scan use_bias use_bidirectional_attention
 use_cache use_conv_bias use_mamba_kernels use_mambapy use_qk_norm z_loss_coefficient
 """
@@ -348,7 +353,7 @@ class _Reader:
         period, offset = self.integer("attn_layer_period"), self.integer("attn_layer_offset", zero=True) or 0
         if period:
             return ["full" if index % period == offset else "mamba" for index in range(count)]
-        interval = self.integer("full_attention_interval") or (4 if self.kind == "qwen3_next" else None)
+        interval = self.integer("full_attention_interval") or (4 if self.family is _QWEN_NEXT else None)
         if interval and any(name.startswith("linear_") for name in self.config):
             return ["full" if (index + 1) % interval == 0 else "linear" for index in range(count)]
         attending = self.listed("attn_layer_indices")
@@ -467,7 +472,7 @@ class _Reader:
             self.note(f"layers are named {kind}, but the size of their window is missing: they are counted as full.")
         family = self.family
         qkv_bias = self.flag("attention_bias", self.flag("qkv_bias", family.qkv_bias))
-        o_bias = qkv_bias if family.o_bias is None else family.o_bias
+        o_bias = self.flag("attention_out_bias", qkv_bias if family.o_bias is None else family.o_bias)
         projections: list[Linear] = []
         if self.hidden:
             gate = 2 if family.output_gate else 1

@@ -32,6 +32,31 @@ MLA = {
     "qk_nope_head_dim": 32,
     "v_head_dim": 24,
 }
+SPARSE = {
+    **MLA,
+    "n_routed_experts": 16,
+    "moe_intermediate_size": 96,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_key_value_heads": 8,
+    "index_topk": 16,
+    "index_n_heads": 4,
+    "index_head_dim": 32,
+    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+}
+DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 40,
+}
+QWEN_EXPERTS = {
+    "num_experts": 8,
+    "moe_intermediate_size": 96,
+    "shared_expert_intermediate_size": 96,
+    "num_experts_per_tok": 2,
+}
 WINDOW = 24
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
 MODELS: dict[str, dict[str, Any]] = {
@@ -86,19 +111,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "mamba_n_groups": 2,
         "mamba_chunk_size": 32,
     },
-    "deepseek_v32": {
-        **MLA,
-        "n_routed_experts": 16,
-        "moe_intermediate_size": 96,
-        "num_experts_per_tok": 4,
-        "n_group": 4,
-        "topk_group": 2,
-        "num_key_value_heads": 8,
-        "index_topk": 16,
-        "index_n_heads": 4,
-        "index_head_dim": 32,
-        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
-    },
+    "deepseek_v32": SPARSE,
     "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 384, "interleave_moe_layer_step": 2},
     "glm4_moe": {
         "n_routed_experts": 8,
@@ -108,16 +121,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "use_qk_norm": True,
         "attention_bias": True,
     },
-    "qwen3_next": {
-        "num_experts": 8,
+    "qwen3_next": DELTA | QWEN_EXPERTS,
+    "qwen3_5_text": DELTA,
+    "qwen3_5_moe_text": DELTA | QWEN_EXPERTS,
+    "seed_oss": {"num_hidden_layers": 2},
+    "glm4_moe_lite": {
+        **MLA,
+        "n_routed_experts": 8,
         "moe_intermediate_size": 96,
-        "shared_expert_intermediate_size": 96,
         "num_experts_per_tok": 2,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 32,
-        "linear_value_head_dim": 40,
+        "num_key_value_heads": 8,
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
     },
+    "glm_moe_dsa": SPARSE,
     "jamba": {
         "head_dim": None,
         "num_experts": 4,
@@ -205,7 +221,18 @@ def recurrence(modules: dict[str, int]) -> int:
     """What recurrent mixers count besides their matrices: the convolution and transformers' own recurrence."""
     mixers = [name for name in modules if name.rpartition(".")[2] in ("linear_attn", "mamba")]
     mixers += [name for name in modules if name.endswith(".mixer") and f"{name}.in_proj" in modules]
-    children = ("in_proj_qkvz", "in_proj_ba", "in_proj", "x_proj", "dt_proj", "out_proj")
+    children = (
+        "in_proj_qkvz",
+        "in_proj_ba",
+        "in_proj_qkv",
+        "in_proj_z",
+        "in_proj_b",
+        "in_proj_a",
+        "in_proj",
+        "x_proj",
+        "dt_proj",
+        "out_proj",
+    )
     return sum(modules[name] - sum(modules.get(f"{name}.{child}", 0) for child in children) for name in mixers)
 
 

@@ -33,6 +33,8 @@ KINDS = [
     "gemma3_text",
     "glm4",
     "glm4_moe",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
     "gpt_oss",
     "granite",
     "granitemoe",
@@ -53,10 +55,14 @@ KINDS = [
     "qwen2",
     "qwen2_moe",
     "qwen3",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
     "qwen3_moe",
     "qwen3_next",
+    "seed_oss",
     "smollm3",
 ]
+SPARSE = ("deepseek_v32", "glm_moe_dsa")
 NONE = Sums(*[np.asarray(0.0)] * 5)
 EVERY_EXPERT = np.asarray(1e9)  # capped at how many there are
 
@@ -94,7 +100,7 @@ def as_transformers_computes(kind: str, config: dict[str, Any], phase: str) -> M
     """The model with what transformers' eager code does beyond what the result needs."""
     if kind == "llama4_text":  # every expert for every token
         config = config | {"num_experts_per_tok": config["num_local_experts"]}
-    if kind == "deepseek_v32":  # sparse attention as a mask; the indexer is added
+    if kind in SPARSE:  # sparse attention as a mask; the indexer is added
         config = config | {"index_topk": None}
     return describe(unwindowed(config) if phase == "prefill" else config)
 
@@ -119,7 +125,7 @@ def test_operations_are_those_of_the_counter(counted: dict[str, Any], kind: str)
         model = as_transformers_computes(kind, config, run["phase"])
         work = step_work(model, batch(run), prefill_form=Latent.EXPANDED, decode_form=Latent.EXPANDED)
         ours = sum(float(each.operations) for each in work.works if "recurrence" not in each.part)
-        if kind == "deepseek_v32":
+        if kind in SPARSE:
             ours += indexer(config, run)
         theirs = run["operations"] - run["recurrence"]
         assert ours == theirs, (kind, run)
