@@ -15,7 +15,7 @@ from unit.configs import ALL, DEEPSEEK_V3, GPT_OSS_120B, LLAMA_405B, MIXTRAL_8X7
 
 from stagetrace.analysis.batch import Batch, Bound
 from stagetrace.analysis.model_config import describe
-from stagetrace.analysis.operations import Latent, StepWork, distinct_experts, step_work
+from stagetrace.analysis.operations import FORMULAS, Latent, StepWork, distinct_experts, step_work
 from stagetrace.analysis.sharding import BUS_FACTORS, Exchange, Sharding, distinct_ranks
 from stagetrace.instrument.stages import BY_NAME
 
@@ -35,6 +35,16 @@ def test_stages_are_of_the_vocabulary_and_parts_add_up(name: str):
     by_arithmetic = work.operations_by_arithmetic()
     assert sum(float(each) for each in by_arithmetic.values()) == pytest.approx(float(work.operations()))
     assert work.bytes(activations=True) > work.bytes()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_part_has_a_formula(name: str):
+    """A line of the page's table, under the same stage; drafts have one for all their parts."""
+    config = ALL[name] | ({"index_topk": 64, "index_n_heads": 4, "index_head_dim": 64} if name == "kimi_k2" else {})
+    lines = {(each.stage, each.part) for each in FORMULAS}
+    for work in step_work(describe(config), MIXED, draft_tokens=1).works:
+        assert work.stage == "draft" or (work.stage, work.part.partition(",")[0]) in lines, work.part
+    assert all(each.stage in BY_NAME and each.source for each in FORMULAS)
 
 
 def test_llama_by_hand():
