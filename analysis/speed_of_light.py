@@ -7,7 +7,6 @@ shown.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,11 +18,13 @@ from .architecture import Model
 from .batch import Batch, Numbers
 from .hardware import match
 from .model_config import ConfigError, load_model
+from .model_files import config_path
 from .operations import StepWork, Work, step_work
 from .sharding import Collective, Sharding
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
     from stagetrace.exporters.session import Manifest, Process
 
@@ -133,7 +134,7 @@ def speed_of_light(
     if not len(steps) or (process is None and config is None):
         return SpeedOfLight()
     info = process.info if process else {}
-    path = _config_file(config if config is not None else Path(str(info.get("model_path", ""))))
+    path = config_path(config if config is not None else str(info.get("model_path", "")))
     try:
         model = load_model(path, str(info.get("dtype", "auto")), str(info.get("kv_cache_dtype", "auto")))
     except ConfigError as error:
@@ -172,10 +173,6 @@ def own_times(steps: pd.DataFrame) -> pd.Series[int]:
 
 def _server(manifest: Manifest) -> Process | None:
     return next((each for each in manifest.processes if each.info.get("model_path")), None)
-
-
-def _config_file(path: Path) -> Path:
-    return path / "config.json" if path.is_dir() else path
 
 
 def _whole(value: Any, default: int | None = None) -> int | None:
