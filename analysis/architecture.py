@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from .formats import Format, Quantisation
+from .formats import BF16, FP8_DS_MLA, Format, Quantisation
 
 
 class Split(StrEnum):
@@ -57,7 +57,6 @@ class Attention:
     chunked: bool = False  # the window is the token's own chunk of that many (Llama 4), not the last ones
     projections: tuple[Linear, ...] = ()
     vectors: int = 0  # numbers in norms and sinks
-    shares_kv: bool = False  # reads the cache of an earlier layer and writes none
 
 
 @dataclass(frozen=True)
@@ -190,16 +189,16 @@ class Model:
 
         For attention with a window: while the context is within it. Recurrent layers add none.
         """
-        return sum(kv_numbers(mixer) for layer in self.layers for mixer in layer.mixers) * self.kv_cache.element_bytes
+        return sum(cache_entry(mixer, self.kv_cache) for layer in self.layers for mixer in layer.mixers)
 
 
-def kv_numbers(mixer: Mixer, ranks: int = 1) -> int:
-    """Numbers that one token adds to a layer's cache on one of the ranks that share its heads."""
+def cache_entry(mixer: Mixer, form: Format, ranks: int = 1) -> float:
+    """Bytes of one token in a layer's cache, scales included, on one of the ranks that share its heads."""
     if isinstance(mixer, Attention):
-        return 0 if mixer.shares_kv else -(-mixer.kv_heads // ranks) * (mixer.head_dim + mixer.value_dim)
+        return -(-mixer.kv_heads // ranks) * (form.bytes(1, mixer.head_dim) + form.bytes(1, mixer.value_dim))
     if isinstance(mixer, LatentAttention):  # every rank holds the latent
-        return mixer.latent + mixer.rope_dim
-    return 0
+        return form.bytes(1, mixer.latent) + (BF16 if form is FP8_DS_MLA else form).bytes(1, mixer.rope_dim)
+    return 0.0
 
 
 def _counts(layer: Layer) -> tuple[int, int]:

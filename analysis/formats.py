@@ -77,6 +77,23 @@ DTYPES: dict[str, Format] = {
     "float4_e2m1fn_x2": FP4,
 }
 
+# Of a KV cache alone, as vLLM keeps it: a block is a part of one head's vector. fp8_ds_mla: a latent of fp8 with a
+# 32-bit scale for 128 numbers, and what is rotated in bf16 (vLLM, flashmla_sparse.py: 656 bytes for 512 + 64).
+FP8_DS_MLA = Format("fp8_ds_mla", 8, "fp8", 32, (1, 128))
+NVFP4_CACHE = Format("nvfp4", 4, "fp4", 8, (1, 16))
+CACHE_DTYPES: dict[str, Format] = DTYPES | {
+    "fp8_ds_mla": FP8_DS_MLA,
+    "nvfp4": NVFP4_CACHE,
+    "nvfp4_4over6": NVFP4_CACHE,
+    "fp8_per_token_head": Format("fp8", 8, "fp8", 32, (1, 0)),
+    "int8_per_token_head": Format("int8", 8, "int8", 32, (1, 0)),
+}
+
+
+def cache_dtype(name: str) -> Format | None:
+    """The format of a KV cache by its name; None for one that is not known."""
+    return CACHE_DTYPES.get(name.removeprefix("torch.").lower())
+
 
 def dtype(name: object) -> Format | None:
     """The format of a dtype's name; None for one that is not known."""
@@ -310,7 +327,7 @@ def _modelopt(config: Mapping[str, Any], activations: Format) -> Quantisation:
     elif linear is None:
         notes.append(f"ModelOpt's quant_algo {shorten(algorithm)} is not known: weights are counted as not quantised.")
     scheme, algorithm = config.get("kv_cache_scheme"), _text(config.get("kv_cache_quant_algo")).upper()
-    cache = {"FP8": FP8, "INT8": INT8, "NVFP4": FP4}.get(algorithm) or _cache_scheme(scheme, notes)
+    cache = {"FP8": FP8, "INT8": INT8, "NVFP4": NVFP4_CACHE}.get(algorithm) or _cache_scheme(scheme, notes)
     return Quantisation(linear=linear, rules=tuple(rules), head=True, kv_cache=cache, not_understood=tuple(notes))
 
 
@@ -410,7 +427,7 @@ def _kept(config: Mapping[str, Any]) -> tuple[Rule, ...]:
 def _cache_scheme(scheme: object, notes: list[str]) -> Format | None:
     if scheme is None:
         return None
-    known = {(8, "float"): FP8, (8, "int"): INT8, (4, "float"): FP4}
+    known = {(8, "float"): FP8, (8, "int"): INT8, (4, "float"): NVFP4_CACHE}
     found = None
     if isinstance(scheme, dict) and isinstance(scheme.get("num_bits"), int):
         found = known.get((scheme["num_bits"], _text(scheme.get("type"))))

@@ -23,7 +23,7 @@ from .architecture import (
     Recurrent,
     Split,
 )
-from .formats import BF16, FP32, Format, dtype, quantisation, shorten
+from .formats import BF16, FP32, Format, cache_dtype, dtype, quantisation, shorten
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -243,7 +243,7 @@ class _Reader:
     def _kv_cache(self, name: str) -> Format:
         if name in ("auto", ""):
             return self.quantisation.kv_cache or self.activations
-        form = dtype(name)
+        form = cache_dtype(name)
         if form is None:
             self.note(f"the KV cache's dtype {shorten(name)} is not known: it is counted as {self.activations.name}.")
         return form or self.activations

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .architecture import Attention, Dense, Experts, Indexer, LatentAttention, Linear, Recurrent, kv_numbers
+from .architecture import Attention, Dense, Experts, Indexer, LatentAttention, Linear, Recurrent, cache_entry
 from .batch import Batch, Bound, Numbers, Sums
 from .sharding import Collective, Exchange, Sharding, distinct_ranks
 
@@ -75,8 +75,8 @@ CONVENTIONS: tuple[tuple[str, str], ...] = (
     (
         "cache bytes",
         "keys and values (or latents) that a request's tokens see are read once a step, those of its own tokens are"
-        " written and read; a recurrent state is read and written once a request. Contexts that requests share are read"
-        " once for each",
+        " written and read, with the scales of the cache's format; a recurrent state is read and written once a"
+        " request. Contexts that requests share are read once for each",
     ),
     (
         "activation bytes",
@@ -486,13 +486,13 @@ class _Counting:
         elif mixer.window:
             positions = sums.windowed_positions(mixer.window, self.bound)
             context = sums.windowed_context(mixer.window, self.bound)
-        entry = kv_numbers(replace(mixer, shares_kv=False), self.ranks.tensor) * self.model.kv_cache.element_bytes
+        entry = cache_entry(mixer, self.model.kv_cache, self.ranks.tensor)
         return self.work(
             "attention",
             f"{kind} attention, {phase}",
             operations=2.0 * heads * (mixer.head_dim + mixer.value_dim) * positions,
             read=context * entry,
-            written=sums.tokens * (0.0 if mixer.shares_kv else entry),
+            written=sums.tokens * entry,
             activations=sums.tokens * heads * (mixer.head_dim + mixer.value_dim) * self.width,
         )
 
@@ -501,7 +501,7 @@ class _Counting:
         token as the expansion has, then keys of latent + rope and values of latent numbers.
         """
         heads = -(-mixer.heads // self.ranks.tensor)
-        entry = kv_numbers(mixer) * self.model.kv_cache.element_bytes
+        entry = cache_entry(mixer, self.model.kv_cache)
         positions, context = sums.positions(), sums.context
         if mixer.indexer:
             yield from self.indexer(mixer.indexer, phase, sums)

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from engines.server import environment
 
-from stagetrace.analysis.architecture import LatentAttention, Layer, Model, Recurrent, kv_numbers
+from stagetrace.analysis.architecture import LatentAttention, Layer, Model, Recurrent, cache_entry
 from stagetrace.analysis.batch import Batch, Sums
+from stagetrace.analysis.formats import BF16
 from stagetrace.analysis.model_config import FAMILIES, describe
 from stagetrace.analysis.operations import Latent, step_work
 
@@ -183,4 +184,4 @@ def test_absorbed_attention_is_that_of_the_equations(counted: dict[str, Any]):
     equation = counted["equations"]["absorbed"]
     work = step_work(only, Batch.of_requests(decode=[(1, equation["context"])]))
     assert work.operations("attention") == equation["operations"]
-    assert sum(float(each.cache_read) for each in work.works) == equation["context"] * kv_numbers(mixer) * 2
+    assert sum(float(each.cache_read) for each in work.works) == equation["context"] * cache_entry(mixer, BF16)

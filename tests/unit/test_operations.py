@@ -245,8 +245,10 @@ def test_quantised_weights_are_multiplied_in_their_arithmetic():
 
 
 def test_cache_dtype_is_that_of_the_engine():
-    for dtype, size in (("auto", 2), ("fp8_e4m3", 1), ("bfloat16", 2)):
+    sizes = {"auto": 2, "fp8_e4m3": 1, "bfloat16": 2, "nvfp4": 4.5 / 8, "int8_per_token_head": 1 + 4 / 128}
+    for dtype, size in sizes.items():
         assert describe(LLAMA_405B, kv_cache_dtype=dtype).kv_bytes_per_token() == 516_096 / 2 * size
+    assert describe(DEEPSEEK_V3, kv_cache_dtype="fp8_ds_mla").kv_bytes_per_token() == 61 * 656
 
 
 @pytest.mark.parametrize(("op", "two", "eight"), [("all_reduce", 1, 1.75), ("all_gather", 0.5, 0.875), ("send", 1, 1)])
