@@ -7,14 +7,14 @@ number means is in docs/numbers.md.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from stagetrace.exporters.session import REQUESTS_SCHEMA, Export, Losses, Manifest, Process
+from stagetrace.exporters.session import FATES, REQUESTS_SCHEMA, Export, Losses, Manifest, Process
 from stagetrace.instrument.stages import BY_ID, BY_NAME, STAGES, Kind, Level, Phase, Timeline
 
 if TYPE_CHECKING:
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 REQUEST_STATUSES = ("finished", "aborted", "error", "lost", "open")
 STEP_STATUSES = ("complete", "incomplete", "ranks_missing", "partial")
 PERCENTILES = (50, 95, 99)
-_NO_LOSS = ("process", "ring", "slots", "read")
-LOSS_REASONS = tuple(each.name for each in fields(Losses) if each.name not in _NO_LOSS)
+LOSS_REASONS = tuple(name for name in FATES if name != "read")
 
 # A request's latencies as the difference of two times of it: name, from, to.
 _BETWEEN = (

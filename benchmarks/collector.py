@@ -29,10 +29,10 @@ from opentelemetry.sdk.trace.export import SpanExportResult
 from synthetic import Engine
 
 from stagetrace.exporters.assemble import Assembler
-from stagetrace.exporters.collector import COMMIT_SLOTS, raw_table
+from stagetrace.exporters.collector import COMMIT_SLOTS, batch_marks, raw_table
 from stagetrace.exporters.discover import process_key
 from stagetrace.exporters.drain import RingReader
-from stagetrace.exporters.session import Session
+from stagetrace.exporters.session import Commit, Session
 from stagetrace.exporters.spans import Clock, Source, spans_of
 from stagetrace.instrument.identity import claim_identity
 
@@ -134,7 +134,7 @@ def to_parquet(found: Stream, directory: Path, assembled: bool) -> float:
     assembler = Assembler(found.key)
     begin = time.process_time()
     for number, (now, batches) in enumerate(found.commits, 1):
-        session.write_raw(raw_table(batches), {}, number)
+        session.write_raw(raw_table(batches), Commit(number, now, now, batches=batch_marks(batches)))
         if assembled:
             for batch in batches:
                 assembler.add(batch)

@@ -1,17 +1,20 @@
 """What recording costs a real engine under load: the hooks' own time, CPU time, and what the client notices.
 
-    .venv/bin/python benchmarks/engine_overhead.py [--json] [--quick] [--native] [--torch-profiler]
+    .venv/bin/python benchmarks/engine_overhead.py [--json] [--quick] [--collector] [--native] [--torch-profiler]
 
 A vLLM server of the quickstart's tiny model runs under `stagetrace run` and a steady load; recording is switched on and
-off, window by window, in that one run. With --native and --torch-profiler it measures vLLM's own tracing and
-torch.profiler as well, in runs of their own.
+off, window by window, in that one run. With --collector there are also windows that record while the collector is
+stopped, which tells its share of the processors from what the hooks do to the engine. With --native and
+--torch-profiler it measures vLLM's own tracing and torch.profiler as well, in runs of their own.
 """
 
 from __future__ import annotations
 
 import argparse
 import http.client
+import itertools
 import json
+import os
 import random
 import signal
 import subprocess
@@ -30,7 +33,7 @@ import measure
 import numpy as np
 import vllm_server as server_
 from stream import HOST, Load, Seen
-from windows import METRICS, WITH, WITHOUT, Difference, Window, cpu_seconds, differences
+from windows import METRICS, STOPPED, WITH, WITHOUT, Difference, Window, cpu_seconds, differences
 
 from stagetrace.exporters.control import set_level
 from stagetrace.exporters.session import Session
@@ -44,6 +47,7 @@ ARGUMENTS = ("--enforce-eager", "--max-num-seqs", "32", "--no-enable-prefix-cach
 WIDTH, PROMPT_TOKENS, OUTPUT_TOKENS = 8, 64, 64
 WARM_UP_S = 5.0
 SETTLE_S = 0.5  # after a switch, before a window begins
+CATCH_UP_S = 1.5  # that a collector which was stopped gets before that
 GOALS_PCT = {"step": 0.5, "layer": 2.0}  # of a step of GOAL_STEP_MS
 GOAL_STEP_MS = 3.0
 END_TIMEOUT_S = 90.0
@@ -137,10 +141,18 @@ def post(port: int, path: str) -> None:
 
 
 def alternate(
-    plan_pairs: int, window_s: float, switch: Callable[[str], None], processes: Mapping[str, int]
+    plan_pairs: int,
+    window_s: float,
+    switch: Callable[[str], None],
+    processes: Mapping[str, int],
+    kinds: tuple[str, ...] = (WITH, WITHOUT),
 ) -> list[Window]:
-    """Runs pairs of windows under the load that is there; which of a pair's two comes first is left to chance."""
-    orders = [(WITH, WITHOUT), (WITHOUT, WITH)] * ((plan_pairs + 1) // 2)
+    """Runs pairs of windows (or threes) under the load that is there, each in an order that is left to chance.
+
+    Every order comes equally often, as far as the number of pairs lets it.
+    """
+    orders = list(itertools.permutations(kinds))
+    orders *= -(-plan_pairs // len(orders))
     random.Random(plan_pairs).shuffle(orders)
     windows = []
     for pair, order in enumerate(orders[:plan_pairs]):
@@ -175,23 +187,59 @@ def checked(seen: Seen) -> Seen:
 # What is measured
 
 
-def measure_recording(directory: Path, plan: Plan) -> tuple[dict[str, Difference], dict[str, Difference], Session]:
-    """stagetrace armed against disarmed, in one run of a server: the client's metrics, CPU by process, the session."""
+@dataclass(frozen=True)
+class Recorded:
+    """What recording did in one run of a server: to the client's metrics and the CPU time of each process."""
+
+    client: dict[str, Difference]
+    cpu: dict[str, Difference]
+    stopped: dict[str, Difference]  # the client's metrics while the collector was stopped; empty when not asked for
+    collector: dict[str, Difference]  # and what the collector adds to them when it runs
+    session: Session
+
+
+def measure_recording(directory: Path, plan: Plan, stop: bool) -> Recorded:
+    """stagetrace armed against disarmed, in one run of a server; with `stop`, also with its collector stopped."""
     path = directory / "session"
     stagetrace = Path(sys.executable).parent / "stagetrace"
     wrapper = (str(stagetrace), "run", "--no-report", "--session", str(path), "--")
     with running(directory, wrapper) as (process, port):
         session = Session.open(path)
         processes = processes_of(session, process.pid)
+        collector = processes["collector"]
+        stopped = False
+
+        def let_go() -> None:
+            nonlocal stopped
+            if stopped:
+                os.kill(collector, signal.SIGCONT)
+                stopped = False
+                time.sleep(CATCH_UP_S)
 
         def switch(kind: str) -> None:
-            set_level(session, Level.STEP if kind == WITH else Level.OFF)
+            nonlocal stopped
+            let_go()
+            set_level(session, Level.OFF if kind == WITHOUT else Level.STEP)
+            if kind == STOPPED:
+                os.kill(collector, signal.SIGSTOP)
+                stopped = True
 
-        with load_on(port) as load:
-            time.sleep(WARM_UP_S)
-            windows = alternate(plan.pairs, plan.window_s, switch, processes)
-            set_level(session, Level.STEP)
-    return *differences(windows, checked(load.seen)), session
+        kinds = (WITH, WITHOUT, STOPPED) if stop else (WITH, WITHOUT)
+        try:
+            with load_on(port) as load:
+                time.sleep(WARM_UP_S)
+                windows = alternate(plan.pairs, plan.window_s, switch, processes, kinds)
+                let_go()
+                set_level(session, Level.STEP)
+        finally:
+            let_go()
+    seen = checked(load.seen)
+    client, cpu = differences(windows, seen)
+    if not stop:
+        return Recorded(client, cpu, {}, {}, session)
+    return Recorded(
+        client, cpu, differences(windows, seen, STOPPED)[0], differences(windows, seen, WITH, STOPPED)[0], session
+    )
 
 
 def measure_native(directory: Path, plan: Plan) -> dict[str, Difference]:
@@ -319,6 +367,9 @@ def rows_of(found: Mapping[str, Difference]) -> list[list[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     measure.add_options(parser)
+    parser.add_argument(
+        "--collector", action="store_true", help="measure with the collector stopped as well (half as long again)"
+    )
     parser.add_argument("--native", action="store_true", help="measure vLLM's own tracing as well (four more runs)")
     parser.add_argument("--torch-profiler", action="store_true", help="measure torch.profiler as well (one more run)")
     options = parser.parse_args()
@@ -344,8 +395,11 @@ def run(options: argparse.Namespace) -> int:
             raise Failed(f"the model could not be built:\n{built.stderr}")
         record, step = hook_costs()
         say(f"a server under stagetrace, {plan.pairs} pairs of windows of {plan.window_s} s, recording and not")
-        client, cpu, session = measure_recording(directory, plan)
-        own = self_times(session, record, step)
+        recorded = measure_recording(directory, plan, options.collector)
+        client, cpu = recorded.client, recorded.cpu
+        own = self_times(recorded.session, record, step)
+        if options.collector:
+            others |= {"collector_stopped": recorded.stopped, "collector": recorded.collector}
         if options.native:
             others["native"] = measure_native(directory, plan)
         if options.torch_profiler:
@@ -376,7 +430,12 @@ def run(options: argparse.Namespace) -> int:
     out.print(measure.table("\nCPU time for each output token", columns, rows))
     columns = ["as the client saw it", "without", "change (95 % interval)"]
     out.print(measure.table("\nRecording at level step", columns, rows_of(client)))
-    titles = {"native": "vLLM's own tracing (between runs)", "torch_profiler": "torch.profiler"}
+    titles = {
+        "collector_stopped": "The same with the collector stopped",
+        "collector": "The collector running against stopped, recording in both",
+        "native": "vLLM's own tracing (between runs)",
+        "torch_profiler": "torch.profiler",
+    }
     for which, found in others.items():
         out.print(measure.table(f"\n{titles[which]}", columns, rows_of(found)))
     if options.json:

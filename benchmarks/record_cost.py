@@ -21,6 +21,7 @@ import threading
 import time
 import tracemalloc
 import types
+from _thread import get_ident
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ from stagetrace.adapters.vllm import worker
 from stagetrace.adapters.vllm.hooks import HOOK_POINTS
 from stagetrace.instrument.hooks import Hook
 from stagetrace.instrument.recorder import RECORDER
-from stagetrace.instrument.records import RecordType, header_word
+from stagetrace.instrument.records import HEAD, TAILS, RecordType, header_word
 from stagetrace.instrument.stages import BY_NAME, STEP_COMPOSITION, Level
 
 if TYPE_CHECKING:
@@ -61,28 +62,42 @@ class Engine:
 
     def __init__(self, recorder: Recorder | None = None, targets: tuple[str, ...] = ()):
         class GPUModelRunner:
-            """The calls of vLLM's, and who calls whom."""
+            """The calls of vLLM's, with its parameters, and who calls whom."""
 
-            def execute_model(self, scheduler_output: Any) -> None:
+            def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> None:
                 pass
 
-            def _model_forward(self) -> None:
+            def _model_forward(
+                self,
+                input_ids: Any = None,
+                positions: Any = None,
+                intermediate_tensors: Any = None,
+                inputs_embeds: Any = None,
+                **model_kwargs: Any,
+            ) -> None:
                 pass
 
             def sample_tokens(self, grammar_output: Any) -> None:
                 pass
 
-            def _bookkeeping_sync(self) -> None:
+            def _bookkeeping_sync(
+                self,
+                scheduler_output: Any,
+                sampler_output: Any,
+                logits: Any,
+                hidden_states: Any,
+                num_scheduled_tokens: Any,
+            ) -> None:
                 pass
 
         class Nested(GPUModelRunner):
             """Where they do call one another."""
 
-            def execute_model(self, scheduler_output: Any) -> None:
-                self._model_forward()
+            def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> None:
+                self._model_forward(input_ids=None, positions=None, intermediate_tensors=None, inputs_embeds=None)
 
             def sample_tokens(self, grammar_output: Any) -> None:
-                self._bookkeeping_sync()
+                self._bookkeeping_sync(None, None, None, None, None)
 
         class Worker:
             """The calls of vLLM's."""
@@ -90,7 +105,7 @@ class Engine:
             runner = Nested()
 
             def execute_model(self, scheduler_output: Any) -> None:
-                return self.runner.execute_model(scheduler_output)
+                return self.runner.execute_model(scheduler_output, None)
 
             def sample_tokens(self, grammar_output: Any) -> None:
                 return self.runner.sample_tokens(grammar_output)
@@ -139,6 +154,9 @@ def alternatives(recorder: Recorder, ring: Ring, hooked: Engine) -> dict[str, Ca
         "clock": time.monotonic_ns,
         "append": deque(maxlen=CALLS).append,
         "segment": recorder.segment,
+        "put": recorder.put,
+        "head": HEAD.pack(header_word(RecordType.SEGMENT, BY_NAME["forward"].id), get_ident()),
+        "tail": TAILS[2].pack(1 << 62, 1, 0, 256),
         "state": recorder.state,
         "step_begin": recorder.step_begin,
         "composition": tuple(range(len(STEP_COMPOSITION))),
@@ -164,7 +182,9 @@ def alternatives(recorder: Recorder, ring: Ring, hooked: Engine) -> dict[str, Ca
         run = timed(statement)
 
         def between() -> float:
-            worker.RANK.instance, worker.RANK.step = Output._stagetrace  # without a step it would record nothing
+            worker.RANK.start(
+                *Output._stagetrace, Output.total_num_scheduled_tokens, 0
+            )  # without a step it would record nothing
             return run()
 
         return between
@@ -173,7 +193,9 @@ def alternatives(recorder: Recorder, ring: Ring, hooked: Engine) -> dict[str, Ca
         run = timed(statement, calls)
 
         def between() -> float:
-            worker.RANK.instance, worker.RANK.step = Output._stagetrace  # so that it is the level that is looked at
+            worker.RANK.start(
+                *Output._stagetrace, Output.total_num_scheduled_tokens, 0
+            )  # so that it is the level that is looked at
             rings.set_level(ring, Level.OFF)
             taken = run()
             rings.set_level(ring, Level.STEP)
@@ -195,11 +217,12 @@ def alternatives(recorder: Recorder, ring: Ring, hooked: Engine) -> dict[str, Ca
         CLOCKS: timed("clock(); clock()"),
         "tuple append": timed("append((forward, begin, end, instance, 1, 0, 0))"),
         "record: a segment": timed("segment(forward, begin, end, instance, 1, 0, 256)"),
+        "record: a segment, one of several of a step": timed("put(head, begin, end, tail)"),
         "record: a state of a request": with_room("state(decode, end, handle, instance, 1, 256)"),
         "record: a step's begin, in two slots": timed("step_begin(begin, end, instance, 1, composition)"),
-        "the call, not hooked": timed("plain.execute_model(None)"),
-        "the call, hooked, off": off("hooked.execute_model(None)"),
-        "the call, hooked, recording": in_step("hooked.execute_model(None)"),
+        "the call, not hooked": timed("plain.execute_model(None, None)"),
+        "the call, hooked, off": off("hooked.execute_model(None, None)"),
+        "the call, hooked, recording": in_step("hooked.execute_model(None, None)"),
         "a rank's step, not hooked": timed("plain_rank(output)", FEW_CALLS),
         "a rank's step, hooked, off": off("rank(output)", FEW_CALLS),
         "a rank's step, hooked, recording": timed("rank(output)", FEW_CALLS),
@@ -301,7 +324,7 @@ def main() -> int:
         hooked = Engine(recorder, ONE)
 
         def call() -> None:
-            hooked.runner.execute_model(None)
+            hooked.runner.execute_model(None, None)
 
         times = measure.rounds(alternatives(recorder, ring, hooked), QUICK_ROUNDS if options.quick else ROUNDS)
         if rings.dropped(ring):
@@ -309,7 +332,7 @@ def main() -> int:
         before = rings.detail_slots(ring)
         Engine(recorder, ALL).step(Output())
         rank_slots = rings.detail_slots(ring) - before
-        worker.RANK.instance, worker.RANK.step = Output._stagetrace
+        worker.RANK.start(*Output._stagetrace, Output.total_num_scheduled_tokens, 0)
         growth = memory_growth(call, records)
         counted = counters(call, records)
         no_call = makes_no_system_call(call, records)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import random
 import time
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,7 @@ class Engine:
         self.step = 0
         self.step_us = 5_000
         self.numbers = itertools.count()
+        self.chance = random.Random(batch * 1_000 + workers)
         self.front, self.core = Recorder(), Recorder()
         self.workers = [Recorder() for _ in range(workers)]
         info = {"engine": "synthetic", "engine_version": "1", "model": "none"}
@@ -95,8 +97,11 @@ class Engine:
     def run_step(self) -> None:
         """Records one step: prefill of who is new, a token for everybody; and requests that end, and come."""
         self.step += 1
-        core, step, instance, begin, us = self.core, self.step, self.instance, self.now, self.step_us * _US
-        scheduled, done, end = begin + us * 4 // 100, begin + us * 90 // 100, begin + us * 97 // 100
+        core, step, instance, period = self.core, self.step, self.instance, self.step_us * _US
+        # Times as uneven as an engine's: with even ones Parquet would make nearly nothing of them.
+        begin = self.now + self.chance.randrange(period // 40)
+        busy = round(period * self.chance.uniform(0.8, 0.95))
+        scheduled, done, end = begin + busy * 4 // 100, begin + busy * 90 // 100, begin + busy * 97 // 100
         for handle in self.fresh:
             core.state(_PREFILL, begin, handle, instance, step, 0, 0)
             core.member(_CHUNK, handle, PROMPT_TOKENS, PROMPT_TOKENS, instance, step, 1, 0)
@@ -111,12 +116,12 @@ class Engine:
                  "decode_requests": self.width - len(self.fresh), "decode_tokens": self.width - len(self.fresh),
                  "decode_context": 600 * self.width, "kv_usage": 100_000 + step % 1_000}  # fmt: skip
         core.step_begin(begin, scheduled, instance, step, [words.get(name, 0) for name in _NAMES])
-        core.segment(_BETWEEN, begin - us * 3 // 100, begin, 0, 0)
+        core.segment(_BETWEEN, begin - busy * 2 // 100, begin, 0, 0)
         core.segment(_SCHEDULE, begin, scheduled, instance, step)
         for rank, worker in enumerate(self.workers):
             at = scheduled + (20 + rank) * _US
             for header, share in _RANK:
-                until = at + us * share * 84 // 10_000
+                until = at + round(busy * share * self.chance.uniform(0.007, 0.008))
                 worker.segment(header, at, until, instance, step, rank, *((self.width,) if share == 60 else ()))
                 at = until
             worker.segment(_RANK_STEP, scheduled + (10 + rank) * _US, at + 5 * _US, instance, step, rank, self.width)
@@ -132,7 +137,7 @@ class Engine:
         self._send(end + 20 * _US, over, finish)
         self.left = {handle: left - 1 for handle, left in self.left.items() if left > 1}
         self.ended = over
-        self.now = begin + us
+        self.now += period
         self.fresh = {self._arrive(): self.output_tokens for _ in over}
         self.left |= self.fresh
 

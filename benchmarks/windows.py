@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 RESOLVED_PCT = 1.0  # a 95 % interval that reaches further from its middle says nothing
 WITH, WITHOUT = "with", "without"
+STOPPED = "with, the collector stopped"
 METRICS = {"tpot": "time per output token", "ttft": "time to first token", "throughput": "output tokens per second"}
 
 
@@ -25,7 +26,7 @@ class Window:
     """A stretch of a run. Times are s of time.monotonic(); `cpu_s` is what each process used in it."""
 
     pair: int
-    kind: str  # WITH or WITHOUT
+    kind: str  # WITH, WITHOUT or STOPPED
     begin: float
     end: float
     cpu_s: Mapping[str, float] = field(default_factory=dict)
@@ -72,27 +73,35 @@ def cpu_figures(window: Window, seen: Seen) -> dict[str, float]:
     return {name: used / tokens if tokens else float("nan") for name, used in window.cpu_s.items()}
 
 
-def difference(windows: Sequence[Window], values: Sequence[float]) -> Difference:
-    """What a metric changes by, pair by pair: a pair's two windows follow one another, so that drift is in both."""
+def difference(
+    windows: Sequence[Window], values: Sequence[float], kind: str = WITH, against: str = WITHOUT
+) -> Difference:
+    """What a metric changes by in windows of one kind against those of another, pair by pair.
+
+    A pair's windows follow one another, so that drift is in all of them.
+    """
     pairs: dict[int, dict[str, float]] = {}
     for window, value in zip(windows, values, strict=True):
         pairs.setdefault(window.pair, {})[window.kind] = value
-    whole = [pair for pair in pairs.values() if len(pair) == 2 and np.isfinite(list(pair.values())).all()]
-    changes = np.array([100 * (pair[WITH] / pair[WITHOUT] - 1) for pair in whole if pair[WITHOUT]])
+    both = [(pair[kind], pair[against]) for pair in pairs.values() if {kind, against} <= set(pair)]
+    whole = [pair for pair in both if np.isfinite(pair).all()]
+    changes = np.array([100 * (with_ / without - 1) for with_, without in whole if without])
     if not len(changes):
         return Difference(float("nan"), -np.inf, np.inf, float("nan"))
-    without = float(np.median([pair[WITHOUT] for pair in whole]))
-    return Difference(float(changes.mean()), *measure.interval(changes), without)
+    typical = float(np.median([without for _, without in whole]))
+    return Difference(float(changes.mean()), *measure.interval(changes), typical)
 
 
-def differences(windows: Sequence[Window], seen: Seen) -> tuple[dict[str, Difference], dict[str, Difference]]:
-    """Of the client's metrics, and of the CPU time of each process."""
+def differences(
+    windows: Sequence[Window], seen: Seen, kind: str = WITH, against: str = WITHOUT
+) -> tuple[dict[str, Difference], dict[str, Difference]]:
+    """Of the client's metrics, and of the CPU time of each process: windows of one kind against those of another."""
     client = [client_figures(window, seen) for window in windows]
     cpu = [cpu_figures(window, seen) for window in windows]
     processes = list(windows[0].cpu_s) if windows else []
     return (
-        {name: difference(windows, [one[name] for one in client]) for name in METRICS},
-        {name: difference(windows, [one[name] for one in cpu]) for name in processes},
+        {name: difference(windows, [one[name] for one in client], kind, against) for name in METRICS},
+        {name: difference(windows, [one[name] for one in cpu], kind, against) for name in processes},
     )
 
 

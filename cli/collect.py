@@ -32,6 +32,7 @@ def collect(
     from stagetrace.exporters.background import stop_at_signal, stop_when_told
     from stagetrace.exporters.collector import Collector
     from stagetrace.exporters.export_process import ExportProcess
+    from stagetrace.exporters.orphans import sweep
     from stagetrace.exporters.otel_settings import destination
     from stagetrace.exporters.retention import parse_keep
     from stagetrace.exporters.session import Session, SessionError
@@ -46,5 +47,6 @@ def collect(
     except (OSError, SessionError) as error:
         typer.echo(f"stagetrace collect: cannot use {directory} as a session: {error}", err=True)
         raise typer.Exit(2) from error
+    sweep(session.identity.session)
     if not collector.run(stop_when_told(collector.alive) if beside else stop_at_signal()):
         raise typer.Exit(1)

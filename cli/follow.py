@@ -30,7 +30,8 @@ def follow(session: Annotated[Path, typer.Argument(help="The session's directory
 
     wanted = destination(os.environ)
     try:
-        status = follow_session(Session.open(session), wanted, told) if wanted else 2
+        counts = destination(os.environ, "metrics")
+        status = follow_session(Session.open(session), wanted, counts, told) if wanted else 2
     except (SessionError, BadSettings) as error:
         logging.error("%s", error)
         status = 2

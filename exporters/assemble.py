@@ -48,6 +48,7 @@ STEP_PATIENCE_NS = 1_000_000_000  # a request waits so long for the end of its l
 _FOREVER = 1 << 62  # ns
 _MOST_INSTANCES = 256
 _MOST_RANKS = 1 << 20
+_BYTES = np.dtype((np.void, SLOT.itemsize))
 
 
 @dataclass
@@ -168,6 +169,8 @@ class Assembler:
         self._counts["incomplete"] += records.incomplete
         self._control(process, source, records)
         self._detail(process, source, records)
+        for instance in self._instances.values():
+            self._count("changes_given_up", instance.batch.give_up(instance.newest))
 
     def _control(self, process: int, source: Source, records: Records) -> None:
         for record in records.texts:
@@ -224,8 +227,6 @@ class Assembler:
         while snapshot is not None:
             self._snapshot(snapshot)
             snapshot = next(snapshots, None)
-        for instance in self._instances.values():
-            self._count("changes_given_up", instance.batch.give_up(instance.newest))
 
     def _snapshot(self, snapshot: Snapshot) -> None:
         instance = self._instance(snapshot.instance)
@@ -287,6 +288,7 @@ class Assembler:
                 self._count("instances_given_up", 1)
                 return None
             idle.batch.forget(idle.newest)
+            self._count("changes_given_up", len(idle.batch.changes))
             del self._instances[idle.number]
         batch = EngineBatch(number, self._requests.by_handle, self._found)
         instance = self._instances[number] = Instance(number, batch)
@@ -337,6 +339,8 @@ class Assembler:
 
     def _take_requests(self, now_ns: int) -> tuple[pa.Table, pa.Table]:
         lives = self._requests.lives()
+        self._count("names_given_up", self._requests.give_up_names(lives))
+        crowded = self._requests.too_many(lives)
         if not len(lives):
             self._over = lives.handle
             return TABLES["requests"].empty_table(), TABLES["states"].empty_table()
@@ -349,7 +353,6 @@ class Assembler:
         is_over = np.where(dead, over | ~ending, over & ~waits) & ~cut
         # A request that is over is closed at the next take: records of it may be on their way through another ring.
         late = ending & (now_ns - last_ns > REQUEST_PATIENCE_NS)
-        crowded = self._requests.too_many(lives)
         self._count("requests_given_up", int(np.count_nonzero(crowded)))
         closing = cut | late | crowded | is_over & np.isin(handle, self._over)
         self._over = handle[is_over]
@@ -415,7 +418,7 @@ class Assembler:
 
     def _cut(self, begin: int, end: int, level: Level) -> bool:
         """Whether recording at `level` was switched on or off in [begin, end], in ns."""
-        return any(
+        return bool(self.switches) and any(
             switch.crosses(level) and switch.begin_ns <= end and begin <= switch.end_ns for switch in self.switches
         )
 
@@ -476,4 +479,6 @@ class Assembler:
 
 def _joined(pieces: list[Slots]) -> Slots:
     pieces = [piece for piece in pieces if len(piece)]
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else np.empty(0, SLOT)
+    if len(pieces) < 2:
+        return pieces[0] if pieces else np.empty(0, SLOT)
+    return np.concatenate([piece.view(_BYTES) for piece in pieces]).view(SLOT)  # faster than field by field

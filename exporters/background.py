@@ -39,20 +39,29 @@ class Background:
         self._say = say
         self._pid = 0
         self._pause_s = _PAUSES_S[0]
-        self._start_at = 0.0
-        self.process = self._start()
+        self._start_at = 0.0  # when a dead one is started again; 0: it runs
+        self._process: subprocess.Popen[bytes] | None = None
+        self._start()
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> None:
         # -P: modules of the user's directory are none of the collector's.
         start = [sys.executable, "-P", "-m", "stagetrace.cli.main", "collect", str(self._session.path), "--beside"]
-        with open(self._session.log, "ab") as log_file:
-            return subprocess.Popen(
-                [*start, *self._arguments],
-                stdin=subprocess.PIPE,
-                stdout=log_file,
-                stderr=log_file,
-                start_new_session=True,
-            )
+        try:
+            with open(self._session.log, "ab") as log_file:
+                self._process = subprocess.Popen(
+                    [*start, *self._arguments],
+                    stdin=subprocess.PIPE,
+                    stdout=log_file,
+                    stderr=log_file,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            self._process = None
+            self._later(f"cannot be started ({error})")
+            return
+        self._start_at = 0.0
+        if self._pid:
+            self.started(self._pid)
 
     def started(self, pid: int) -> None:
         """Tells the collector which process the command is."""
@@ -60,34 +69,30 @@ class Background:
         self._tell(b"pid %d\n" % pid)
 
     def _tell(self, words: bytes) -> None:
-        assert self.process.stdin is not None
+        if self._process is None or self._process.stdin is None:
+            return
         try:
-            self.process.stdin.write(words)
-            self.process.stdin.flush()
+            self._process.stdin.write(words)
+            self._process.stdin.flush()
         except OSError:
             pass  # it is dead: tend() sees it
 
     def tend(self) -> None:
-        """Starts the collector again when it is dead; what it left in the rings waits there. Says so once each time."""
-        if (status := self.process.poll()) is None:
-            return
-        if not self._start_at:
-            self._start_at = time.monotonic() + self._pause_s
-            how = f"was ended by signal {-status}" if status < 0 else f"ended (exit status {status})"
-            self._say(
-                f"the collector {how}; the command goes on, and it is started again in {self._pause_s:.0f} s."
-                f" Its log: {self._session.log}"
-            )
-            self._pause_s = min(self._pause_s * 2, _PAUSES_S[1])
-        if time.monotonic() >= self._start_at:
-            try:
-                self.process = self._start()
-            except OSError as error:
-                self._say(f"the collector cannot be started: {error}")
-                self._start_at = time.monotonic() + self._pause_s
+        """Starts the collector again when it is dead; what it left in the rings waits there. Says so each time."""
+        if self._process is not None and not self._start_at:
+            if (status := self._process.poll()) is None:
                 return
-            self._start_at = 0.0
-            self.started(self._pid)
+            self._later(f"was ended by signal {-status}" if status < 0 else f"ended (exit status {status})")
+        if time.monotonic() >= self._start_at:
+            self._start()
+
+    def _later(self, what: str) -> None:
+        self._start_at = time.monotonic() + self._pause_s
+        self._say(
+            f"the collector {what}; the command goes on, and it is started again in {self._pause_s:.0f} s."
+            f" Its log: {self._session.log}"
+        )
+        self._pause_s = min(self._pause_s * 2, _PAUSES_S[1])
 
     def stop(self, wait_longer: bool) -> str | None:
         """Has it write what it holds; returns what the user should know, if there is something.
@@ -95,24 +100,23 @@ class Background:
         Waits FLUSH_S at most, or `wait_longer` for a report; a collector that needs more goes on by itself.
         """
         began = time.monotonic()
-        if self.process.poll() is not None:  # what it left in the rings is still to be saved
-            try:
-                self.process = self._start()
-            except OSError as error:
-                return f"the collector cannot be started: {error}. {self._later()}"
+        if self._process is None or self._process.poll() is not None:  # what is in the rings is still to be saved
+            self._start()
+        process = self._process
+        if process is None or process.stdin is None:
+            return f"no collector could be started. {self._how_to_save()}"
         self._tell(STOP)
-        if self.process.stdin is not None:
-            try:
-                self.process.stdin.close()
-            except OSError:
-                pass
         try:
-            status = self.process.wait((REPORT_S if wait_longer else FLUSH_S) - (time.monotonic() - began))
+            process.stdin.close()
+        except OSError:
+            pass
+        try:
+            status = process.wait((REPORT_S if wait_longer else FLUSH_S) - (time.monotonic() - began))
         except subprocess.TimeoutExpired:
             return f"the collector still writes and goes on by itself; its log: {self._session.log}"
-        return f"the collector failed (exit status {status}). {self._later()}" if status else None
+        return f"the collector failed (exit status {status}). {self._how_to_save()}" if status else None
 
-    def _later(self) -> str:
+    def _how_to_save(self) -> str:
         return (
             f"Its log: {self._session.log}. To save what it left in the rings: stagetrace collect {self._session.path}"
             " (Ctrl-C ends it)"

@@ -27,7 +27,18 @@ from .discover import Discovery
 from .drain import CONTROL, DETAIL, SLOT, Batch, RingReader
 from .parts import END
 from .retention import Keep, last_to_remove
-from .session import RAW_SCHEMA, BatchMark, Commit, Manifest, Process, RingMark, Session, SessionError
+from .session import (
+    FATES,
+    RAW_SCHEMA,
+    BatchMark,
+    Commit,
+    Losses,
+    Manifest,
+    Process,
+    RingMark,
+    Session,
+    SessionError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,6 +56,7 @@ REPLAY_SLOTS = 20_000_000  # at most, when a session is taken up; what began bef
 TEND_S = 30.0  # between looks at the session's size
 ANCHOR_NS = 1_000_000  # by which wall and monotonic clock drift apart before that is noted
 NICE = 10
+_BYTES = np.dtype((np.void, SLOT.itemsize))
 
 Tables = dict[str, pa.Table]
 
@@ -80,6 +92,7 @@ class Collector:
         self._slots = 0  # in them
         self._owed: Owed | None = None
         self._number = 0  # of the last commit
+        self._last_commit: dict[int, int] = {}  # of each process
         self._marks: dict[str, RingMark] = {}  # of rings that an earlier collector read
         self._writes_fail = False
         self._next_tend = 0.0
@@ -104,15 +117,19 @@ class Collector:
             self._marks = newest.rings
             self._replay(self._last_slots(parts))
             log.info("took up %s after commit %d", self.session.path, self._number)
+        in_place = {path.name for path in self.discovery.paths()}
         for name, mark in self._marks.items():
-            if not (self.discovery.directory / name).exists():  # nothing more will come of it
+            if name not in in_place:  # nothing more will come of it
                 self._batches.append(Batch(mark.losses[0].process, ended=True))
         for process in self.manifest.processes:
-            process.ended = process.ended or not (self.discovery.directory / process.ring).exists()
+            process.ended = process.ended or process.ring not in in_place
 
     def _readable_parts(self) -> list[Part]:
-        """The parts of raw records; those that are damaged are set aside, named and counted."""
-        readable = []
+        """The parts of raw records; those that are damaged are set aside, named and counted.
+
+        Behind the last one that is whole, rings are read again as far as they reach: those tables will come again.
+        """
+        readable: list[Part] = []
         for part in self.session.raw_parts():
             self._number = max(self._number, part.last)
             try:
@@ -121,6 +138,8 @@ class Collector:
             except SessionError as error:
                 log.error("%s: its records are lost; it is kept as %s", error, self.session.set_aside(part).name)
                 self._count("parts_damaged")
+        if self._number > (last := readable[-1].last if readable else 0):
+            self.session.remove_tables(last + 1)
         return readable
 
     def _last_slots(self, parts: list[Part]) -> list[Part]:
@@ -214,10 +233,7 @@ class Collector:
             now_ns,
             time.time_ns(),
             len(switches),
-            [
-                BatchMark(each.process, len(each.control), len(each.detail), each.gap, each.gap_end, each.ended)
-                for each in batches
-            ],
+            batch_marks(batches),
             {
                 reader.path.name: RingMark(reader.cursors, [area.losses for area in reader.areas])
                 for reader in self.readers
@@ -236,6 +252,7 @@ class Collector:
         late = not batches and any(table.num_rows for table in tables.values())
         if batches or late:
             self._number += 1
+            self._last_commit |= {batch.process: self._number for batch in batches}
             self._owed = Owed(commit if late else None, self._number, tables)
         return True
 
@@ -370,9 +387,30 @@ class Collector:
                 self._count("slots_rotated", sum(commit.slots for commit in commits))
                 self.manifest.rotated_ns = max(commit.wall_ns for commit in commits)
         self.manifest.rotated = last
+        self._forget_processes(last)
         self._write_manifest()  # first: what is missing must not be taken for damage
         self.session.remove_through(last)
         log.info("removed the commits up to %d, to keep the session within its bounds", last)
+
+    def _forget_processes(self, last: int) -> None:
+        """Lets go of dead processes of which nothing is kept; what they lost still counts, as process 0's."""
+        manifest = self.manifest
+        gone = {process.key for process in manifest.processes if process.ended and 0 < process.last_commit <= last}
+        if not gone:
+            return
+        manifest.processes = [process for process in manifest.processes if process.key not in gone]
+        kept = [loss for loss in manifest.losses if loss.process not in gone]
+        for loss in manifest.losses:
+            if loss.process not in gone:
+                continue
+            total = next((each for each in kept if (each.process, each.ring) == (0, loss.ring)), None)
+            if total is None:
+                kept.append(total := Losses(0, loss.ring))
+            for name in FATES:
+                setattr(total, name, getattr(total, name) + getattr(loss, name))
+        manifest.losses = kept
+        since = [at for at, (_, wall_ns) in enumerate(manifest.anchors) if wall_ns <= manifest.rotated_ns]
+        del manifest.anchors[: since[-1] if since else 0]
 
     def _count(self, name: str, count: int = 1) -> None:
         self.manifest.counts[name] = self.manifest.counts.get(name, 0) + count
@@ -394,6 +432,7 @@ class Collector:
             names = self.assembler.hook_names.get(reader.key, {})
             process.errors = {names.get(index, str(index)): count for index, count in reader.errors.items()}
             process.ended = reader.ended
+            process.last_commit = self._last_commit.get(reader.key, process.last_commit)
             for area in reader.areas:
                 losses[reader.key, area.losses.ring] = area.losses
         manifest.losses = list(losses.values())
@@ -427,6 +466,14 @@ def hold(session: Session) -> IO[bytes]:
     return held
 
 
+def batch_marks(batches: Iterable[Batch]) -> list[BatchMark]:
+    """What a commit says of its batches, in their order."""
+    return [
+        BatchMark(each.process, len(each.control), len(each.detail), each.gap, each.gap_end, each.ended)
+        for each in batches
+    ]
+
+
 def raw_table(batches: Sequence[Batch]) -> pa.Table:
     """Batches as rows of session.RAW_SCHEMA, in their order."""
     pieces = [
@@ -437,9 +484,11 @@ def raw_table(batches: Sequence[Batch]) -> pa.Table:
     ]
     if not pieces:
         return RAW_SCHEMA.empty_table()
-    slots = np.concatenate([slots for _, _, slots in pieces])
+    slots = np.concatenate([slots.view(_BYTES) for _, _, slots in pieces])  # faster than field by field
     lengths = [len(slots) for _, _, slots in pieces]
-    binary = pa.FixedSizeBinaryArray.from_buffers(pa.binary(128), len(slots), [None, pa.py_buffer(slots.tobytes())])
+    binary = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(128), len(slots), [None, pa.py_buffer(slots.view(np.uint8))]
+    )
     return pa.Table.from_arrays(
         [
             pa.array(np.repeat([process for process, _, _ in pieces], lengths), pa.int64()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,13 @@ def column(values: Column, null: Flags) -> pa.Array:
 def choices(index: Column, names: Sequence[str]) -> pa.Array:
     """Strings, each one of `names` by its index; null below 0."""
     return pa.array([*names], pa.string()).take(pa.array(index, mask=index < 0))
+
+
+def integers(rows: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
+    """Rows of integers, equally long and at least one, as an array of a row for each column."""
+    width = len(rows[0])
+    found = np.fromiter(chain.from_iterable(rows), np.int64, width * len(rows))
+    return np.ascontiguousarray(found.reshape(len(rows), width).T)
 
 
 def table_of(schema: pa.Schema, **columns: Column | Flags | pa.Array | Sequence[object]) -> pa.Table:

@@ -16,7 +16,8 @@ from typing import IO, TYPE_CHECKING
 
 import pyarrow as pa
 
-from .otlp import OtlpSink, batches
+from .metrics import MetricsSink
+from .otlp import REQUEST_S, BadSettings, OtlpSink, batches
 from .parts import END
 from .session import TABLES, Export, Manifest, Session, SessionError
 
@@ -54,9 +55,10 @@ class _Request:
 class Follower:
     """Sends one session to one destination. Raises Taken when another process does."""
 
-    def __init__(self, session: Session, sink: OtlpSink, destination: Destination):
+    def __init__(self, session: Session, sink: OtlpSink, destination: Destination, metrics: MetricsSink | None = None):
         self.session = session
         self.sink = sink
+        self.metrics = metrics
         self.name = destination.name
         self.state = session.read_exports().get(self.name, Export(destination.target))
         self.state.trouble = ""
@@ -113,7 +115,11 @@ class Follower:
                 break
             if not moved:
                 time.sleep(min(LOOK_S, 0.05 if self.manifest.complete else LOOK_S))
+            if self.metrics is not None and not self.state.trouble:
+                self.metrics.send(self.manifest, self.state)
         self._save(now=True)
+        if self.metrics is not None and self.done:
+            self.metrics.send(self.manifest, self.state, last=True)
 
     def step(self) -> bool:
         """Reads the next commit if there is room, and sends one request. Whether there was anything to do."""
@@ -211,20 +217,29 @@ class Follower:
     def close(self) -> None:
         """Lets go of the connection and of the claim."""
         self.sink.shutdown()
+        if self.metrics is not None:
+            self.metrics.shutdown()
         self._lock.close()
 
 
-def follow_session(session: Session, destination: Destination, told: Callable[[], bool]) -> int:
+def follow_session(
+    session: Session, destination: Destination, metrics: Destination | None, told: Callable[[], bool]
+) -> int:
     """The export process of a collector: follows until told. Its exit status: 0, or 2 where it makes no sense again.
+
+    `metrics` is where the counts of what was lost and sent go.
 
     Raises what the OpenTelemetry SDK raises for variables that it cannot use (BadSettings).
     """
     sink = OtlpSink.to(destination, session.identity.key)
     try:
-        follower = Follower(session, sink, destination)
+        counts = None if metrics is None else MetricsSink(metrics, REQUEST_S)
+        follower = Follower(session, sink, destination, counts)
     except Taken as error:
         log.error("%s", error)
         return 2
+    except Exception as error:  # a mistake in a variable, say
+        raise BadSettings(f"no metrics can be exported: {error}") from error
     try:
         follower.remember()
         follower.follow(told)

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .steps import PARTIAL, Step
+from .steps import PARTIAL, RANKS_MISSING, Step
 from .timelines import overlap
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _MOST_OVERTAKEN = 64  # a step that so many later ones have overtaken has no end to come
 _MOST_OPEN = 256  # steps whose end has not come
+_MOST_WAITING = 100_000  # steps whose ranks have not all reported
 _MOST_COVERED = 20_000
 
 
@@ -60,9 +61,13 @@ class Instance:
             return None
         step.end = end
         self.waiting[number] = step
-        for overtaken in [other for other in self.open.values() if other.number < number - _MOST_OVERTAKEN]:
-            self.cut(overtaken)
-        oldest = min([step.begin, *(other.begin for other in self.open.values())])
+        if len(self.waiting) > _MOST_WAITING:
+            self.close(self.waiting[next(iter(self.waiting))], RANKS_MISSING)
+        oldest = step.begin
+        if self.open:
+            for overtaken in [other for other in self.open.values() if other.number < number - _MOST_OVERTAKEN]:
+                self.cut(overtaken)
+            oldest = min([oldest, *(other.begin for other in self.open.values())])
         while self.covered and self.covered[0][1] <= oldest:
             self.covered.popleft()
         step.unattributed = end - step.begin - overlap(self.covered, step.begin, end)
@@ -74,5 +79,5 @@ class Instance:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is known of it but its number."""
-        return not (self.process or self.open or self.waiting or self.closed)
+        """Whether nothing more can come of it: its process is dead, or never said that it has it."""
+        return (self.ended or not self.process) and not (self.open or self.waiting or self.closed)

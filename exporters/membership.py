@@ -6,7 +6,7 @@ is not true: who has just joined, who is in the middle of a prefill, and who lef
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 from stagetrace.instrument.records import Change
 from stagetrace.instrument.stages import BY_NAME, MAX_ATTRIBUTES
 
-from .columns import choices, column, table_of
+from .columns import choices, column, integers, table_of
 from .session import INTERVALS_SCHEMA, MEMBERS_SCHEMA, STATES_SCHEMA
 from .steps import PHASES
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .steps import Step
 
-_MOST_CHANGES = 100_000  # that wait for their step
+_MOST_CHANGES = 20_000  # that wait for their step
 _MOST_MEMBERS = 1 << 16
 _CHUNK = BY_NAME["prefill_chunk"]
 _SNAPSHOT = 0  # beside the values of records.Change
@@ -47,14 +47,14 @@ class Found:
         """Rows of the members table."""
         if not self.runs:
             return MEMBERS_SCHEMA.empty_table()
-        handle, instance, first, last = np.array(self.runs, np.int64).T.copy()
+        handle, instance, first, last = integers(self.runs)
         return table_of(MEMBERS_SCHEMA, handle=handle, instance=instance, first_step=first, last_step=last)
 
     def intervals_table(self) -> pa.Table:
         """Rows of the intervals table."""
         if not self.intervals:
             return INTERVALS_SCHEMA.empty_table()
-        instance, step, phase, interval, tokens = np.array(self.intervals, np.int64).T.copy()
+        instance, step, phase, interval, tokens = integers(self.intervals)
         return table_of(
             INTERVALS_SCHEMA,
             instance=instance,
@@ -68,7 +68,7 @@ class Found:
         """Rows of the states table: prefill chunks."""
         if not self.chunks:
             return STATES_SCHEMA.empty_table()
-        handle, begin, end, instance, step, *values = np.array(self.chunks, np.int64).T.copy()
+        handle, begin, end, instance, step, *values = integers(self.chunks)
         known = len(_CHUNK.attributes)
         return table_of(
             STATES_SCHEMA,
@@ -163,7 +163,7 @@ class Batch:
         for request in unfinished:
             if request in members and request not in apart:
                 apart[request] = (self.since, self.given)
-        intervals: Counter[int] = Counter()
+        intervals: dict[int, int] = {}  # how long -> how many waited so long
         if self.since is not None and len(members) > len(apart):
             intervals[step.end - self.since] = len(members) - len(apart)
         without = 0
@@ -173,12 +173,11 @@ class Batch:
                 continue
             since, _ = apart.pop(request)
             if since is not None:
-                intervals[step.end - since] += 1
+                intervals[step.end - since] = intervals.get(step.end - since, 0) + 1
         self.since = self.given = step.end
         step.members, step.output_tokens = len(members), len(members) - without
-        phase = step.phase
         for interval, tokens in intervals.items():
-            self.found.intervals.append((self.instance, step.number, phase, interval, tokens))
+            self.found.intervals.append((self.instance, step.number, step.phase, interval, tokens))
         return strays
 
     def _apply(self, step: Step, healed_after: int) -> tuple[set[int], int]:

@@ -1,8 +1,9 @@
-"""What OpenTelemetry's environment variables ask for: whether spans go out, where to, by which protocol. Pure.
+"""What OpenTelemetry's environment variables ask for: whether spans and metrics go out, where to, how. Pure.
 
-They mean what they mean in OpenTelemetry's Python SDK. Without OTEL_EXPORTER_OTLP_TRACES_PROTOCOL and
-OTEL_EXPORTER_OTLP_PROTOCOL it speaks gRPC (port 4317 of most backends); a backend's HTTP port (4318) needs
-`http/protobuf`. Headers, certificates, compression and resource attributes the SDK reads from the environment itself.
+They mean what they mean in OpenTelemetry's Python SDK. Without OTEL_EXPORTER_OTLP_PROTOCOL, or that of the signal
+(OTEL_EXPORTER_OTLP_TRACES_PROTOCOL, OTEL_EXPORTER_OTLP_METRICS_PROTOCOL), it speaks gRPC (port 4317 of most backends);
+a backend's HTTP port (4318) needs `http/protobuf`. Headers, certificates, compression and resource attributes the SDK
+reads from the environment itself.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _SDK_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True)
 class Destination:
-    """Where spans go. `endpoint` is as the variable has it; for HTTP the whole URL of the traces."""
+    """Where one signal goes. `endpoint` is as the variable has it; for HTTP the whole URL of the signal."""
 
     endpoint: str
     protocol: str
@@ -42,23 +43,25 @@ class Destination:
         return min(float(self.timeout) if self.timeout else _SDK_TIMEOUT_S, most)
 
 
-def destination(environ: Mapping[str, str]) -> Destination | None:
-    """Where the variables want spans to go; None when they want none.
+def destination(environ: Mapping[str, str], signal: str = "traces") -> Destination | None:
+    """Where the variables want a signal, `traces` or `metrics`, to go; None when they want none.
 
-    They want some by OTEL_EXPORTER_OTLP_TRACES_ENDPOINT or OTEL_EXPORTER_OTLP_ENDPOINT, unless OTEL_TRACES_EXPORTER
+    They want it by OTEL_EXPORTER_OTLP_<SIGNAL>_ENDPOINT or OTEL_EXPORTER_OTLP_ENDPOINT, unless OTEL_<SIGNAL>_EXPORTER
     names no OTLP exporter (`none`) or OTEL_SDK_DISABLED is true.
     """
-    whole = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-    base = environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
-    if not (whole or base) or environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+
+    def setting(name: str) -> str:
+        own = environ.get(f"OTEL_EXPORTER_OTLP_{signal.upper()}_{name}")
+        return (own or environ.get(f"OTEL_EXPORTER_OTLP_{name}") or "").strip()
+
+    endpoint = setting("ENDPOINT")
+    if not endpoint or environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return None
-    named = environ.get("OTEL_TRACES_EXPORTER") or "otlp"
+    named = environ.get(f"OTEL_{signal.upper()}_EXPORTER") or "otlp"
     if not any(name.strip().startswith("otlp") for name in named.split(",")):
         return None
-    protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "grpc"
-    protocol = protocol.strip()
-    endpoint = whole or base or ""
-    if not whole and protocol == "http/protobuf":  # the general endpoint is a base, this one is whole
-        endpoint = endpoint.rstrip("/") + "/v1/traces"
-    asked = environ.get("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT") or environ.get("OTEL_EXPORTER_OTLP_TIMEOUT") or ""
-    return Destination(endpoint, protocol, asked)
+    protocol = setting("PROTOCOL") or "grpc"
+    base = not environ.get(f"OTEL_EXPORTER_OTLP_{signal.upper()}_ENDPOINT")  # the signal's own is whole
+    if base and protocol == "http/protobuf":
+        endpoint = f"{endpoint.rstrip('/')}/v1/{signal}"
+    return Destination(endpoint, protocol, setting("TIMEOUT"))

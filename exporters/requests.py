@@ -158,17 +158,20 @@ class OpenRequests:
         self._blocks = [lives.block[:, np.repeat(~closing, lives.lengths)]] if not closing.all() else []
         return [self.by_handle.pop(handle, Request()) for handle in lives.handle[closing].tolist()]
 
-    def too_many(self, lives: Lives) -> Flags:
-        """Which are to be closed although they are open, the oldest first, so that memory stays bounded.
-
-        Names that no record has followed go before them.
-        """
+    def give_up_names(self, lives: Lives) -> int:
+        """When there are too many requests, forgets those of which only a name came, the oldest first; how many."""
         crowd = len(self.by_handle) - _MOST_REQUESTS
-        if crowd > 0:
-            alive = {*lives.handle.tolist()}
-            for handle in [handle for handle in self.by_handle if handle not in alive][:crowd]:
-                del self.by_handle[handle]
-                crowd -= 1
+        if crowd <= 0:
+            return 0
+        alive = {*lives.handle.tolist()}
+        bare = [handle for handle in self.by_handle if handle not in alive][:crowd]
+        for handle in bare:
+            del self.by_handle[handle]
+        return len(bare)
+
+    def too_many(self, lives: Lives) -> Flags:
+        """Which are to be closed although they are open, the oldest first, so that memory stays bounded."""
+        crowd = len(self.by_handle) - _MOST_REQUESTS
         newer = np.cumsum(lives.lengths[::-1])[::-1]  # records of it and of those that came after it
         return (newer > _MOST_RECORDS) | (np.arange(len(lives)) < crowd)
 

@@ -5,6 +5,7 @@ A block is an array of a row for each field below and a column for each segment.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -68,9 +69,7 @@ class Cover:
 
     def up_to(self, group: int) -> list[tuple[int, int]]:
         """Those that were settled up to a group's end, and were not taken yet."""
-        first = self.taken
-        while self.taken < len(self.groups) and self.groups[self.taken] <= group:
-            self.taken += 1
+        first, self.taken = self.taken, bisect_right(self.groups, group, self.taken)
         return self.spans[first : self.taken]
 
     def rest(self) -> list[tuple[int, int]]:
@@ -137,8 +136,7 @@ class Timelines:
     def _schedulers_since(self, threads: Column, begins: Rows) -> Column:
         """For each thread the number of the record from which on a scheduler runs on it."""
         since = np.full(len(threads), _NEVER)
-        known = np.isin(threads, np.array([*self.schedulers], np.int64)) if self.schedulers else np.zeros(0, np.intp)
-        since[known] = -1
+        since[np.isin(threads, np.array([*self.schedulers], np.int64))] = -1
         for thread, instance, number in zip(
             begins.words[0].tolist(), begins.words[3].tolist(), begins.number.tolist(), strict=True
         ):
@@ -238,7 +236,7 @@ class Held:
 
         Strays are of steps up to `closed` that are not `waiting`: they were closed before, or their begin was lost.
         """
-        if not self._blocks:
+        if not self._blocks or not (steps or closed):
             return
         block = self._blocks[0]
         mine = block[INSTANCE] == instance

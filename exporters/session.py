@@ -190,6 +190,7 @@ class Process:
     host: str
     started_ns: int  # monotonic
     ended: bool = False
+    last_commit: int = 0  # the last one that has records of it
     info: dict[str, Any] = field(default_factory=dict)  # engine, version, model, flags, ranks
     hooks: list[dict[str, str]] = field(default_factory=list)  # name, status (installed, missing, ...), why, gives
     errors: dict[str, int] = field(default_factory=dict)  # contained errors of ours, by hook
@@ -218,6 +219,9 @@ class Losses:
     def lost(self) -> int:
         """Everything but what was read."""
         return self.overwritten + self.dropped + self.torn + self.unfinished + self.corrupt + self.given_up
+
+
+FATES = tuple(each.name for each in fields(Losses) if each.name not in ("process", "ring", "slots"))  # `read` is one
 
 
 @dataclass
@@ -474,11 +478,11 @@ class Session:
         finally:
             shutil.rmtree(fresh._derived, ignore_errors=True)
 
-    def remove_tables(self, number: int) -> None:
-        """Removes what the tables hold of one commit, or of the end (parts.END)."""
+    def remove_tables(self, first: int, last: int = END) -> None:
+        """Removes what the tables hold of the commits from `first` to `last`; by default to the end, which is END."""
         for name in TABLES:
             for part in list_parts(self._tables(name)):
-                if part.first == part.last == number:
+                if first <= part.first and part.last <= last:
                     part.path.unlink(missing_ok=True)
 
     # As it grows
@@ -593,10 +597,14 @@ def _since(parts: list[Part], committed_ns: int) -> list[Part]:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Writes a file so that readers see the old or the new one, whole."""
+    """Writes a file so that readers see the old or the new one, whole. Raises OSError, and leaves the old one then."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def new_session_path(root: str | os.PathLike[str] = DEFAULT_ROOT) -> Path:

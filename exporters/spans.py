@@ -87,9 +87,9 @@ _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 _UNSET = Status(StatusCode.UNSET)
 
 try:
-    _SCOPE = InstrumentationScope("stagetrace", version("stagetrace"))
+    SCOPE = InstrumentationScope("stagetrace", version("stagetrace"))
 except PackageNotFoundError:  # run from a checkout that is not installed
-    _SCOPE = InstrumentationScope("stagetrace")
+    SCOPE = InstrumentationScope("stagetrace")
 
 Row = dict[str, Any]
 _Segments = dict[tuple[int, int], Row]  # by process and sequence
@@ -517,7 +517,7 @@ def _span(
         status=status,
         start_time=begin,
         end_time=begin + max(duration, 0),
-        instrumentation_scope=_SCOPE,
+        instrumentation_scope=SCOPE,
     )
 
 

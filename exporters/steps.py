@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from stagetrace.instrument.stages import STEP_COMPOSITION, Phase, phase
 
-from .columns import choices, column, table_of
+from .columns import choices, column, integers, table_of
 from .session import STEPS_SCHEMA
 
 if TYPE_CHECKING:
@@ -46,25 +44,22 @@ class Step:
     status: int = COMPLETE
     ranks: int = 0  # expected
     reported: int = 0
+    phase: int = field(init=False)
 
-    @property
-    def phase(self) -> int:
-        """Index of its phase."""
-        return _PHASE_OF[bool(self.composition[_PREFILL]), bool(self.composition[_DECODE])]
+    def __post_init__(self) -> None:
+        self.phase = _PHASE_OF[self.composition[_PREFILL] != 0, self.composition[_DECODE] != 0]
 
 
 def steps_table(steps: Sequence[Step]) -> pa.Table:
     """Rows of the steps table."""
     if not steps:
         return STEPS_SCHEMA.empty_table()
-    columns = np.array(
-        [
-            (s.instance, s.number, s.process, s.thread, s.phase, s.status, s.begin, s.scheduled, s.end, s.unattributed,
-             s.ranks, s.reported, s.members, s.output_tokens, *s.composition)
-            for s in steps
-        ],
-        np.int64,
-    ).T.copy()  # fmt: skip
+    rows = [
+        (s.instance, s.number, s.process, s.thread, s.phase, s.status, s.begin, s.scheduled, s.end, s.unattributed,
+         s.ranks, s.reported, s.members, s.output_tokens, *s.composition)
+        for s in steps
+    ]  # fmt: skip
+    columns = integers(rows)
     (instance, number, process, thread, phases, status, begin, scheduled, end, unattributed, ranks, reported,
      members, tokens), composition = columns[:14], columns[14:]  # fmt: skip
     return table_of(

@@ -108,7 +108,10 @@ def inherited(parent: Column, own: npt.NDArray[np.bool_]) -> Column:
 def overlap(segments: Iterable[tuple[int, int]], begin: int, end: int) -> int:
     """How much of [begin, end) intervals cover together, in ns; where two overlap it counts once."""
     covered, reached = 0, begin
-    for start, stop in sorted(segments):
-        covered += max(0, min(end, stop) - max(reached, start))
-        reached = max(reached, stop)
+    for first, last in sorted(segments):
+        start = first if first > reached else reached  # not max() and min(): this is called for every step
+        stop = last if last < end else end
+        if stop > start:
+            covered += stop - start
+            reached = stop
     return covered

@@ -1,13 +1,12 @@
 """Hook points as data, and what puts them in: patch what is imported, wait for the rest, contain every error of ours.
 
-A hook wraps one function of the engine. Its wrapper calls the original with the arguments as they came and gives its
-result or exception back as they are; what it does beside that is guarded by `Hook.failed`, which counts the error, logs
-the first, and takes the hook out after a few.
+A hook wraps one function of the engine (around.py). Its wrapper calls the original with the arguments as they came and
+gives its result or exception back as they are; what it does beside that is guarded by `Hook.failed`, which counts the
+error, logs the first, and takes the hook out after a few.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.abc
 import importlib.util
 import inspect
@@ -18,6 +17,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .around import wrap
 from .records import MAX_HOOKS, Text
 from .stages import Level
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
+    from .around import Around
     from .recorder import Recorder
 
 log = logging.getLogger("stagetrace")
@@ -44,7 +45,7 @@ class HookPoint:
     parameters: tuple[str, ...]  # the leading parameters that the handler relies on, `self` included
     level: Level  # from which level on it records
     process: str  # the kind of process that calls it
-    handler: Callable[[Callable[..., Any], Hook], Callable[..., Any]]  # original, hook -> wrapper
+    handler: Callable[[Hook], Around]  # what it does before and after the function
     gives: str  # what is recorded
 
     @property
@@ -60,7 +61,7 @@ class Hook:
         self.point = point
         self.index = index
         self.recorder = recorder
-        self.threshold: int = point.level  # wrappers record when the level reaches it
+        self.threshold = int(point.level)  # wrappers record when the level reaches it; an enum is slower to compare
         self.status = "waiting"
         self.why = f"{point.module} is not imported in this process"
         self.errors = 0
@@ -94,7 +95,7 @@ class Hook:
         status, why = check(module, self.point)
         if status == FITS:
             owner, name, original = _find(module, self.point)
-            wrapper = functools.wraps(original)(self.point.handler(original, self))
+            wrapper = wrap(original, self.point.handler(self), self)
             setattr(wrapper, _MARK, self.point.target)
             setattr(owner, name, wrapper)
             status = "installed"

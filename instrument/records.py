@@ -17,7 +17,16 @@ SLOT_SIZE = 128
 SLOT_WORDS = 13
 PART_WORDS = SLOT_WORDS - 1
 SLOT = struct.Struct("<QQ13qQ")
-SHORT_SLOT = struct.Struct("<QQ8q40xQ")  # the same with the last five words zero, which is faster to pack
+# The same slot in other groups of words, which are faster to pack: the fewer values, the better.
+SHORT_SLOT = struct.Struct("<QQ8q40xQ")  # the last five words are zero
+STATE_SLOT = struct.Struct("<QQ9q32xQ")  # the last four
+PACKED_SLOT = struct.Struct("<Q16sqq80sQ")  # head and tail, as below, are packed already
+PART_SLOT = struct.Struct(f"<QQQ{8 * PART_WORDS}sQ")  # a part of a long record
+
+HEAD = struct.Struct("<Qq")
+"""Header word and thread: the head of a segment or a step's end."""
+TAILS = tuple(struct.Struct(f"<{2 + count}q") for count in range(9))
+"""Engine instance, step, and so many attributes: the tail of a segment or a step's end."""
 
 # The file's header page: constants when the file appears, then words that change. Every changing word has one writer
 # and a cache line of its own.

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from . import records
+from .sharing import share, trusted
 from .stages import Level
 
 # What 20 seconds of a fast engine need at step level: 300 steps a second of 11 slots each; 50 requests a second of 16.
@@ -25,6 +26,7 @@ DETAIL_SLOTS = 64 * 1024
 _LAYER_FACTOR = 8  # layer level writes far more; its ring is bounded rather than as long in seconds
 _SMALLEST = 1024
 _LARGEST = 1 << 20  # 128 MiB
+SESSION_LINK = "session"  # in the directory of its rings: who cleans up after dead processes finds the session by it
 _NO_ROOM = (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG)  # EFBIG: the limit of `ulimit -f`
 
 
@@ -38,19 +40,37 @@ def ring_directory(session: str) -> Path:
     return Path(root or f"/dev/shm/stagetrace-{os.getuid()}") / session
 
 
-def make_ring_directory(session: str) -> Path:
-    """The directory of a session's rings, made if need be, private to the user.
+def ring_directories(session: str) -> list[Path]:
+    """Where the rings of a session can be: `ring_directory`, and those of other users where none was named.
+
+    Whether this user may read those is another matter: root may, and members of their group (sharing.py).
+    """
+    own = ring_directory(session)
+    if os.environ.get("STAGETRACE_RING_DIR"):
+        return [own]
+    return [own, *(path for path in sorted(Path("/dev/shm").glob(f"stagetrace-*/{session}")) if path != own)]
+
+
+def make_ring_directory(session: str, of: Path) -> Path:
+    """The directory of a session's rings, made if need be, private to the user (or group), with a link to the session.
 
     Raises OSError when it cannot be made, and PermissionError when somebody else owns it or may write into it.
     """
     directory = ring_directory(session)
     for part in (directory.parent, directory):
         part.mkdir(mode=0o700, parents=True, exist_ok=True)
+        share(part)
     # A root that the user named may be shared; whoever owns the default one could put another directory in place.
     for part in (directory,) if os.environ.get("STAGETRACE_RING_DIR") else (directory.parent, directory):
-        status = part.stat()
-        if status.st_uid != os.getuid() or status.st_mode & 0o002:
-            raise PermissionError(f"{part} belongs to another user or is open to all: set STAGETRACE_RING_DIR")
+        if not trusted(part):
+            raise PermissionError(
+                f"{part} belongs to another user or is open to all: set STAGETRACE_RING_DIR, or STAGETRACE_GROUP to a"
+                " group of both users"
+            )
+    try:
+        (directory / SESSION_LINK).symlink_to(of.resolve())
+    except FileExistsError:
+        pass
     return directory
 
 
@@ -85,13 +105,13 @@ class Ring:
         self.detail_slots = detail_slots
 
     @classmethod
-    def create(cls, session: str, role: str, level: int, maximum: int) -> Ring:
+    def create(cls, session: str, of: Path, role: str, level: int, maximum: int) -> Ring:
         """A ring for this process, in place, locked, with all its memory reserved and touched.
 
-        Where there is little room the ring is smaller. Raises NoRoom when not even the smallest fits, other OSErrors
-        as they come.
+        `session` is the session's id, `of` its directory. Where there is little room the ring is smaller. Raises NoRoom
+        when not even the smallest fits, other OSErrors as they come.
         """
-        directory = make_ring_directory(session)
+        directory = make_ring_directory(session, of)
         control, detail = chosen_slots(maximum)
         while True:
             try:
@@ -134,6 +154,7 @@ class Ring:
                 socket.gethostname().encode()[:64],
             )
             memory[records.LEVEL_OFFSET] = level
+            share(partial)
             partial.rename(final)
         except BaseException:
             os.close(descriptor)

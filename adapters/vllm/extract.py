@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from stagetrace.instrument.stages import Finish
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
 _FINISH_BY_REASON = (Finish.STOP, Finish.LENGTH, Finish.ABORT, Finish.ERROR, Finish.REPETITION)
 _FINISH_BY_STATUS = {
@@ -27,7 +27,7 @@ _FINISH_BY_STATUS = {
 
 
 def composition(
-    output: Any, chunks: Iterable[tuple[int, int, int]], *, waiting: int, running: int, kv_usage: float, preempted: int
+    output: Any, chunks: Sequence[tuple[int, int, int]], waiting: int, running: int, kv_usage: float, preempted: int
 ) -> tuple[int, ...]:
     """What is in a scheduled batch, in the order of stages.STEP_COMPOSITION.
 
@@ -36,27 +36,48 @@ def composition(
     decode. `kv_usage` is a fraction. The batch is not looped over in Python: decode's context is vLLM's own column,
     summed in C, and so is what speculation needs.
     """
+    requests, tokens = len(output.num_scheduled_tokens), output.total_num_scheduled_tokens
+    drafts = output.scheduled_spec_decode_tokens
+    before = sum(output.scheduled_cached_reqs.num_computed_tokens)
+    kv_millionths = int(kv_usage * 1_000_000 + 0.5)
+    if not (chunks or drafts or output.scheduled_new_reqs):  # steady decode: every q is 1
+        context = before + tokens
+        return (
+            0,
+            requests,
+            0,
+            0,
+            0,
+            0,
+            tokens,
+            context,
+            requests,
+            context,
+            0,
+            waiting,
+            running,
+            kv_millionths,
+            preempted,
+            0,
+        )
     prefill_requests = prefill_tokens = prefill_context = prefill_before = prefill_q_q = prefill_q_kv = 0
     cached_tokens = 0
-    for q, kv, cached in chunks:
+    for q, kv, found in chunks:
         prefill_requests += 1
         prefill_tokens += q
         prefill_context += kv
         prefill_before += kv - q
         prefill_q_q += q * q
         prefill_q_kv += q * kv
-        cached_tokens += cached
-    scheduled = output.num_scheduled_tokens
-    decode_requests = len(scheduled) - prefill_requests
-    decode_tokens = output.total_num_scheduled_tokens - prefill_tokens
+        cached_tokens += found
+    decode_requests = requests - prefill_requests
+    decode_tokens = tokens - prefill_tokens
     decode_context = decode_q_q = decode_q_kv = 0
     if decode_requests:
-        before = sum(output.scheduled_cached_reqs.num_computed_tokens)
         for new in output.scheduled_new_reqs:
             before += new.num_computed_tokens
         decode_context = before - prefill_before + decode_tokens
         decode_q_q, decode_q_kv = decode_requests, decode_context  # every q is 1
-    drafts = output.scheduled_spec_decode_tokens
     draft_tokens = 0
     if drafts:
         sizes = set(map(len, drafts.values()))
@@ -82,7 +103,7 @@ def composition(
         cached_tokens,
         waiting,
         running,
-        round(kv_usage * 1_000_000),
+        kv_millionths,
         preempted,
         draft_tokens,
     )

@@ -11,6 +11,7 @@ import time
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from stagetrace.instrument.around import Around
 from stagetrace.instrument.recorder import now
 from stagetrace.instrument.records import Event, RecordType, Text, header_word
 from stagetrace.instrument.stages import BY_NAME, Level
@@ -18,8 +19,6 @@ from stagetrace.instrument.stages import BY_NAME, Level
 from . import extract
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from stagetrace.instrument.hooks import Hook
 
 _MAX_ID = 256  # bytes of a request id
@@ -32,6 +31,7 @@ _FIRST_SENT = header_word(RecordType.EVENT, Event.FIRST_SENT)
 _LAST_OUTPUT = header_word(RecordType.EVENT, Event.LAST_OUTPUT)
 _LAST_SENT = header_word(RecordType.EVENT, Event.LAST_SENT)
 _ABORTED = header_word(RecordType.EVENT, Event.ABORTED)
+_STEP_LEVEL = int(Level.STEP)  # looking into an enum costs as much as a clock read
 
 
 class Exchange:
@@ -51,7 +51,7 @@ EXCHANGE: ContextVar[Exchange | None] = ContextVar("stagetrace_exchange", defaul
 class _Outputs:
     """What the hooks on one process's output processor share; they run on one thread, the event loop's."""
 
-    waiting: dict[str, int] = {}  # requests that have had no output yet
+    waiting: dict[str, int] = {}  # requests that have had no output yet; forgotten while nothing is recorded
     begin = 0  # of the batch of outputs that is being processed
 
 
@@ -63,26 +63,27 @@ def trace_context(headers: Any) -> str:
     return b"\n".join((found[b"traceparent"], found.get(b"tracestate", b""))).decode("latin-1")
 
 
-def opens_recorder(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+def opens_recorder(hook: Hook) -> Around:
     """OutputProcessor.__init__: this process is a front end, a server's or the offline LLM's."""
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        original(self, *args, **kwargs)
-        try:
-            from vllm import __version__
+    def after() -> None:
+        from vllm import __version__
 
-            hook.recorder.open("front_end", {"engine": "vllm", "engine_version": __version__})
-        except Exception:
-            hook.failed()
+        hook.recorder.open("front_end", {"engine": "vllm", "engine_version": __version__})
 
-    return __init__
+    return Around(after=after)
 
 
-def add_request(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+def add_request(hook: Hook) -> Around:
     """OutputProcessor.add_request: a request is ready to be sent; its arrival is vLLM's own, on the wall clock."""
     recorder = hook.recorder
 
-    def record(request: Any) -> None:
+    def before(self: Any, request: Any) -> bool:
+        return request.request_id in self.request_states  # a further input of a streaming session
+
+    def after(request: Any, noted: bool | None) -> None:
+        if noted is not False:
+            return
         time_ns = now()
         age_ns = int((time.time() - request.arrival_time) * 1e9)
         handle = recorder.handle(request.request_id)
@@ -101,142 +102,92 @@ def add_request(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
         recorder.state(_DISPATCH, time_ns, handle, 0, 0, prompt)
         _Outputs.waiting[request.request_id] = handle
 
-    def wrapper(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        if recorder.level[0] < hook.threshold:
-            return original(self, request, *args, **kwargs)
-        known = request.request_id in self.request_states  # a further input of a streaming session
-        result = original(self, request, *args, **kwargs)
-        if not known:
-            try:
-                record(request)
-            except Exception:
-                hook.failed()
-        return result
-
-    return wrapper
+    return Around(before, after)
 
 
-def process_outputs(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+def process_outputs(hook: Hook) -> Around:
     """OutputProcessor.process_outputs: a batch of new tokens, looped over only while a request awaits its first."""
-    recorder = hook.recorder
+    recorder, segment, state = hook.recorder, hook.recorder.segment, hook.recorder.state
     waiting = _Outputs.waiting
 
-    def wrapper(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if recorder.level[0] < hook.threshold:
-            return original(self, engine_core_outputs, *args, **kwargs)
-        begin = _Outputs.begin = now()
-        try:
-            if waiting:
-                for output in engine_core_outputs:
-                    handle = waiting.pop(output.request_id, None)
-                    if handle is not None:
-                        recorder.state(_FIRST_OUTPUT, begin, handle)
-        except Exception:
-            hook.failed()
-        result = original(self, engine_core_outputs, *args, **kwargs)
-        try:
-            if recorder.level[0] >= Level.STEP and engine_core_outputs:
-                recorder.segment(_DETOKENIZE, begin, now(), 0, 0, len(engine_core_outputs))
-        except Exception:
-            hook.failed()
-        return result
+    def before(engine_core_outputs: Any, begin: int) -> None:
+        _Outputs.begin = begin
+        if waiting:
+            for output in engine_core_outputs:
+                handle = waiting.pop(output.request_id, None)
+                if handle is not None:
+                    state(_FIRST_OUTPUT, begin, handle)
 
-    return wrapper
+    def after(engine_core_outputs: Any, begin: int, end: int) -> None:
+        if engine_core_outputs and recorder.level[0] >= _STEP_LEVEL:
+            segment(_DETOKENIZE, begin, end, 0, 0, len(engine_core_outputs))
+
+    return Around(before, after, off=waiting.clear)
 
 
-def request_finished(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+def request_finished(hook: Hook) -> Around:
     """OutputProcessor._update_stats_from_finished: the front end saw a request finished, by a stop string too."""
     recorder = hook.recorder
 
-    def record(state: Any, reason: Any) -> None:
-        output = state.detokenizer.num_output_tokens() if state.detokenizer is not None else 0
+    def after(req_state: Any, finish_reason: Any) -> None:
+        output = req_state.detokenizer.num_output_tokens() if req_state.detokenizer is not None else 0
         recorder.state(
             _LAST_OUTPUT,
             _Outputs.begin,
-            recorder.handle(state.request_id),
+            recorder.handle(req_state.request_id),
             0,
             0,
-            int(extract.finish_of_reason(reason)),
+            int(extract.finish_of_reason(finish_reason)),
             output,
-            state.prompt_len,
-            state.num_cached_tokens,
+            req_state.prompt_len,
+            req_state.num_cached_tokens,
         )
 
-    def wrapper(self: Any, req_state: Any, finish_reason: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, req_state, finish_reason, *args, **kwargs)
-        try:
-            if _Outputs.waiting:  # its first output may have come while nothing was recorded
-                _Outputs.waiting.pop(req_state.request_id, None)
-            if recorder.level[0] >= hook.threshold:
-                record(req_state, finish_reason)
-        except Exception:
-            hook.failed()
-        return result
-
-    return wrapper
+    return Around(after=after)
 
 
-def abort_requests(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+def abort_requests(hook: Hook) -> Around:
     """OutputProcessor.abort_requests: the client is gone or gave up; the result names the requests that it hit."""
     recorder = hook.recorder
 
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        try:
-            recording = recorder.level[0] >= hook.threshold
-            for request_id in result:
-                _Outputs.waiting.pop(request_id, None)
-                if recording:
-                    recorder.state(_ABORTED, now(), recorder.handle(request_id))
-        except Exception:
-            hook.failed()
-        return result
+    def after(result: Any) -> None:
+        for request_id in result:
+            _Outputs.waiting.pop(request_id, None)
+            recorder.state(_ABORTED, now(), recorder.handle(request_id))
 
-    return wrapper
+    return Around(after=after, off=_Outputs.waiting.clear)
 
 
-def run_asgi(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+def run_asgi(hook: Hook) -> Around:
     """uvicorn's RequestResponseCycle.run_asgi: an HTTP request is handled in a task of its own."""
-    recorder = hook.recorder
 
-    async def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if recorder.level[0] >= hook.threshold:
-            try:
-                exchange = self._stagetrace = Exchange(self.scope["headers"])
-                EXCHANGE.set(exchange)
-            except Exception:
-                hook.failed()
-        return await original(self, *args, **kwargs)
+    def before(self: Any) -> None:
+        exchange = self._stagetrace = Exchange(self.scope["headers"])
+        EXCHANGE.set(exchange)
 
-    return wrapper
+    return Around(before)
 
 
-def send(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+def send(hook: Hook) -> Around:
     """uvicorn's RequestResponseCycle.send: a part of the response was handed to the socket."""
-    recorder = hook.recorder
+    state = hook.recorder.state
 
-    def record(exchange: Exchange, message: Any) -> None:
+    def after(self: Any, message: Any) -> None:
+        if message["type"] != "http.response.body" or self.disconnected:
+            return
+        exchange: Exchange | None = getattr(self, "_stagetrace", None)
+        if exchange is None or not exchange.handles:
+            return
+        first, last = not exchange.sent and message.get("body"), not message.get("more_body", False)
+        if not first and not last:
+            return
         time_ns = now()
-        if not exchange.sent and message.get("body"):
+        if first:
             exchange.sent = True
-            for handle in exchange.handles:
-                recorder.state(_FIRST_SENT, time_ns, handle)
-        if not message.get("more_body", False):
-            for handle in exchange.handles:
-                recorder.state(_LAST_SENT, time_ns, handle)
+        for handle in exchange.handles:
+            if first:
+                state(_FIRST_SENT, time_ns, handle)
+            if last:
+                state(_LAST_SENT, time_ns, handle)
 
-    async def wrapper(self: Any, message: Any) -> Any:
-        result = await original(self, message)
-        if recorder.level[0] >= hook.threshold:
-            try:
-                if message["type"] == "http.response.body" and not self.disconnected:
-                    exchange: Exchange | None = getattr(self, "_stagetrace", None)
-                    if exchange is None or not exchange.handles:
-                        return result
-                    if not exchange.sent or not message.get("more_body", False):
-                        record(exchange, message)
-            except Exception:
-                hook.failed()
-        return result
-
-    return wrapper
+    return Around(after=after)

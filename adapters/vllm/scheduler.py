@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+from _thread import get_ident
 from typing import TYPE_CHECKING, Any
 
+from stagetrace.instrument.around import Around
 from stagetrace.instrument.ids import new_instance
 from stagetrace.instrument.recorder import now
-from stagetrace.instrument.records import Change, Event, RecordType, header_word
+from stagetrace.instrument.records import HEAD, TAILS, Change, Event, RecordType, header_word
 from stagetrace.instrument.stages import BY_NAME, IdleReason, Level
 
 from . import extract
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Sequence
 
     from stagetrace.instrument.hooks import Hook
     from stagetrace.instrument.recorder import Recorder
 
 STEP_ATTRIBUTE = "_stagetrace"  # on a SchedulerOutput: (engine instance, step); the executor's pickling keeps it
+NO_STEP = (0, 0)  # in its place
 SNAPSHOT_EVERY = 128  # steps
+_InFlight = tuple[int, "Sequence[str]", bytes]  # end of schedule, who gets a first token, the tail of its segments
 _MOST_IN_FLIGHT = 64  # steps whose update never came are forgotten beyond this
+_STEP_LEVEL = int(Level.STEP)  # looking into an enum costs as much as a clock read
+_pack_head, _pack_tail = HEAD.pack, TAILS[0].pack
+_OF_NO_STEP = _pack_tail(0, 0)
+_NO_WORK = TAILS[1].pack(0, 0, IdleReason.NO_WORK)
+_NOT_IN_FLIGHT: _InFlight = (0, (), b"")
 
-_SCHEDULE = header_word(RecordType.SEGMENT, BY_NAME["schedule"].id)
-_EXECUTE = header_word(RecordType.SEGMENT, BY_NAME["execute"].id)
-_UPDATE = header_word(RecordType.SEGMENT, BY_NAME["update"].id)
+_HEADERS = (
+    *(
+        header_word(RecordType.SEGMENT, BY_NAME[name].id)
+        for name in ("schedule", "execute", "update", "between", "idle")
+    ),
+    header_word(RecordType.STEP_END),
+)
 _GRAMMAR = header_word(RecordType.SEGMENT, BY_NAME["grammar"].id)
-_BETWEEN = header_word(RecordType.SEGMENT, BY_NAME["between"].id)
-_IDLE = header_word(RecordType.SEGMENT, BY_NAME["idle"].id)
 _QUEUE = header_word(RecordType.STATE, BY_NAME["queue"].id)
 _PREFILL = header_word(RecordType.STATE, BY_NAME["prefill"].id)
 _DECODE = header_word(RecordType.STATE, BY_NAME["decode"].id)
@@ -50,14 +61,21 @@ class Tracker:
         self.handles: dict[str, int] = {}  # of the requests in the scheduler
         self.prefilling: dict[str, int] = {}  # request -> tokens that complete its prefill
         self.batch: list[str] = []  # the requests of the last step: those that were running, then the new ones
-        self.in_flight: dict[int, tuple[int, tuple[str, ...]]] = {}  # step -> end of schedule, who gets a first token
-        self.finished: list[tuple[int, tuple[int, ...]]] | None = None  # held back while in update
+        self.in_flight: dict[int, _InFlight] = {}  # by step
+        self.finished: Sequence[tuple[int, tuple[int, ...]]] | None = None  # held back while in update
         self.last_end = 0  # end of the last segment on this timeline
         self.idle = False  # no request was left then
         self.preempted = 0  # since the last step
         self.snapshot_at = 0  # step at which the next snapshot is due
         self.dropped = 0  # control records, as far as a snapshot has made up for them
         self.epoch = recorder.epoch[0]
+        self.run_on(0)
+
+    def run_on(self, thread: int) -> None:
+        """The scheduler runs on this thread: makes the heads of its records."""
+        self.thread = thread
+        heads = (_pack_head(header, thread) for header in _HEADERS)
+        self.schedule, self.execute, self.update, self.between, self.idling, self.step_end = heads
 
     def resume(self, scheduler: Any) -> None:
         """The level was switched: what happened since the last record is not known, so it is taken from the engine."""
@@ -97,7 +115,7 @@ class Tracker:
             request.num_preemptions,
         )
         if self.finished is not None:
-            self.finished.append((handle, words))
+            self.finished = (*self.finished, (handle, words))
         else:
             self.recorder.state(_FINISHED, now(), handle, self.instance, self.step, *words)
 
@@ -110,39 +128,54 @@ class Tracker:
         recorder = self.recorder
         if recorder.epoch[0] != self.epoch:
             self.resume(scheduler)
-        deep = recorder.level[0] >= Level.STEP
-        self.step = step = self.step + 1
-        instance = self.instance
-        setattr(output, STEP_ATTRIBUTE, (instance, step))
-        chunks, first_tokens = self._prefill(scheduler, output, begin, deep)
-        if len(self.in_flight) >= _MOST_IN_FLIGHT:
-            self.in_flight.clear()
-        self.in_flight[step] = (end, first_tokens)
-        if deep:
-            words = extract.composition(
-                output,
-                chunks,
-                waiting=len(scheduler.waiting),
-                running=len(scheduler.running),
-                kv_usage=scheduler.kv_cache_manager.usage,
-                preempted=self.preempted,
-            )
-            self._membership(output)
-            recorder.step_begin(begin, end, instance, step, words)
-            if self.last_end:
-                recorder.segment(
-                    _IDLE if self.idle else _BETWEEN, self.last_end, begin, 0, 0, self.idle and IdleReason.NO_WORK
-                )
-            recorder.segment(_SCHEDULE, begin, end, instance, step)
-        else:
-            self.snapshot_at = 0
-        self.preempted = 0
+        new, cached = output.scheduled_new_reqs, output.scheduled_cached_reqs
+        thread = get_ident()
+        if thread != self.thread:
+            self.run_on(thread)
+        instance, step = self.instance, self.step + 1
+        self.step = step
+        output._stagetrace = (instance, step)  # STEP_ATTRIBUTE
+        tail = _pack_tail(instance, step)
+        deep = recorder.level[0] >= _STEP_LEVEL
+        chunks: Sequence[tuple[int, int, int]] = ()
+        first_tokens: Sequence[str] = ()
+        if self.prefilling or new or cached.resumed_req_ids:
+            chunks, first_tokens = self._prefill(scheduler, output, begin, deep)
+        in_flight = self.in_flight
+        if len(in_flight) >= _MOST_IN_FLIGHT:
+            in_flight.clear()
+        in_flight[step] = (end, first_tokens, tail)
+        if not deep:
+            self.snapshot_at = self.preempted = 0
+            self.idle = False
+            self.last_end = end
+            return
+        words = extract.composition(
+            output,
+            chunks,
+            len(scheduler.waiting),
+            len(scheduler.running),
+            scheduler.kv_cache_manager.usage,
+            self.preempted,
+        )
+        # In steady decode the requests are those of the last step, at the cost of comparing pointers.
+        if new or cached.req_ids != self.batch or step >= self.snapshot_at or recorder.dropped[0] != self.dropped:
+            self._membership(cached.req_ids, new)
+        step_begin, put, last_end = recorder.step_begin, recorder.put, self.last_end
+        step_begin(begin, end, instance, step, words)
+        if last_end:
+            if self.idle:
+                put(self.idling, last_end, begin, _NO_WORK)
+            else:
+                put(self.between, last_end, begin, _OF_NO_STEP)
+        put(self.schedule, begin, end, tail)
         self.idle = False
-        self.last_end = now() if deep else end
+        self.preempted = 0
+        self.last_end = now()
 
     def _prefill(
         self, scheduler: Any, output: Any, begin: int, deep: bool
-    ) -> tuple[list[tuple[int, int, int]], tuple[str, ...]]:
+    ) -> tuple[list[tuple[int, int, int]], list[str]]:
         """Records the requests in prefill; gives (q, kv, cached) of each and who completes its prefill in this step."""
         cached_of = {}
         for new in output.scheduled_new_reqs:
@@ -157,8 +190,6 @@ class Tracker:
             again = 1 if request.num_preemptions else 0
             cached = cached_of.get(request_id, 0)
             self.recorder.state(_PREFILL, begin, handle, self.instance, self.step, cached, again)
-        if not self.prefilling:
-            return [], ()
         chunks = []
         complete = []
         for request_id, target in self.prefilling.items():
@@ -176,18 +207,17 @@ class Tracker:
                 self.recorder.member(_CHUNK, handle, q, kv, self.instance, self.step, int(last), cached)
         for request_id in complete:
             del self.prefilling[request_id]
-        return chunks, tuple(complete)
+        return chunks, complete
 
-    def _membership(self, output: Any) -> None:
+    def _membership(self, running: list[str], new: Sequence[Any]) -> None:
         """Records who takes part in the step and did not in the last one, and the reverse; at times everybody."""
-        running, new = output.scheduled_cached_reqs.req_ids, output.scheduled_new_reqs
         recorder, instance, step = self.recorder, self.instance, self.step
         handles = self.handles
         due = step >= self.snapshot_at
         if recorder.dropped[0] != self.dropped:  # what was lost may have been a change: tell everything
             self.dropped = recorder.dropped[0]
             due = True
-        if new or running != self.batch:  # in steady decode equal, at the cost of comparing pointers
+        if new or running != self.batch:
             batch = [*running, *(request.req_id for request in new)]
             before, after = set(self.batch), set(batch)
             joined = after - before
@@ -204,178 +234,132 @@ class Tracker:
                 recorder.member(_JOIN, handle, 0, 0, instance, step)
             self.batch = batch
         if due:
-            members = [handles.get(request_id) or recorder.handle(request_id) for request_id in self.batch]
+            try:
+                members = [*map(handles.__getitem__, self.batch)]
+            except KeyError:  # some ended, or came while nothing was recorded
+                members = [handles.get(request_id) or recorder.handle(request_id) for request_id in self.batch]
             written = recorder.snapshot(instance, step, members)
             self.snapshot_at = step + (SNAPSHOT_EVERY if written else 1)
 
-    def update_begins(self, output: Any, begin: int) -> None:
-        """The step's results are being taken in: requests that end from here on end with it."""
-        step = getattr(output, STEP_ATTRIBUTE, None)
-        if step is not None:
-            self.finished = []
-
     def updated(self, scheduler: Any, output: Any, begin: int, end: int) -> None:
         """The step is over."""
-        instance, step = getattr(output, STEP_ATTRIBUTE, (0, 0))
+        finished, self.finished = self.finished, None
+        instance, step = getattr(output, STEP_ATTRIBUTE, NO_STEP)
+        scheduled_end, first_tokens, tail = self.in_flight.pop(step, _NOT_IN_FLIGHT)
+        if first_tokens:
+            self._first_tokens(first_tokens, finished or (), end, instance, step)
+        if finished:
+            for handle, words in finished:
+                self.recorder.state(_FINISHED, end, handle, self.instance, step or self.step, *words)
         if not step:
             return
         recorder = self.recorder
-        scheduled_end, first_tokens = self.in_flight.pop(step, (0, ()))
-        finished = self.finished or ()
-        for request_id in first_tokens:
-            handle = self.handles.get(request_id)
-            if handle is None:
-                handle = recorder.handle(request_id)
-                if not any(handle == ended for ended, _ in finished):
-                    continue  # it was aborted while the step ran: no token
-            recorder.state(_DECODE, end, handle, instance, step, 1)
-        for handle, words in finished:
-            recorder.state(_FINISHED, end, handle, instance, step, *words)
-        self.finished = None
-        if recorder.level[0] >= Level.STEP and scheduled_end:
-            recorder.segment(_EXECUTE, max(self.last_end, scheduled_end), begin, instance, step)
-            recorder.segment(_UPDATE, begin, end, instance, step)
-            recorder.step_end(end, instance, step)
+        if scheduled_end and recorder.level[0] >= _STEP_LEVEL:
+            put, last_end = recorder.put, self.last_end
+            put(self.execute, last_end if last_end > scheduled_end else scheduled_end, begin, tail)
+            put(self.update, begin, end, tail)
+            put(self.step_end, end, 0, tail)
         self.idle = not scheduler.requests
         self.last_end = end
+
+    def _first_tokens(
+        self, requests: Sequence[str], finished: Sequence[tuple[int, Any]], end: int, instance: int, step: int
+    ) -> None:
+        """Records who leaves prefill with the step."""
+        for request_id in requests:
+            handle = self.handles.get(request_id)
+            if handle is None:
+                handle = self.recorder.handle(request_id)
+                if not any(handle == ended for ended, _ in finished):
+                    continue  # it was aborted while the step ran: no token
+            self.recorder.state(_DECODE, end, handle, instance, step, 1)
 
 
 def tracker_of(scheduler: Any, recorder: Recorder) -> Tracker:
     """The scheduler's tracker, made on first use."""
-    tracker: Tracker | None = scheduler.__dict__.get(STEP_ATTRIBUTE)
+    tracker: Tracker | None = getattr(scheduler, STEP_ATTRIBUTE, None)
     if tracker is None:
-        tracker = scheduler.__dict__[STEP_ATTRIBUTE] = Tracker(recorder)
+        tracker = scheduler._stagetrace = Tracker(recorder)
     return tracker
 
 
-# Handlers: original and hook in, wrapper out
+# Handlers
 
 
-def opens_recorder(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+def opens_recorder(hook: Hook) -> Around:
     """Scheduler.__init__: this process is an engine core."""
 
-    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        original(self, vllm_config, *args, **kwargs)
-        try:
-            from vllm import __version__
+    def after(self: Any, vllm_config: Any) -> None:
+        from vllm import __version__
 
-            tracker = tracker_of(self, hook.recorder)
-            info = extract.process_info(vllm_config, __version__)
-            hook.recorder.open("engine_core", {**info, "instance": tracker.instance})
-        except Exception:
-            hook.failed()
+        tracker = tracker_of(self, hook.recorder)
+        info = extract.process_info(vllm_config, __version__)
+        hook.recorder.open("engine_core", {**info, "instance": tracker.instance})
 
-    return __init__
+    return Around(after=after)
 
 
-def schedule(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+def schedule(hook: Hook) -> Around:
     """Scheduler.schedule: a step begins."""
     recorder = hook.recorder
 
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if recorder.level[0] < hook.threshold:
-            return original(self, *args, **kwargs)
-        begin = now()
-        output = original(self, *args, **kwargs)
-        end = now()
-        try:
-            tracker_of(self, recorder).scheduled(self, output, begin, end)
-        except Exception:
-            hook.failed()
-        return output
+    def after(self: Any, result: Any, begin: int, end: int) -> None:
+        tracker_of(self, recorder).scheduled(self, result, begin, end)
 
-    return wrapper
+    return Around(after=after)
 
 
-def update_from_output(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+def update_from_output(hook: Hook) -> Around:
     """Scheduler.update_from_output: the step ends."""
     recorder = hook.recorder
 
-    def wrapper(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        if recorder.level[0] < hook.threshold:
-            return original(self, scheduler_output, *args, **kwargs)
-        begin = now()
-        try:
-            tracker_of(self, recorder).update_begins(scheduler_output, begin)
-        except Exception:
-            hook.failed()
-        result = original(self, scheduler_output, *args, **kwargs)
-        end = now()
-        try:
-            tracker_of(self, recorder).updated(self, scheduler_output, begin, end)
-        except Exception:
-            hook.failed()
-        return result
+    def before(self: Any) -> None:
+        tracker_of(self, recorder).finished = ()  # requests that end from here on end with the step
 
-    return wrapper
+    def after(self: Any, scheduler_output: Any, begin: int, end: int) -> None:
+        tracker_of(self, recorder).updated(self, scheduler_output, begin, end)
+
+    return Around(before, after)
 
 
-def add_request(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+def add_request(hook: Hook) -> Around:
     """Scheduler.add_request: a request enters the queue. A further input of a streaming session is no new request."""
     recorder = hook.recorder
 
-    def wrapper(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        if recorder.level[0] < hook.threshold:
-            return original(self, request, *args, **kwargs)
-        result = original(self, request, *args, **kwargs)
-        try:
-            tracker = tracker_of(self, recorder)
-            if request.request_id not in tracker.handles:
-                tracker.queued(request)
-        except Exception:
-            hook.failed()
-        return result
+    def after(self: Any, request: Any) -> None:
+        tracker = tracker_of(self, recorder)
+        if request.request_id not in tracker.handles:
+            tracker.queued(request)
 
-    return wrapper
+    return Around(after=after)
 
 
-def preempt_request(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+def preempt_request(hook: Hook) -> Around:
     """Scheduler._preempt_request."""
     recorder = hook.recorder
 
-    def wrapper(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, request, *args, **kwargs)
-        if recorder.level[0] >= hook.threshold:
-            try:
-                tracker_of(self, recorder).preempt(request)
-            except Exception:
-                hook.failed()
-        return result
+    def after(self: Any, request: Any) -> None:
+        tracker_of(self, recorder).preempt(request)
 
-    return wrapper
+    return Around(after=after)
 
 
-def free_request(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+def free_request(hook: Hook) -> Around:
     """Scheduler._free_request: the one place that every request's end passes."""
     recorder = hook.recorder
 
-    def wrapper(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        if recorder.level[0] >= hook.threshold:
-            try:
-                tracker_of(self, recorder).free(request)
-            except Exception:
-                hook.failed()
-        return original(self, request, *args, **kwargs)
+    def before(self: Any, request: Any) -> None:
+        tracker_of(self, recorder).free(request)
 
-    return wrapper
+    return Around(before)
 
 
-def grammar_bitmask(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+def grammar_bitmask(hook: Hook) -> Around:
     """Scheduler.get_grammar_bitmask; recorded where there was a mask to fill."""
-    recorder = hook.recorder
+    segment = hook.recorder.segment
 
-    def wrapper(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        if recorder.level[0] < hook.threshold:
-            return original(self, scheduler_output, *args, **kwargs)
-        begin = now()
-        result = original(self, scheduler_output, *args, **kwargs)
+    def after(scheduler_output: Any, result: Any, begin: int, end: int) -> None:
         if result is not None:
-            end = now()
-            try:
-                instance, step = getattr(scheduler_output, STEP_ATTRIBUTE, (0, 0))
-                recorder.segment(_GRAMMAR, begin, end, instance, step)
-            except Exception:
-                hook.failed()
-        return result
+            segment(_GRAMMAR, begin, end, *getattr(scheduler_output, STEP_ATTRIBUTE, NO_STEP))
 
-    return wrapper
+    return Around(after=after)

@@ -6,211 +6,175 @@ and there is no `bookkeep`.
 
 from __future__ import annotations
 
+from _thread import get_ident
 from typing import TYPE_CHECKING, Any
 
-from stagetrace.instrument.recorder import now
-from stagetrace.instrument.records import RecordType, header_word
+from stagetrace.instrument.around import Around
+from stagetrace.instrument.records import HEAD, TAILS, RecordType, header_word
 from stagetrace.instrument.stages import BY_NAME, IdleReason
 
 from . import extract
 from .scheduler import STEP_ATTRIBUTE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from stagetrace.instrument.hooks import Hook
-    from stagetrace.instrument.recorder import Recorder
 
-_RANK_STEP = header_word(RecordType.SEGMENT, BY_NAME["rank_step"].id)
-_PREPARE = header_word(RecordType.SEGMENT, BY_NAME["prepare"].id)
-_FORWARD = header_word(RecordType.SEGMENT, BY_NAME["forward"].id)
-_SAMPLE = header_word(RecordType.SEGMENT, BY_NAME["sample"].id)
-_BOOKKEEP = header_word(RecordType.SEGMENT, BY_NAME["bookkeep"].id)
-_IDLE = header_word(RecordType.SEGMENT, BY_NAME["idle"].id)
-_RETURN = header_word(RecordType.SEGMENT, BY_NAME["return"].id)
+_HEADERS = tuple(
+    header_word(RecordType.SEGMENT, BY_NAME[name].id)
+    for name in ("rank_step", "prepare", "forward", "sample", "bookkeep", "return", "idle")
+)
+_WAITING_FOR_SCHEDULER = int(IdleReason.WAITING_FOR_SCHEDULER)
+_pack_head = HEAD.pack
+_pack_tail, _pack_longer_tail = TAILS[1].pack, TAILS[2].pack
 
 
 class _Rank:
     """The step that this process's worker is in; a worker takes one step at a time, on one thread."""
 
-    rank = 0
-    instance = 0
-    step = 0  # 0: none
-    tokens = 0
-    begin = 0  # of the rank's step
-    forwarded = 0  # end of its first half; the second is sampling
-    forward_begin = 0
-    sample_end = 0
-    bookkeep_end = 0
+    def __init__(self) -> None:
+        self.rank = 0
+        self.instance = 0
+        self.step = 0  # 0: none
+        self.begin = 0  # of the rank's step
+        self.forwarded = 0  # end of its first half; the second is sampling
+        self.forward_begin = 0
+        self.sample_end = 0
+        self.bookkeep_end = 0
+        self.of_rank = self.of_tokens = b""  # tails of the step's segments: with the rank; with its tokens as well
+        self.run_on(0)
 
-    def close(self, recorder: Recorder, end: int) -> None:
-        """Writes the rank's step."""
-        recorder.segment(_RANK_STEP, self.begin, end, self.instance, self.step, self.rank, self.tokens)
+    def run_on(self, thread: int) -> None:
+        """Steps run on this thread: makes the heads of their segments."""
+        self.thread = thread
+        heads = (_pack_head(header, thread) for header in _HEADERS)
+        self.rank_step, self.prepare, self.forward, self.sample, self.bookkeep, self.return_, self.idle = heads
+
+    def start(self, instance: int, step: int, tokens: int, begin: int) -> None:
+        """A step begins, on the thread that calls this."""
+        thread = get_ident()
+        if thread != self.thread:
+            self.run_on(thread)
+        self.instance, self.begin = instance, begin
+        self.of_rank = _pack_tail(instance, step, self.rank)
+        self.of_tokens = _pack_longer_tail(instance, step, self.rank, tokens)
+        self.step = step
+
+    def forget(self) -> None:
+        """There is no step that is recorded."""
         self.step = 0
 
 
 RANK = _Rank()
 
 
-def opens_recorder(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+def opens_recorder(hook: Hook) -> Around:
     """GPUModelRunner.__init__: this process is a worker, and its device and groups are ready."""
 
-    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        original(self, vllm_config, *args, **kwargs)
-        try:
-            from vllm import __version__
+    def after(vllm_config: Any) -> None:
+        from vllm import __version__
 
-            RANK.rank = int(vllm_config.parallel_config.rank)
-            info = extract.process_info(vllm_config, __version__)
-            hook.recorder.open("worker", {**info, "rank": RANK.rank})
-        except Exception:
-            hook.failed()
+        RANK.rank = int(vllm_config.parallel_config.rank)
+        info = extract.process_info(vllm_config, __version__)
+        hook.recorder.open("worker", {**info, "rank": RANK.rank})
 
-    return __init__
+    return Around(after=after)
 
 
-def worker_execute_model(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+def worker_execute_model(hook: Hook) -> Around:
     """Worker.execute_model: the rank's step begins; it ends here when no sampling follows on this rank."""
-    recorder = hook.recorder
-    rank = RANK
+    put, rank = hook.recorder.put, RANK
 
-    def wrapper(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        if recorder.level[0] < hook.threshold:
-            rank.step = 0
-            return original(self, scheduler_output, *args, **kwargs)
-        try:
-            rank.instance, rank.step = getattr(scheduler_output, STEP_ATTRIBUTE, (0, 0))
-            rank.tokens = scheduler_output.total_num_scheduled_tokens
-        except Exception:
-            rank.step = 0
-            hook.failed()
-        rank.begin = now()
-        result = original(self, scheduler_output, *args, **kwargs)
-        rank.forwarded = now()
+    def before(scheduler_output: Any, begin: int) -> None:
+        rank.step = 0
+        number = getattr(scheduler_output, STEP_ATTRIBUTE, None)
+        if number is not None:
+            instance, step = number
+            rank.start(instance, step, scheduler_output.total_num_scheduled_tokens, begin)
+
+    def after(result: Any, end: int) -> None:
+        rank.forwarded = end
         if result is not None and rank.step:
-            try:
-                recorder.segment(
-                    _RANK_STEP, rank.begin, rank.forwarded, rank.instance, rank.step, rank.rank, rank.tokens
-                )
-                rank.step = 0
-            except Exception:
-                hook.failed()
-        return result
+            put(rank.rank_step, rank.begin, end, rank.of_tokens)
+            rank.step = 0
 
-    return wrapper
+    return Around(before, after, off=rank.forget)
 
 
-def worker_sample_tokens(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+def worker_sample_tokens(hook: Hook) -> Around:
     """Worker.sample_tokens: the rank waited to be told, and its step ends."""
-    recorder = hook.recorder
-    rank = RANK
+    put, rank = hook.recorder.put, RANK
 
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not rank.step or recorder.level[0] < hook.threshold:
-            return original(self, *args, **kwargs)
-        begin = now()
-        result = original(self, *args, **kwargs)
-        if rank.step:
-            try:
-                reason = IdleReason.WAITING_FOR_SCHEDULER
-                recorder.segment(_IDLE, rank.forwarded, begin, rank.instance, rank.step, reason)
-                rank.close(recorder, now())
-            except Exception:
-                hook.failed()
-        return result
+    def after(begin: int, end: int) -> None:
+        step = rank.step
+        if step:
+            put(rank.idle, rank.forwarded, begin, _pack_tail(rank.instance, step, _WAITING_FOR_SCHEDULER))
+            put(rank.rank_step, rank.begin, end, rank.of_tokens)
+            rank.step = 0
 
-    return wrapper
+    return Around(after=after)
 
 
-def runner_execute_model(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+def runner_execute_model(hook: Hook) -> Around:
     """GPUModelRunner.execute_model: prepare until the model is called, forward from there on, logits included."""
-    recorder = hook.recorder
-    rank = RANK
+    put, rank = hook.recorder.put, RANK
 
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not rank.step or recorder.level[0] < hook.threshold:
-            return original(self, *args, **kwargs)
+    def before() -> None:
         rank.forward_begin = 0
-        begin = now()
-        result = original(self, *args, **kwargs)
-        end = now()
-        try:
-            forward = rank.forward_begin or end
-            recorder.segment(_PREPARE, begin, forward, rank.instance, rank.step, rank.rank)
-            if rank.forward_begin:
-                recorder.segment(_FORWARD, forward, end, rank.instance, rank.step, rank.rank, rank.tokens)
-        except Exception:
-            hook.failed()
-        return result
 
-    return wrapper
+    def after(begin: int, end: int) -> None:
+        if rank.step:
+            forward = rank.forward_begin
+            put(rank.prepare, begin, forward or end, rank.of_rank)
+            if forward:
+                put(rank.forward, forward, end, rank.of_tokens)
+
+    return Around(before, after)
 
 
-def model_forward(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+def model_forward(_: Hook) -> Around:
     """What is called right before the model is: where prepare ends."""
-    recorder = hook.recorder
     rank = RANK
 
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if rank.step and recorder.level[0] >= hook.threshold:
-            rank.forward_begin = now()
-        return original(self, *args, **kwargs)
+    def before(begin: int) -> None:
+        rank.forward_begin = begin
 
-    return wrapper
+    return Around(before)
 
 
-def runner_sample_tokens(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+def runner_sample_tokens(hook: Hook) -> Around:
     """GPUModelRunner.sample_tokens: sample, then bookkeep, then return."""
-    recorder = hook.recorder
-    rank = RANK
+    put, rank = hook.recorder.put, RANK
 
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not rank.step or recorder.level[0] < hook.threshold:
-            return original(self, *args, **kwargs)
+    def before() -> None:
         rank.sample_end = rank.bookkeep_end = 0
-        begin = now()
-        result = original(self, *args, **kwargs)
-        end = now()
-        try:
-            ids = (rank.instance, rank.step, rank.rank)
-            sampled = rank.sample_end or end
-            recorder.segment(_SAMPLE, begin, sampled, *ids)
-            if rank.bookkeep_end:
-                recorder.segment(_BOOKKEEP, sampled, rank.bookkeep_end, *ids)
-            if rank.sample_end:
-                recorder.segment(_RETURN, rank.bookkeep_end or sampled, end, *ids)
-        except Exception:
-            hook.failed()
-        return result
 
-    return wrapper
+    def after(begin: int, end: int) -> None:
+        if rank.step:
+            sampled, kept = rank.sample_end, rank.bookkeep_end
+            put(rank.sample, begin, sampled or end, rank.of_rank)
+            if kept:
+                put(rank.bookkeep, sampled, kept, rank.of_rank)
+            if sampled:
+                put(rank.return_, kept or sampled, end, rank.of_rank)
+
+    return Around(before, after)
 
 
-def bookkeeping_sync(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+def bookkeeping_sync(_: Hook) -> Around:
     """GPUModelRunner._bookkeeping_sync of V1: where the sampled tokens come to the host."""
-    recorder = hook.recorder
     rank = RANK
 
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not rank.step or recorder.level[0] < hook.threshold:
-            return original(self, *args, **kwargs)
-        rank.sample_end = now()
-        result = original(self, *args, **kwargs)
-        rank.bookkeep_end = now()
-        return result
+    def after(begin: int, end: int) -> None:
+        rank.sample_end, rank.bookkeep_end = begin, end
 
-    return wrapper
+    return Around(after=after)
 
 
-def sample(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
+def sample(_: Hook) -> Around:
     """GPUModelRunner.sample of V2: where sampling ends."""
-    recorder = hook.recorder
     rank = RANK
 
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        if rank.step and recorder.level[0] >= hook.threshold:
-            rank.sample_end = now()
-        return result
+    def after(end: int) -> None:
+        rank.sample_end = end
 
-    return wrapper
+    return Around(after=after)

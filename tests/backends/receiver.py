@@ -12,6 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2_grpc
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsServiceRequest,
+    ExportMetricsServiceResponse,
+)
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
@@ -60,6 +65,7 @@ class Receiver:
     def __init__(self, port: int = 0):
         self.port = port
         self.requests: list[ExportTraceServiceRequest] = []
+        self.metrics: list[ExportMetricsServiceRequest] = []
         self.headers: list[dict[str, str]] = []
         self.paths: list[str] = []
         self.refuse = 0  # how many of the next requests are refused, not to be tried again
@@ -82,6 +88,17 @@ class Receiver:
             for scope in group.scope_spans
             for span in scope.spans
         ]
+
+    def counts(self) -> dict[tuple[str, ...], int]:
+        """The newest value of every metric, by its name and the values of its attributes."""
+        return {
+            (metric.name, *sorted(values(point.attributes).values())): point.as_int
+            for request in self.metrics
+            for group in request.resource_metrics
+            for scope in group.scope_metrics
+            for metric in scope.metrics
+            for point in (metric.sum if metric.HasField("sum") else metric.gauge).data_points
+        }
 
     def take(self, body: bytes, headers: dict[str, str], path: str) -> bool:
         """Whether a request is accepted; then it is kept."""
@@ -133,7 +150,13 @@ class GrpcReceiver(Receiver):
                     context.abort(grpc.StatusCode.INVALID_ARGUMENT, "refused by the test")
                 return ExportTraceServiceResponse()
 
+        class Metrics(metrics_service_pb2_grpc.MetricsServiceServicer):
+            def Export(self, request: ExportMetricsServiceRequest, context: grpc.ServicerContext) -> Any:  # noqa: N802
+                receiver.metrics.append(request)
+                return ExportMetricsServiceResponse()
+
         self.server = grpc.server(ThreadPoolExecutor(2))
+        metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(Metrics(), self.server)
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Service(), self.server)
         self.port = self.server.add_insecure_port(f"127.0.0.1:{self.port}")
         self.server.start()
@@ -170,7 +193,11 @@ class HttpReceiver(Receiver):
                     self.close_connection = True
                     self.connection.close()  # unread and unanswered: a reset
                     return
-                accepted = not receiver.status and receiver.take(body, headers, self.path)
+                if self.path.endswith("/v1/metrics"):
+                    receiver.metrics.append(ExportMetricsServiceRequest.FromString(body))
+                    accepted = True
+                else:
+                    accepted = not receiver.status and receiver.take(body, headers, self.path)
                 answer = ExportTraceServiceResponse().SerializeToString()
                 try:
                     self.send_response(receiver.status or (200 if accepted else 400))

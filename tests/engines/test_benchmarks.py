@@ -31,7 +31,7 @@ def test_step_cost(engine_python: Path) -> None:
 
 @pytest.mark.usefixtures("engine_python")
 def test_engine_overhead() -> None:
-    found = object_of("engine_overhead.py")
+    found = object_of("engine_overhead.py", "--collector")
     assert set(found["hook_self_time_pct"]) == {"off", "request", "step", "layer"}
     own = found["hook_self_time_pct"]
     assert 0 < own["off"] < own["step"]
@@ -40,6 +40,7 @@ def test_engine_overhead() -> None:
     # The steps that were timed are those of the server: they write as much.
     assert found["detail_slots_per_step"] == pytest.approx(found["timed_slots_per_step"], abs=0.5)
     assert {"engine core", "worker", "front end", "collector"} <= set(found["cpu"])
-    for name in ("tpot", "ttft", "throughput"):
-        low, high = found[f"{name}_pct_ci95"]
-        assert low <= found[f"{name}_pct"] <= high
+    for one in (found, found["collector_stopped"], found["collector"]):
+        for name in ("tpot", "ttft", "throughput"):
+            low, high = one[f"{name}_pct_ci95"]
+            assert low <= one[f"{name}_pct"] <= high

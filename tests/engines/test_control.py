@@ -1,7 +1,9 @@
-"""Levels at run time: `stagetrace ctl` on a real server under load, and what it cuts."""
+"""A real server under load while commands look at it: `stagetrace top`, and `stagetrace ctl` with what it cuts."""
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import threading
 import time
@@ -10,6 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 from engines.recording import STAGETRACE, Recording, ask, record
 from quickstart.load import Request, Result
+from unit.commands import Commands, wait_for
+from unit.terminal import Terminal
 
 from stagetrace.exporters.control import set_level
 from stagetrace.instrument.stages import Level
@@ -32,11 +36,43 @@ def ctl(recording: Recording, *words: str) -> str:
     return done.stdout
 
 
+def watched(recording: Recording) -> list[Result]:
+    """Requests one after the other until `stagetrace top` has shown them in a terminal; what they were."""
+    results: list[Result] = []
+    seen = threading.Event()
+
+    def load() -> None:
+        while not seen.is_set():
+            results.extend(ask(recording.server, SHORT))
+
+    commands = Commands(recording.path.parent)
+    terminal = Terminal(commands, recording.path, "--interval", "0.5s", "--window", "20s", rows=50, columns=140)
+    thread = threading.Thread(target=load)
+    thread.start()
+    try:  # a line each for ttft beside prefill steps, tpot beside decode steps
+        wait_for(lambda: re.search(r"^ttft +[1-9].*\n+tpot .*  decode +[1-9]", terminal.screen(), re.M), 90)
+    finally:
+        seen.set()
+        thread.join()
+    screen = terminal.screen()
+    os.write(terminal.ours, b"q")
+    assert terminal.ended() == 0
+    assert re.match(r"stagetrace top  recording [\d.]+ m?s.*  level step  vllm 0\.\d+", screen), screen
+    assert re.search(r"^requests .*[1-9][\d.]*/s finished  0 aborted", screen, re.M), screen
+    assert re.search(r"^tokens/s .*[1-9][\d.,k]* prompt  .*[1-9][\d.,k]* output", screen, re.M), screen
+    assert re.search(r"^losses +none, [1-9]", screen, re.M), screen
+    assert re.search(r"^errors +none", screen, re.M), screen
+    assert all(f"{role} " in screen for role in ("engine_core", "worker", "front_end")), screen
+    assert all(re.search(rf"{stage} \d", screen) for stage in ("forward", "schedule", "detokenize")), screen
+    assert not commands.end()
+    return results
+
+
 def test_levels_at_run_time(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STAGETRACE_RING_DIR", str(tmp_path / "rings"))
     with record(model, tmp_path, "--enforce-eager") as recording:
         server = recording.server
-        before = ask(server, SHORT, SHORT)
+        before = watched(recording) + ask(server, SHORT, SHORT)
         long: list[Result] = []
         thread = threading.Thread(target=lambda: long.extend(ask(server, LONG)))
         thread.start()
@@ -56,7 +92,7 @@ def test_levels_at_run_time(model: Path, tmp_path: Path, monkeypatch: pytest.Mon
         requests_only_at = time.monotonic_ns()
         shallow = ask(server, SHORT)
         time.sleep(0.2)  # its last records, at this level
-    assert [result.error for result in (*before, *long, *unseen, *after, *shallow)] == [None] * 8
+    assert {result.error for result in (*before, *long, *unseen, *after, *shallow)} == {None}
     frames = recording.frames()
     requests = frames["requests"].set_index("external_id")
     whole = requests[~requests["partial"]]

@@ -1,16 +1,40 @@
-"""The extractors on objects of the engine's own classes."""
+"""The extractors on objects of the engine's own classes, and the wrappers around its own functions."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from engines.server import environment
 
+from stagetrace.adapters.vllm.hooks import HOOK_POINTS
+
+
+def run(engine_python: Path, script: str) -> Any:
+    command = [engine_python, Path(__file__).with_name(script)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
 
 def test_composition_of_vllms_own_batches(engine_python: Path) -> None:
-    script = Path(__file__).with_name("composition.py")
-    done = subprocess.run([engine_python, script], env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == []
+    assert run(engine_python, "composition.py") == []
+
+
+# What decorators of vLLM's own hide: there the wrapper names the leading parameters and takes whatever else comes.
+HIDDEN = {
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.__init__",  # once in a process's life
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens",
+}
+
+
+def test_wrappers_have_the_parameters_of_vllms_functions(engine_python: Path) -> None:
+    """Under torch.inference_mode too: that they hand on no `*args, **kwargs` is what the benchmarks measure."""
+    found = run(engine_python, "wrappers.py")
+    assert len(found) == len(HOOK_POINTS)
+    assert {target for target, (ours, theirs) in found.items() if ours != theirs} == HIDDEN
+    for point in HOOK_POINTS:
+        if point.target in HIDDEN:
+            assert found[point.target][0] == ", ".join((*point.parameters, "*args", "**kwargs"))

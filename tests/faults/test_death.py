@@ -39,11 +39,12 @@ exec(sys.argv[2])
 WRITE_ON = f"""
 import sys
 from stagetrace.instrument.recorder import RECORDER
+from stagetrace.instrument.records import HEAD, TAILS
 assert RECORDER.open("engine_core", {{}})
 print("open", flush=True)
 i = 0
 while True:
-    RECORDER.segment({FORWARD}, i, i, 1, 1, i, i, i, i, i, i, i, i)
+    RECORDER.put(HEAD.pack({FORWARD}, i), i, i, TAILS[8].pack(1, 1, i, i, i, i, i, i, i, i))
     RECORDER.step_begin(i, i, 1, i, [i] * 16)
     i += 1
 """

@@ -53,10 +53,10 @@ class Commands:
         """Starts an instrumented process that records into `session` (see recording.py)."""
         return self.start(sys.executable, RECORDING, *arguments, session=session)
 
-    def collect(self, session: Path) -> subprocess.Popen[bytes]:
-        """Starts `stagetrace collect`; its log goes to a file beside the session."""
-        with open(session.with_suffix(".log"), "ab") as log:
-            return self.start(sys.executable, "-c", _HASTY, "collect", session, stdout=log, stderr=log)
+    def collect(self, session: Path, *options: str, log: Path | None = None) -> subprocess.Popen[bytes]:
+        """Starts `stagetrace collect`; its log goes to a file, by default beside the session."""
+        with open(log or session.with_suffix(".log"), "ab") as file:
+            return self.start(sys.executable, "-c", _HASTY, "collect", session, *options, stdout=file, stderr=file)
 
     def ring_files(self) -> list[Path]:
         """Every file under the ring directory, rings or not."""

@@ -17,13 +17,15 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
+import collector
 import measure
 import record_cost
 import rings
 import soak
 from stream import Seen
-from windows import WITH, WITHOUT, Window, client_figures, cpu_figures, cpu_seconds, difference, differences
+from windows import STOPPED, WITH, WITHOUT, Window, client_figures, cpu_figures, cpu_seconds, difference, differences
 
+from stagetrace.exporters.assemble import Assembler
 from stagetrace.instrument.records import RecordType, header_word
 
 BENCHMARKS = Path(measure.__file__).parent
@@ -105,6 +107,38 @@ def test_a_trend_is_flat_grows_or_is_not_resolved() -> None:
     # Samples that hang together say less than their number: the same values, each four times.
     apart, together = soak.trend(seconds, noise), soak.trend(seconds, np.repeat(noise[::4], 4))
     assert together.high - together.low > 1.5 * (apart.high - apart.low)
+
+
+def test_collector_prints_tables_and_one_object_last() -> None:
+    done = run("collector.py", "--quick", "--json")
+    assert done.returncode == 0, done.stderr
+    *tables, last = done.stdout.splitlines()
+    assert any("records a second" in line for line in tables)
+    found = json.loads(last)
+    assert 0 < found["records_per_s"] <= found["records_per_s_raw"]
+    for key in ("records_per_s", "otlp_spans_per_s"):
+        low, high = found[f"{key}_iqr"]
+        assert 0 < low <= found[key] <= high, key
+    assert found["cpu_pct_at_200_steps"] > 0
+    assert found["peak_rss_mb"] > 0
+
+
+def test_the_synthetic_engine_writes_what_can_be_assembled() -> None:
+    """Every request whole, every step complete, nothing in conflict: else the benchmark measures something else."""
+    found = collector.stream(collector.Case(batch=8, workers=2), 30_000)
+    assembler = Assembler(found.key)
+    for _, batches in found.commits:
+        for batch in batches:
+            assembler.add(batch)
+    tables = assembler.finish()
+    steps, requests = tables["steps"].to_pylist(), tables["requests"].to_pylist()
+    assert {(row["status"], row["ranks_reported"], row["members"], row["output_tokens"]) for row in steps} == {
+        ("complete", 2, 8, 8)
+    }
+    assert len(steps) == found.steps
+    finished = [row for row in requests if row["status"] == "finished" and row["arrival_ns"]]
+    assert len(requests) - len(finished) == 8  # those that are in the batch at the end
+    assert not assembler.counts.total()
 
 
 def test_nothing_is_left_behind() -> None:
@@ -242,6 +276,15 @@ def test_a_wide_interval_is_not_resolved() -> None:
     found = difference(windows(10), values)
     assert not found.resolved
     assert str(found).startswith("not resolved")
+
+
+def test_a_third_kind_of_window_has_a_difference_of_its_own() -> None:
+    kinds = (WITH, WITHOUT, STOPPED)
+    made = [Window(pair, kind, 0, 1) for pair in range(4) for kind in kinds]
+    values = [base * change for base in (1.0, 2.0, 3.0, float("nan")) for change in (1.10, 1.0, 1.03)]
+    assert difference(made, values).pct == pytest.approx(10)
+    assert difference(made, values, STOPPED).pct == pytest.approx(3)
+    assert difference(made, values, WITH, STOPPED).pct == pytest.approx(100 * (1.10 / 1.03 - 1))
 
 
 def test_a_pair_that_is_not_whole_is_left_out() -> None:

@@ -7,18 +7,24 @@ import shutil
 import signal
 import struct
 import sys
+import time
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from backends.receiver import HttpReceiver
-from unit.commands import PATIENCE_S, Commands, commands_in, said, wait_for
+from unit.commands import PATIENCE_S, STAGETRACE, Commands, commands_in, said, wait_for
 from unit.recording import STEPS
 
+from stagetrace.exporters import collector as collector_module
 from stagetrace.exporters.collector import Collector
 from stagetrace.exporters.discover import process_key
 from stagetrace.exporters.drain import RingReader
+from stagetrace.exporters.otel_settings import Destination
+from stagetrace.exporters.otlp import OtlpSink
+from stagetrace.exporters.retention import Keep
 from stagetrace.exporters.session import TABLES, Session
 from stagetrace.instrument.identity import claim_identity
 from stagetrace.instrument.ids import request_span_id, segment_span_id, state_span_id, step_span_id
@@ -240,6 +246,9 @@ def test_spans_that_a_killed_collector_did_not_export_are_exported(commands: Com
         until.touch()
         writer.wait(PATIENCE_S)
         stop_when_rings_are_gone(commands, session)
+        # What did not fit between the last record and the collector's end waits in the session.
+        rest = commands.start(STAGETRACE, "export", session.path)
+        assert rest.wait(PATIENCE_S) == 0
         received = {span.span.span_id for span in receiver.received()}
     key = session.identity.key
     tables = {name: session.read_table(name).to_pylist() for name in TABLES}
@@ -380,3 +389,188 @@ def test_a_session_with_a_manifest_that_it_cannot_read(commands: Commands, sessi
     refused(commands, session.path)
     assert (session.path / "manifest.json").read_text() == text
     assert raw_numbers(session) == numbers
+
+
+# Taken up again, rebuilt, bounded
+
+
+def recorded(commands: Commands, session: Session, parts: int) -> tuple[int, list[Path]]:
+    """A session that several collectors made, with at least so many parts; its requests, and the ring."""
+    until = commands.directory / "until"
+    writer = commands.recording("--steady", "--pause", "0.02", "--open", "1", "--until", until, session=session.path)
+    killed_collector(commands, session, "_tend", parts)
+    kept = keep(commands)
+    until.touch()
+    count = int(said(writer).split()[1])
+    stop_when_rings_are_gone(commands, session)
+    return count, kept
+
+
+def table_files(session: Session) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(session.path)): path.read_bytes() for path in (session.path / "tables").rglob("*.parquet")
+    }
+
+
+def test_tables_rebuilt_from_the_raw_records_are_the_same_to_the_byte(commands: Commands, session: Session):
+    recorded(commands, session, 4)
+    before = table_files(session)
+    assert len(before) > 10
+    shutil.rmtree(session.path / "tables" / "steps")
+    (session.path / "tables" / "requests" / "part-00000001.parquet").unlink(missing_ok=True)
+    again = commands.start(STAGETRACE, "rebuild", session.path)
+    out, err = again.communicate(timeout=PATIENCE_S)
+    assert again.returncode == 0, err
+    assert b"records in" in out
+    assert table_files(session) == before
+    assert session.read_manifest().complete
+
+
+def test_rebuild_of_a_damaged_session_keeps_the_rest_and_names_what_is_lost(commands: Commands, session: Session):
+    count, _ = recorded(commands, session, 4)
+    (session.raw_parts()[1].path).write_bytes(b"damaged")
+    again = commands.start(STAGETRACE, "rebuild", session.path)
+    _, err = again.communicate(timeout=PATIENCE_S)
+    assert again.returncode == 1
+    assert b"part-00000002.parquet is damaged" in err and b"Traceback" not in err
+    assert 0 < session.read_table("requests").num_rows <= count
+
+
+def test_rebuild_is_refused_while_a_collector_has_the_session(commands: Commands, session: Session):
+    collector = commands.collect(session.path)
+    wait_for((session.path / "manifest.json").exists)
+    again = commands.start(STAGETRACE, "rebuild", session.path)
+    _, err = again.communicate(timeout=PATIENCE_S)
+    assert again.returncode == 2
+    assert b"another collector has it" in err
+    stop(collector)
+
+
+def test_a_part_that_was_damaged_is_set_aside_and_what_the_ring_still_has_is_read_again(
+    commands: Commands, session: Session
+):
+    # As after a power cut: the newest part is there and has not its content.
+    until = commands.directory / "until"
+    writer = commands.recording("--steady", "--pause", "0.02", "--until", until, session=session.path)
+    killed_collector(commands, session, "_tend", 3)
+    newest = session.raw_parts()[-1]
+    newest.path.write_bytes(newest.path.read_bytes()[:-9])
+    until.touch()
+    count = int(said(writer).split()[1])
+    stop_when_rings_are_gone(commands, session)
+    manifest = session.read_manifest()
+    assert manifest.counts["parts_damaged"] == 1
+    assert newest.path.with_suffix(".damaged").exists()
+    assert session.read_table("requests")["status"].to_pylist() == ["finished"] * count
+    assert sum(losses.lost for losses in manifest.losses) == 0
+
+
+def test_taking_up_a_long_session_replays_its_end_alone(
+    commands: Commands, session: Session, monkeypatch: pytest.MonkeyPatch
+):
+    count, _ = recorded(commands, session, 6)
+    before = rows(session)
+    hooks = [process.hooks for process in session.read_manifest().processes]
+    monkeypatch.setenv("STAGETRACE_RING_DIR", str(commands.rings))
+    monkeypatch.setattr(collector_module, "REPLAY_SLOTS", 10)
+    collector = Collector(session)
+    assert collector.finish()
+    assert session.read_table("requests").num_rows <= count + 1
+    after = rows(session)
+    assert set(after["steps"]) >= {row for row in before["steps"] if "incomplete" not in row}
+    assert [process.hooks for process in session.read_manifest().processes] == hooks
+
+
+def test_a_session_stays_within_its_bounds(commands: Commands, session: Session, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("STAGETRACE_RING_DIR", str(commands.rings))
+    monkeypatch.setattr(collector_module, "TEND_S", 0.0)
+    early = commands.recording("--requests", "3", session=session.path)
+    assert early.wait(PATIENCE_S) == 0
+    collector = Collector(session, keep=Keep(size=400_000))
+    collector.poll()
+    collector.commit()
+    assert [process.pid for process in session.read_manifest().processes] == [early.pid]
+    until = commands.directory / "until"
+    writer = commands.recording("--steady", "--pause", "0.002", "--until", until, session=session.path)
+    wait_for(commands.ring_files)
+    for _ in range(30):
+        time.sleep(0.05)
+        collector.poll()
+        collector.commit()
+        collector._tend()
+        assert sum(size for _, size in session.sizes()) < 600_000
+    until.touch()
+    said(writer)
+    writer.wait(PATIENCE_S)
+    assert collector.finish()
+    manifest = session.read_manifest()
+    assert manifest.rotated > 0 and manifest.counts["slots_rotated"] > 0
+    assert [process.pid for process in manifest.processes] == [writer.pid], "of the other nothing is kept"
+    first = session.read_commits(session.raw_parts()[0])[0]
+    assert first.number == manifest.rotated + 1
+    assert manifest.rotated_ns < first.wall_ns
+    kept = sum(commit.slots for part in session.raw_parts() for commit in session.read_commits(part))
+    assert kept + manifest.counts["slots_rotated"] == sum(losses.read for losses in manifest.losses)
+    assert session.read_table("steps").num_rows
+    again = commands.start(STAGETRACE, "report", session.path)
+    out, _ = again.communicate(timeout=PATIENCE_S)
+    assert b"was removed to keep the session small" in out
+
+
+def test_an_error_of_the_assembly_costs_its_tables_and_nothing_else(
+    commands: Commands, session: Session, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("STAGETRACE_RING_DIR", str(commands.rings))
+    writer = commands.recording("--requests", "3", session=session.path)
+    assert writer.wait(PATIENCE_S) == 0
+    (ring,) = keep(commands)
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("stagetrace.exporters.assemble.Assembler.take", fails)
+        assert Collector(session).finish()
+    assert session.read_manifest().counts["assembly_errors"] == 1
+    assert raw_numbers(session) == written_numbers(ring)
+    again = commands.start(STAGETRACE, "rebuild", session.path)
+    assert again.wait(PATIENCE_S) == 0
+    assert session.read_table("requests")["status"].to_pylist() == ["finished"] * 3
+
+
+# Clocks
+
+
+def test_wall_clock_steps_are_noted_and_make_no_negative_time(
+    commands: Commands, session: Session, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("STAGETRACE_RING_DIR", str(commands.rings))
+    until = commands.directory / "until"
+    writer = commands.recording("--steady", "--pause", "0.005", "--until", until, session=session.path)
+    wait_for(commands.ring_files)
+    collector = Collector(session)
+    true_time = time.time_ns
+    steps_ns = [0, 0, 3_600_000_000_000, 3_600_000_000_000, -7_200_000_000_000, -7_200_000_000_000, 0]
+    for step_ns in steps_ns:
+        monkeypatch.setattr(time, "time_ns", lambda step_ns=step_ns: true_time() + step_ns)
+        time.sleep(0.1)
+        collector.poll()
+        collector.commit()
+    until.touch()
+    said(writer)
+    writer.wait(PATIENCE_S)
+    assert collector.finish()
+    manifest = session.read_manifest()
+    offsets = [wall - monotonic for monotonic, wall in manifest.anchors]
+    jumps = [round((after - before) / 1e9) for before, after in pairwise(offsets)]
+    assert jumps == [3600, -10_800, 7200]
+    made = OtlpSink.to(Destination("http://127.0.0.1:1", "grpc", ""), session.identity.key)
+    spans = made.spans({name: session.read_table(name) for name in TABLES}, manifest).spans
+    made.shutdown()
+    assert len(spans) > 50
+    assert all(span.start_time <= span.end_time for span in spans)
+    by_id = {span.context.span_id: span for span in spans}
+    for span in spans:
+        if span.parent is not None and span.attributes["stagetrace.stage"] != "prefill_chunk":
+            parent = by_id[span.parent.span_id]
+            assert parent.start_time <= span.start_time and span.end_time <= parent.end_time

@@ -18,6 +18,7 @@ from unit.decoded import decoded_batch
 from unit.rings import die, environment, opened, read_all, reader_of, sized, variables
 
 from stagetrace.exporters.assemble import Assembler
+from stagetrace.instrument.around import Around
 from stagetrace.instrument.hooks import ERRORS_UNTIL_OUT, Hook, HookPoint, Hooks
 from stagetrace.instrument.recorder import Recorder, now
 from stagetrace.instrument.records import MAX_HOOKS, RecordType, header_word
@@ -80,55 +81,34 @@ instance = Callable()
 _numbers = itertools.count()
 
 
-def times(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
-    """A handler as the adapters' are: times around the original, and all else contained."""
+def times(hook: Hook) -> Around:
+    """A handler as the adapters' are: one segment around the original."""
+    segment = hook.recorder.segment
+
+    def after(begin: int, end: int) -> None:
+        segment(FORWARD, begin, end, 0, 0)
+
+    return Around(after=after)
+
+
+def fails(hook: Hook) -> Around:
+    """A handler whose recording always fails, before the original and not after it."""
     recorder = hook.recorder
 
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if recorder.level[0] < hook.threshold:
-            return original(*args, **kwargs)
-        begin = now()
-        result = original(*args, **kwargs)
-        try:
-            recorder.segment(FORWARD, begin, now(), 0, 0, 0, len(args))
-        except Exception:
-            hook.failed()
-        return result
+    def before() -> None:
+        recorder.segment(FORWARD, "no time", now(), 0, 0)  # type: ignore[arg-type]
 
-    return wrapper
+    return Around(before)
 
 
-def fails(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
-    """A handler whose recording always fails."""
+def fails_after(hook: Hook) -> Around:
+    """One whose recording fails when the original has returned."""
     recorder = hook.recorder
 
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if recorder.level[0] < hook.threshold:
-            return original(*args, **kwargs)
-        try:
-            recorder.segment(FORWARD, "no time", now(), 0, 0)  # type: ignore[arg-type]
-        except Exception:
-            hook.failed()
-        return original(*args, **kwargs)
+    def after(end: int) -> None:
+        recorder.segment(FORWARD, "no time", end, 0, 0)  # type: ignore[arg-type]
 
-    return wrapper
-
-
-def times_later(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
-    """A handler of a coroutine function."""
-    recorder = hook.recorder
-
-    async def wrapper(*args: Any, **kwargs: Any) -> Any:
-        begin = now()
-        result = await original(*args, **kwargs)
-        try:
-            if recorder.level[0] >= hook.threshold:
-                recorder.segment(FORWARD, begin, now(), 0, 0)
-        except Exception:
-            hook.failed()
-        return result
-
-    return wrapper
+    return Around(after=after)
 
 
 @pytest.fixture
@@ -347,7 +327,7 @@ def test_arguments_and_result_pass_as_they_are(name: str, pair: tuple[Recorder, 
     assert found[1:3] == [5, (6, 7)]
 
 
-@pytest.mark.parametrize("handler", [times, fails])
+@pytest.mark.parametrize("handler", [times, fails, fails_after])
 @pytest.mark.parametrize("level", [Level.OFF, Level.STEP])
 def test_an_exception_passes_with_the_frame_that_raised_it(
     name: str, pair: tuple[Recorder, RingReader], handler: Callable[..., Any], level: Level
@@ -368,7 +348,7 @@ def test_an_exception_passes_with_the_frame_that_raised_it(
 def test_a_coroutine_function(name: str, pair: tuple[Recorder, RingReader]):
     recorder, reader = pair
     module = importlib.import_module(name)
-    hooked(recorder, point(f"{name}:later", "first", handler=times_later))
+    hooked(recorder, point(f"{name}:later", "first", handler=times))
     thing = object()
 
     async def several() -> list[Any]:
@@ -383,12 +363,13 @@ def test_a_coroutine_function(name: str, pair: tuple[Recorder, RingReader]):
     assert inspect.iscoroutinefunction(module.later)
 
 
+@pytest.mark.parametrize("handler", [fails, fails_after])
 def test_an_error_in_recording_is_contained_counted_logged_once_and_ends_the_hook(
-    name: str, pair: tuple[Recorder, RingReader], caplog: pytest.LogCaptureFixture
+    name: str, pair: tuple[Recorder, RingReader], caplog: pytest.LogCaptureFixture, handler: Callable[..., Any]
 ):
     recorder, reader = pair
     module = importlib.import_module(name)
-    good, bad = hooked(recorder, point(f"{name}:Runner.run"), point(f"{name}:work", handler=fails))
+    good, bad = hooked(recorder, point(f"{name}:Runner.run"), point(f"{name}:work", handler=handler))
     read_all(reader)
     with caplog.at_level(logging.WARNING, "stagetrace"):
         for call in range(ERRORS_UNTIL_OUT - 1):
@@ -413,9 +394,9 @@ def test_an_error_in_recording_is_contained_counted_logged_once_and_ends_the_hoo
     assert len(segments(reader)) == 1
 
 
-def breaks(original: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
-    """A handler that cannot even make a wrapper."""
-    raise RuntimeError(f"no wrapper for {original.__name__}")
+def breaks(hook: Hook) -> Around:
+    """A handler that cannot even say what it does."""
+    raise RuntimeError(f"nothing around {hook.point.target}")
 
 
 def test_an_error_while_installing_leaves_the_function_alone(
@@ -427,7 +408,7 @@ def test_an_error_while_installing_leaves_the_function_alone(
     assert (bad.status, good.status) == ("error", "installed")
     assert module.work(1) == [1, 2, (), None]
     assert reader.errors == {0: 1}
-    assert "RuntimeError: no wrapper for work" in caplog.text
+    assert f"RuntimeError: nothing around {name}:work" in caplog.text
 
 
 @pytest.mark.parametrize(("at", "recorded"), [(0, False), (1, False), (2, True), (3, True)])

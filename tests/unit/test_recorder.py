@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import itertools
+import json
 import logging
 import os
 import resource
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -86,9 +88,21 @@ def texts(batch: Batch) -> list[tuple[int, int, str]]:
 
 def test_a_segment(pair: tuple[Recorder, RingReader]):
     recorder, reader = pair
-    recorder.segment(FORWARD, 10, 20, 2**63 - 1, 7, 1, -2, 3, 4, 5, 6, 7, -(2**63))
+    recorder.segment(FORWARD, 10, 20, 2**63 - 1, 7, 1, -2, -(2**63))
     (row,) = decoded(read_all(reader)).segments
-    assert row == (1, FORWARD >> 32, threading.get_ident(), 10, 20, 2**63 - 1, 7, 1, -2, 3, 4, 5, 6, 7, -(2**63))
+    assert row == (1, FORWARD >> 32, threading.get_ident(), 10, 20, 2**63 - 1, 7, 1, -2, -(2**63), 0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("count", range(9))
+def test_a_segment_that_is_packed_in_parts(pair: tuple[Recorder, RingReader], count: int):
+    recorder, reader = pair
+    attributes = (1, -2, 3, 4, 5, 6, 7, -(2**63))[:count]
+    for _ in range(2 * SLOTS):  # whatever was in the slot is gone
+        recorder.put(records.HEAD.pack(FORWARD, 9), 1, 1, records.TAILS[8].pack(-1, -1, *(-1,) * 8))
+    read_all(reader)
+    recorder.put(records.HEAD.pack(FORWARD, 9), 10, 20, records.TAILS[count].pack(2**63 - 1, 7, *attributes))
+    (row,) = decoded(read_all(reader)).segments
+    assert row[1:] == (FORWARD >> 32, 9, 10, 20, 2**63 - 1, 7, *attributes, *(0,) * (8 - count))
 
 
 def test_a_step(pair: tuple[Recorder, RingReader]):
@@ -243,6 +257,7 @@ def test_a_full_detail_ring_overwrites_the_oldest(pair: tuple[Recorder, RingRead
 def use(recorder: Recorder) -> None:
     """Every kind of write."""
     recorder.segment(FORWARD, 1, 2, 3, 4)
+    recorder.put(records.HEAD.pack(FORWARD, 9), 1, 2, records.TAILS[1].pack(3, 4, 5))
     recorder.step_begin(1, 2, 3, 4, COMPOSITION)
     recorder.step_end(5, 3, 4)
     recorder.state(DECODE, 1, 1)
@@ -731,3 +746,99 @@ def test_who_opens_a_ring_is_told_before_anything_is_recorded(tmp_path: Path):
     assert seen == [(Level.OFF, True)]
     assert recorder.level[0] == Level.STEP
     die(recorder)
+
+
+RAYLET = """
+import subprocess, sys, time
+workers = [subprocess.Popen([sys.executable, *sys.argv[2:], str(rank)]) for rank in range(int(sys.argv[1]))]
+print(*(worker.pid for worker in workers), flush=True)
+time.sleep(60)
+"""
+RAY_WORKER = """
+import ctypes, json, multiprocessing, os, pathlib, sys, time
+directory, method, rank = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+
+def record(begin):
+    from stagetrace.instrument.recorder import RECORDER
+    RECORDER.segment(1 | 1 << 16 | 51 << 32, begin, begin, rank, 1)
+
+def in_child():
+    record(99)  # goes nowhere: it has opened no ring
+
+if __name__ == "__main__":
+    assert "STAGETRACE_SESSION" not in os.environ
+    while not (directory / "environment").exists():
+        time.sleep(0.02)
+    for name, value in json.loads((directory / "environment").read_text()).items():
+        os.environ.setdefault(name, value)
+    ctypes.CDLL(None).prctl(15, b"ray::RayWorker", 0, 0, 0)  # PR_SET_NAME, as setproctitle does
+    multiprocessing.set_start_method(method)
+    from stagetrace.adapters.vllm.plugin import register
+    register()
+    from stagetrace.instrument.recorder import RECORDER
+    assert RECORDER.open("worker", {"rank": rank})
+    record(1)
+    child = multiprocessing.Process(target=in_child)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    record(2)
+    (directory / f"recorded-{rank}").touch()
+    while not (directory / "go on").exists():
+        time.sleep(0.02)
+    record(3)
+    (directory / f"went-on-{rank}").touch()
+    time.sleep(60)
+"""
+
+
+def wait_for_files(directory: Path, *names: str) -> None:
+    until = time.monotonic() + 60
+    while not all((directory / name).exists() for name in names):
+        assert time.monotonic() < until, f"{names} did not come"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_that_something_else_started(tmp_path: Path, method: str):
+    """The way of Ray: a daemon that is not armed starts fresh interpreters, which are then told the driver's variables.
+
+    They are nobody's children but the daemon's, change their names, and start processes in a way that they chose.
+    """
+    (tmp_path / "worker.py").write_text(RAY_WORKER, "utf-8")
+    unarmed = {name: value for name, value in os.environ.items() if not name.startswith("STAGETRACE_")}
+    command = [sys.executable, "-c", RAYLET, "2", str(tmp_path / "worker.py"), str(tmp_path), method]
+    raylet = subprocess.Popen(command, env=unarmed, stdout=subprocess.PIPE, text=True)
+    workers: list[int] = []
+    try:
+        assert raylet.stdout is not None
+        workers += map(int, raylet.stdout.readline().split())
+        with opened(tmp_path, role="engine_core") as (driver, reader):
+            (tmp_path / "partial").write_text(json.dumps(variables(tmp_path)), "utf-8")
+            (tmp_path / "partial").rename(tmp_path / "environment")
+            wait_for_files(tmp_path, "recorded-0", "recorded-1")
+            driver.segment(FORWARD, 7, 7, 9, 1)
+            readers = [reader_of(path) for path in ring_paths(tmp_path) if path != reader.path]
+            assert sorted(one.pid for one in readers) == sorted(workers), "a worker, and only it, has a ring"
+            assert {one.session for one in readers} == {reader.session}
+            raylet.kill()
+            raylet.wait()
+            (tmp_path / "go on").touch()
+            wait_for_files(tmp_path, "went-on-0", "went-on-1")
+            for one in readers:
+                assert one.alive(), "it outlives who started it"
+                os.kill(one.pid, signal.SIGKILL)
+            until = time.monotonic() + 60
+            while any(one.alive() for one in readers) and time.monotonic() < until:
+                time.sleep(0.02)
+            found = [read_all(one) for one in readers]
+            own = [[row[3] for row in decoded(batch).segments if row[1] == FORWARD >> 32] for batch in found]
+            assert own == [[1, 2, 3]] * 2  # beside pauses of the garbage collector
+            assert all(batch.ended for batch in found)
+            assert begins(read_all(reader)) == [7]
+    finally:
+        raylet.kill()
+        raylet.communicate()
+        for pid in workers:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)

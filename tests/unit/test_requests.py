@@ -74,20 +74,26 @@ class Life:
         self, open_status: str = "open", order: list[int] | None = None
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The request's row and its states' rows."""
-        requests, lives = self.lives(order)
-        everyone, nobody = np.ones(1, np.bool_), np.zeros(1, np.bool_)
-        tables = request_tables(
-            lives,
-            requests.remove(lives, everyone),
-            KEY,
-            open_status=np.array([STATUSES.index(open_status)]),
-            last_token=np.zeros(1, np.int64),
-            cut=nobody,
-            switched=lambda begin, _: np.zeros(len(begin), np.bool_),
-        )
-        assert not len(requests)
-        (row,), states = (table.to_pylist() for table in tables)
+        (row,), states = closed(*self.lives(order), open_status)
         return row, states
+
+
+def closed(
+    requests: OpenRequests, lives: Lives, open_status: str = "open"
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of all requests and of their states."""
+    tables = request_tables(
+        lives,
+        requests.remove(lives, np.ones(len(lives), np.bool_)),
+        KEY,
+        open_status=np.full(len(lives), STATUSES.index(open_status)),
+        last_token=np.zeros(len(lives), np.int64),
+        cut=np.zeros(len(lives), np.bool_),
+        switched=lambda begin, _: np.zeros(len(begin), np.bool_),
+    )
+    assert not len(requests)
+    rows, states = (table.to_pylist() for table in tables)
+    return rows, states
 
 
 def full() -> Life:
@@ -250,6 +256,29 @@ def test_the_states_partition_the_request(life):
     for before, after in itertools.pairwise(states):
         assert before["end_ns"] == after["begin_ns"]
     assert all(state["end_ns"] >= state["begin_ns"] for state in states)
+
+
+@given(st.lists(st.sampled_from(LIVES), max_size=8), st.randoms(use_true_random=False))
+@settings(max_examples=60)
+def test_requests_that_end_together_get_the_rows_that_each_gets_alone(lives, random):
+    """Their records are interleaved, as they are in a ring."""
+    records = [(handle, record) for handle, life in enumerate(lives, 1) for record in life().records]
+    random.shuffle(records)
+    together = OpenRequests()
+    for index, (handle, (what, kind, words)) in enumerate(records, 1):
+        named = (*words[:2], handle, *words[3:])
+        rows = Rows(np.array([index]), np.array([kind]), np.array([named]).T)
+        together.add(*((rows, NONE) if what == "enter" else (NONE, rows)))
+    found = together.lives()
+    assert found.handle.tolist() == [*dict.fromkeys(handle for handle, _ in records)]
+    if not lives:
+        return
+    all_rows, all_states = closed(together, found)
+    for handle, life in enumerate(lives, 1):
+        row, states = life().rows()
+        (mine,) = (one for one in all_rows if one["handle"] == handle)
+        assert mine == row | {"handle": handle, "trace_id": request_trace_id(KEY, handle).hex()}
+        assert [one for one in all_states if one["handle"] == handle] == [one | {"handle": handle} for one in states]
 
 
 STATES = [stage.name for stage in BY_ID.values() if stage.kind == "state" and "request" in stage.inside]

@@ -252,6 +252,17 @@ def test_a_log_that_cannot_be_written_is_named(commands: Commands):
     assert f"cannot write {log}" in err
 
 
+def test_a_collector_that_cannot_be_started_is_named_and_the_command_runs(commands: Commands):
+    # Its log cannot be opened: as when the disk fills up between making the session and starting the collector.
+    path = commands.directory / "session"
+    (path / "collector.log").mkdir(parents=True)
+    status, out, err = ended(run(commands, "--no-report", "--", "sh", "-c", "sleep 0.1; echo ran"))
+    assert status == 0
+    assert out.startswith("ran\n")
+    assert "the collector cannot be started" in err and "no collector could be started" in err
+    assert "Traceback" not in err
+
+
 # What is said
 
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import pty
 import re
-import select
 import shutil
 import signal
 import struct
-import sys
 import termios
 import time
 from contextlib import contextmanager
@@ -25,6 +22,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 from unit.commands import PATIENCE_S, STAGETRACE, Commands, commands_in, wait_for
 from unit.sessions import INSTANCE, PROCESS, THREAD, SessionBuilder
+from unit.terminal import Terminal
 
 from stagetrace.analysis.breakdown import COLUMNS
 from stagetrace.analysis.load import load
@@ -607,45 +605,6 @@ def test_what_the_command_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "not a length of time" in refused(session.path, "--once", "--interval=0")
     (session.path / "tables" / "steps" / "part-00000002.parquet").write_bytes(b"damaged")
     assert "tables/steps" in refused(session.path, "--once")
-
-
-class Terminal:
-    """The command in a terminal of 80 by 24."""
-
-    def __init__(self, commands: Commands, *arguments: str | Path):
-        self.ours, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        self.settings = termios.tcgetattr(theirs)
-        commands.environment = {**commands.environment, "TERM": "xterm"}
-        commands.environment.pop("COLUMNS", None)
-        streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "start_new_session": True}
-        self.process = commands.start(
-            sys.executable, "-c", TAKES_THE_TERMINAL, STAGETRACE, "top", *arguments, **streams
-        )
-        self.theirs = theirs
-        self.output = ""
-
-    def shows(self, text: str) -> bool:
-        """Reads on; whether the text has come."""
-        while select.select([self.ours], [], [], 0)[0]:
-            self.output += os.read(self.ours, 65536).decode("utf-8", "replace")
-        return text in self.output
-
-    def ended(self) -> int:
-        """Its exit status; the terminal is as it was before."""
-        wait_for(lambda: self.shows("\0") or self.process.poll() is not None)
-        self.shows("")
-        assert termios.tcgetattr(self.theirs) == self.settings
-        assert self.output.count("\x1b[?1049h") == self.output.count("\x1b[?1049l") == 1
-        assert self.output.rindex("\x1b[?1049l") > self.output.rindex("stagetrace top")
-        return int(self.process.returncode)
-
-
-TAKES_THE_TERMINAL = """
-import fcntl, os, sys, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-os.execv(sys.argv[1], sys.argv[1:])
-"""
 
 
 @pytest.mark.parametrize(("ending", "status"), [(b"q", 0), (b"\x03", 0), (signal.SIGTERM, 128 + signal.SIGTERM)])

@@ -1,0 +1,136 @@
+"""What reached the session and the backend, and what did not, as OTLP metrics: cumulative counts by reason.
+
+They come from the manifest and the state of the export alone, so a value is as old as the last commit. A backend that
+takes no metrics is left alone for a while after each attempt; counts are cumulative, so nothing is lost by that.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from opentelemetry.sdk.metrics.export import (
+    AggregationTemporality,
+    Gauge,
+    Metric,
+    MetricExporter,
+    MetricExportResult,
+    MetricsData,
+    NumberDataPoint,
+    ResourceMetrics,
+    ScopeMetrics,
+    Sum,
+)
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+
+from .session import FATES
+from .spans import SCOPE, resource_attributes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from .otel_settings import Destination
+    from .session import Export, Manifest
+
+log = logging.getLogger(__name__)
+
+EVERY_S = 10.0
+PAUSE_S = 300.0  # after a refusal
+_Points = list[tuple[int, dict[str, str]]]  # value, attributes
+
+
+def metrics_of(manifest: Manifest, export: Export, now_ns: int) -> MetricsData:
+    """The counts of a session at `now_ns` (wall clock), from its start on. Pure."""
+    slots: _Points = []
+    for fate in FATES:
+        for ring in ("control", "detail"):
+            count = sum(getattr(loss, fate) for loss in manifest.losses if loss.ring == ring)
+            slots.append((count, {"stagetrace.fate": fate, "stagetrace.ring": ring}))
+    errors: dict[str, int] = {}
+    for process in manifest.processes:
+        for hook, count in process.errors.items():
+            errors[hook] = errors.get(hook, 0) + count
+    sums: dict[str, tuple[str, str, _Points]] = {
+        "stagetrace.slots": ("{slot}", "slots of the rings, by what became of them", slots),
+        "stagetrace.spans": (
+            "{span}",
+            "spans, by whether this backend confirmed them",
+            [(export.sent, {"stagetrace.fate": "sent"}), (export.refused, {"stagetrace.fate": "refused"})],
+        ),
+        "stagetrace.hook.errors": (
+            "{error}",
+            "contained errors of stagetrace's own, by hook",
+            [(count, {"stagetrace.hook": hook}) for hook, count in sorted(errors.items())],
+        ),
+        "stagetrace.records.damaged": (
+            "{record}",
+            "what was read and is no whole record, or could not be assembled, by reason",
+            [
+                (manifest.counts.get(name, 0), {"stagetrace.reason": name})
+                for name in ("corrupt", "incomplete", "accounting_conflict", "assembly_errors")
+            ],
+        ),
+    }
+    metrics = [
+        Metric(
+            name, what, unit, Sum(_points(points, manifest.started_ns, now_ns), AggregationTemporality.CUMULATIVE, True)
+        )
+        for name, (unit, what, points) in sums.items()
+        if points
+    ]
+    waiting = _points([(max(manifest.derived - export.commit, 0), {})], manifest.started_ns, now_ns)
+    metrics.append(
+        Metric("stagetrace.export.waiting", "commits whose spans wait for this backend", "{commit}", Gauge(waiting))
+    )
+    resource = Resource.create({**resource_attributes(manifest), **OTELResourceDetector().detect().attributes})
+    return MetricsData([ResourceMetrics(resource, [ScopeMetrics(SCOPE, metrics, "")], "")])
+
+
+def _points(points: Iterable[tuple[int, Mapping[str, str]]], start_ns: int, now_ns: int) -> list[NumberDataPoint]:
+    return [NumberDataPoint(dict(attributes), start_ns, now_ns, value) for value, attributes in points]
+
+
+class MetricsSink:
+    """Sends the counts now and then. Used by one thread; never raises once it is made."""
+
+    def __init__(self, destination: Destination, timeout_s: float):
+        """Raises what the OpenTelemetry SDK raises for variables that it cannot use."""
+        self._exporter = _exporter(destination, destination.timeout_s(timeout_s))
+        self._target = destination.target
+        self._next_s = 0.0
+        self._refused = False
+
+    def send(self, manifest: Manifest, export: Export, last: bool = False) -> None:
+        """Sends the counts if it is time, or the `last` time, unless the backend refused them a while ago."""
+        now_s = time.monotonic()
+        if not manifest.started_ns or (now_s < self._next_s and not (last and not self._refused)):
+            return
+        self._next_s = now_s + EVERY_S
+        try:
+            arrived = self._exporter.export(metrics_of(manifest, export, time.time_ns())) is MetricExportResult.SUCCESS
+        except Exception:
+            log.exception("the OTLP exporter of metrics failed")
+            arrived = False
+        if not arrived:
+            self._next_s = now_s + PAUSE_S
+            if not self._refused:
+                log.warning(
+                    "metrics do not reach %s; OTEL_METRICS_EXPORTER=none turns them off where a backend takes none",
+                    self._target,
+                )
+        self._refused = not arrived
+
+    def shutdown(self) -> None:
+        """Closes the connection."""
+        self._exporter.shutdown()
+
+
+def _exporter(destination: Destination, timeout: float) -> MetricExporter:
+    if destination.protocol == "grpc":
+        from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcExporter
+
+        return GrpcExporter(endpoint=destination.endpoint, timeout=timeout)
+    from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpExporter
+
+    return HttpExporter(endpoint=destination.endpoint, timeout=timeout)

@@ -1,0 +1,190 @@
+"""What a hook does around an engine's function, and the wrapper that does it: compiled with the function's parameters.
+
+A wrapper that takes `*args, **kwargs` makes a tuple and a dictionary at every call and unpacks them again, which costs
+more than all else that a hook does while its level is off. So the wrapper is written out as source, with exactly the
+parameters of the function that it stands for; `source` shows what comes of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import linecache
+from dataclasses import dataclass
+from keyword import iskeyword
+from typing import TYPE_CHECKING, Any
+
+from .recorder import now
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import FunctionType
+
+    from .hooks import Hook
+
+# Decorators that hand on what they are given and take nothing else: what they decorate says what can be given.
+TRANSPARENT = {("torch.utils._contextlib", "context_decorator.<locals>.decorate_context")}
+
+# What a handler's functions get under these names; every other name is that of a parameter of the engine's function.
+OURS = {"begin": "_begin", "end": "_end", "result": "_result", "noted": "_noted"}
+_USED = {*OURS.values(), "_original", "_before", "_after", "_off", "_hook", "_recorder", "_now", "Exception"}
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a hook does beside calling the engine's function. An error in any of it is contained.
+
+    `before` and `after` get what they name as parameters: parameters of the engine's function, by its names for them;
+    `begin` and `end`, in ns of the monotonic clock, read before `before` and right after the engine's function;
+    `result`, what that returned; `noted`, what `before` returned (None when it failed). Without an exception of the
+    engine's, `after` is called even when `before` failed. While the level is below the hook's, neither is, but `off`
+    is, before the engine's function: to forget what must not outlive a time without records.
+    """
+
+    before: Callable[..., Any] | None = None
+    after: Callable[..., Any] | None = None
+    off: Callable[[], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters of a function, by kind and in order."""
+
+    positional: tuple[str, ...]  # without a default or with one; `positional_only` of them cannot be named
+    positional_only: int = 0
+    rest: str | None = None  # *rest
+    keyword: tuple[str, ...] = ()  # those that must be named
+    keywords: str | None = None  # **keywords
+    defaults: int = 0  # of the positional ones, the last so many
+    keyword_defaults: frozenset[str] = frozenset()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them."""
+        return (*self.positional, *filter(None, (self.rest,)), *self.keyword, *filter(None, (self.keywords,)))
+
+    @property
+    def writable(self) -> bool:
+        """Whether they can be written into a wrapper's source."""
+        return not _USED & set(self.names) and all(name.isidentifier() and not iskeyword(name) for name in self.names)
+
+    def declared(self) -> str:
+        """As a function's definition has them; in place of a default stands `...`."""
+        first = len(self.positional) - self.defaults
+        words = [name if number < first else f"{name}=..." for number, name in enumerate(self.positional)]
+        if self.positional_only:
+            words.insert(self.positional_only, "/")
+        if self.rest or self.keyword:
+            words.append(f"*{self.rest or ''}")
+        words += [f"{name}=..." if name in self.keyword_defaults else name for name in self.keyword]
+        return ", ".join([*words, *([f"**{self.keywords}"] if self.keywords else [])])
+
+    def passed(self) -> str:
+        """As a call hands them on."""
+        words = [*self.positional, *([f"*{self.rest}"] if self.rest else [])]
+        words += [f"{name}={name}" for name in self.keyword]
+        return ", ".join([*words, *([f"**{self.keywords}"] if self.keywords else [])])
+
+
+def parameters_of(function: FunctionType) -> Parameters:
+    """The parameters that a function really takes; not those of a function that it decorates."""
+    code = function.__code__
+    count, named = code.co_argcount, code.co_argcount + code.co_kwonlyargcount
+    others = list(code.co_varnames[named:])
+    return Parameters(
+        positional=code.co_varnames[:count],
+        positional_only=code.co_posonlyargcount,
+        rest=others.pop(0) if code.co_flags & inspect.CO_VARARGS else None,
+        keyword=code.co_varnames[count:named],
+        keywords=others.pop(0) if code.co_flags & inspect.CO_VARKEYWORDS else None,
+        defaults=len(function.__defaults__ or ()),
+        keyword_defaults=frozenset(function.__kwdefaults__ or ()),
+    )
+
+
+def _undecorated(function: FunctionType) -> FunctionType:
+    """What is under the decorators that hand everything on."""
+    while (function.__globals__.get("__name__"), function.__code__.co_qualname) in TRANSPARENT:
+        inner = getattr(function, "__wrapped__", None)
+        if not inspect.isfunction(inner):
+            break
+        function = inner
+    return function
+
+
+def source(parameters: Parameters, around: Around, asynchronous: bool = False) -> str:
+    """The wrapper's source. Raises ValueError when a name is used twice or not there. Pure."""
+    before, after = (_arguments(each, parameters) for each in (around.before, around.after))
+    asked = {*(before or ()), *(after or ())}
+    call = f"{'await ' if asynchronous else ''}_original({parameters.passed()})"
+    lines = [f"{'async ' if asynchronous else ''}def hooked({parameters.declared()}):"]
+    lines.append("    if _recorder.level[0] < _hook.threshold:")
+    if around.off is not None:
+        lines += _contained("_off()", "        ")
+    lines.append(f"        return {call}")
+    if "_noted" in asked:
+        lines.append("    _noted = None")
+    if "_begin" in asked:
+        lines.append("    _begin = _now()")
+    if before is not None:
+        lines += _contained(f"{'_noted = ' if '_noted' in asked else ''}_before({', '.join(before)})", "    ")
+    if after is None:
+        lines.append(f"    return {call}")
+    else:
+        lines.append(f"    _result = {call}")
+        if "_end" in asked:
+            lines.append("    _end = _now()")
+        lines += [*_contained(f"_after({', '.join(after)})", "    "), "    return _result"]
+    return "\n".join([*lines, ""])
+
+
+def _contained(call: str, indent: str) -> list[str]:
+    return [f"{indent}{line}" for line in ("try:", f"    {call}", "except Exception:", "    _hook.failed()")]
+
+
+def _arguments(function: Callable[..., Any] | None, parameters: Parameters) -> list[str] | None:
+    """What a handler's function is called with; None when there is no function."""
+    if function is None:
+        return None
+    wanted = inspect.signature(function).parameters
+    for name in wanted:
+        if name not in OURS and name not in parameters.names:
+            raise ValueError(f"the hook asks for {name}, which is none of ({', '.join(parameters.names)})")
+    return [OURS.get(name, name) for name in wanted]
+
+
+def wrap(original: FunctionType, around: Around, hook: Hook) -> Callable[..., Any]:
+    """A function that does what is around the original. It can stand wherever the original did.
+
+    Where the parameters cannot be written out (a decorator hides those that the hook relies on, a name is one of those
+    used here) it takes the leading ones that the hook point names, and whatever else comes. Raises ValueError when the
+    hook asks for another.
+    """
+    inner = _undecorated(original)
+    parameters = parameters_of(inner)
+    exact = parameters.writable and set(hook.point.parameters) <= set(parameters.names)
+    if not exact:
+        parameters = Parameters(hook.point.parameters, rest="args", keywords="kwargs")
+    text = source(parameters, around, inspect.iscoroutinefunction(original))
+    scope: dict[str, Any] = {
+        "_original": original,
+        "_before": around.before,
+        "_after": around.after,
+        "_off": around.off,
+        "_hook": hook,
+        "_recorder": hook.recorder,
+        "_now": now,
+    }
+    wrapper = _compiled(text, f"<stagetrace hook on {hook.point.target}>", scope)
+    if exact:
+        wrapper.__defaults__, wrapper.__kwdefaults__ = inner.__defaults__, inner.__kwdefaults__
+    return functools.wraps(original)(wrapper)
+
+
+def _compiled(text: str, name: str, scope: Mapping[str, Any]) -> FunctionType:
+    """The function in a source text, whose lines a traceback can show."""
+    linecache.cache[name] = (len(text), None, text.splitlines(True), name)
+    found = dict(scope)
+    exec(compile(text, name, "exec"), found)
+    wrapper: FunctionType = found["hooked"]
+    return wrapper

@@ -1,0 +1,24 @@
+"""Run by the engine's Python: wraps every function that is hooked, as it is in the vLLM that is installed.
+
+Prints one JSON object: target -> the wrapper's parameters and those of vLLM's own function, as it is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+from stagetrace.adapters.vllm.hooks import HOOK_POINTS
+from stagetrace.instrument.around import _undecorated, parameters_of, wrap
+from stagetrace.instrument.hooks import FITS, Hook, _find, check
+from stagetrace.instrument.recorder import Recorder
+
+found = {}
+for index, point in enumerate(HOOK_POINTS):
+    module = importlib.import_module(point.module)
+    assert check(module, point) == (FITS, ""), point.target
+    original = _find(module, point)[-1]
+    hook = Hook(point, index, Recorder())
+    wrapper = wrap(original, point.handler(hook), hook)
+    found[point.target] = [parameters_of(wrapper).declared(), parameters_of(_undecorated(original)).declared()]
+print(json.dumps(found))
