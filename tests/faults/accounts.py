@@ -36,11 +36,11 @@ def books(session: Session) -> dict[tuple[str, str], Book]:
     found: dict[tuple[int, str], list[npt.NDArray[np.int64]]] = defaultdict(list)
     cursors: dict[str, list[int]] = {}
     for part in session.raw_parts():
-        table, cursors_then = session.read_raw(part)
-        cursors |= cursors_then
-        for batch in batches_of(table):
-            for ring, slots in zip(RINGS, (batch.control, batch.detail), strict=True):
-                found[batch.process, ring].append(slots["first"].astype(np.int64))
+        for commit, table in session.read_raw(part):
+            cursors |= {name: mark.cursors for name, mark in commit.rings.items()}
+            for batch in batches_of(commit, table):
+                for ring, slots in zip(RINGS, (batch.control, batch.detail), strict=True):
+                    found[batch.process, ring].append(slots["first"].astype(np.int64))
     manifest = session.read_manifest()
     losses = {(one.process, one.ring): one for one in manifest.losses}
     made = {}

@@ -72,10 +72,12 @@ def test_with_little_room_rings_are_small_and_the_next_process_has_none(commands
         assert ring.stat().st_size == SMALLEST
         collector.send_signal(signal.SIGCONT)
         wait_for(lambda: not commands.ring_files())
+        assert works(commands, "worker")[0] == "True"  # there is room again
+        wait_for(lambda: not commands.ring_files())
         collector.terminate()
         assert collector.wait(PATIENCE_S) == 0
     manifest = Session.open(path).read_manifest()
-    assert [process.role for process in manifest.processes] == ["engine_core"]
+    assert [process.role for process in manifest.processes] == ["engine_core", "worker"]
     for losses in manifest.losses:
         if losses.ring == "detail":
             assert losses.read + losses.overwritten == 20_000

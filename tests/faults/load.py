@@ -1,0 +1,79 @@
+"""A load that goes on in a thread until it is told to stop, and what its client saw of each request."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from openai import AsyncOpenAI
+from quickstart.load import Request, Result, plan, send
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from engines.server import Server
+
+WIDTH = 4
+TIMEOUT_S = 120.0
+# The same on every server: greedy, so that a hook that changes a result shows.
+QUESTIONS = tuple(Request(request.messages, 24) for request in plan(6, seed=9))
+
+
+@dataclass
+class Load:
+    """Streaming chat requests, some at once; no retries, so that a failure is seen."""
+
+    server: Server
+    results: list[Result] = field(default_factory=list)
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def ended_since(self, moment_s: float) -> list[Result]:
+        """What ended after a moment of time.monotonic()."""
+        return [result for result in self.results if result.started_s + result.duration_s > moment_s]
+
+    def wait_for(self, count: int, patience_s: float = 60.0) -> None:
+        """Waits until so many more requests have ended. Raises TimeoutError when they do not in time."""
+        wanted, deadline = len(self.results) + count, time.monotonic() + patience_s
+        while len(self.results) < wanted:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{len(self.results)} of {wanted} requests have ended")
+            time.sleep(0.05)
+
+    async def _run(self) -> None:
+        requests = iter(plan(5_000, seed=2))
+        async with AsyncOpenAI(
+            base_url=self.server.base_url, api_key="none", max_retries=0, timeout=TIMEOUT_S
+        ) as client:
+
+            async def one_after_the_other() -> None:
+                while not self._stop.is_set():
+                    result = await send(client, self.server.model, next(requests))
+                    self.results.append(result)
+                    if result.error is not None:
+                        await asyncio.sleep(0.2)
+
+            await asyncio.gather(*(one_after_the_other() for _ in range(WIDTH)))
+
+
+@contextmanager
+def load_on(server: Server) -> Iterator[Load]:
+    """A load on the server while the body runs; at its end the requests that are under way are waited for."""
+    load = Load(server)
+    thread = threading.Thread(target=lambda: asyncio.run(load._run()))
+    thread.start()
+    try:
+        yield load
+    finally:
+        load._stop.set()
+        thread.join(TIMEOUT_S)
+        assert not thread.is_alive(), "the load did not end"
+
+
+def texts(results: list[Result]) -> list[str]:
+    """The answers, all of them whole."""
+    assert [result.error for result in results] == [None] * len(results)
+    return [result.text for result in results]
