@@ -28,7 +28,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.export import SpanExportResult
 from synthetic import Engine
 
-from stagetrace.exporters.assemble import Assembler
+from stagetrace.exporters.assembly.assemble import Assembler
 from stagetrace.exporters.collector import COMMIT_SLOTS, batch_marks, raw_table
 from stagetrace.exporters.discover import process_key
 from stagetrace.exporters.drain import RingReader

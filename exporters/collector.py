@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from stagetrace.instrument.identity import FILE
 
-from .assemble import Assembler
+from .assembly.assemble import Assembler
 from .control import read_switches
 from .discover import Discovery
 from .drain import CONTROL, DETAIL, SLOT, Batch, RingReader
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.05
+POLL_S = 0.1
 COMMIT_S = 2.0
 COMMIT_SLOTS = 50_000
 HOLD_SLOTS = 512 * 1024  # of detail, 64 MiB: what is held while the disk takes nothing

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .assemble import Assembler
+from .assembly.assemble import Assembler
 from .collector import batches_of, hold
 from .control import read_switches
 from .parts import END

@@ -15,8 +15,8 @@ import pytest
 from unit.decoded import decoded, decoded_batch
 from unit.rings import FORWARD, output_of, python, read_all, reader_of, ring_paths
 
-from stagetrace.exporters.assemble import Assembler
-from stagetrace.exporters.long_records import Parts
+from stagetrace.exporters.assembly.assemble import Assembler
+from stagetrace.exporters.assembly.long_records import Parts
 from stagetrace.instrument.identity import read_identity
 from stagetrace.instrument.records import RecordType
 from stagetrace.instrument.stages import BY_NAME

@@ -10,7 +10,7 @@ from fuzz.script import Script
 from fuzz.stored import show_doctor, show_report
 from fuzz.work import DIRECTORY, replace_value
 
-from stagetrace.exporters.assemble import Assembler
+from stagetrace.exporters.assembly.assemble import Assembler
 from stagetrace.exporters.control import Switch
 from stagetrace.exporters.drain import SLOT, Batch, Slots
 from stagetrace.exporters.session import TABLES, Manifest, Process, Session

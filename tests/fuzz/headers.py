@@ -6,7 +6,7 @@ import re
 
 from fuzz.script import Script
 
-from stagetrace.exporters.trace_context import parse_trace_context
+from stagetrace.exporters.assembly.trace_context import parse_trace_context
 
 _HEX = {name: re.compile(f"(?!0+$)[0-9a-f]{{{size}}}") for name, size in (("trace_id", 32), ("parent_span_id", 16))}
 

@@ -10,7 +10,7 @@ from fuzz import material
 from fuzz.script import Script
 from fuzz.work import DIRECTORY, put
 
-from stagetrace.exporters.assemble import Assembler
+from stagetrace.exporters.assembly.assemble import Assembler
 from stagetrace.exporters.drain import SLOT, Batch, NotARing, RingReader
 from stagetrace.instrument import records
 from stagetrace.instrument.stages import Level

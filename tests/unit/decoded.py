@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stagetrace.exporters.decode import Rows, decode
+from stagetrace.exporters.assembly.decode import Rows, decode
+from stagetrace.exporters.assembly.long_records import Parts
 from stagetrace.exporters.drain import SLOT, Batch, Slots
-from stagetrace.exporters.long_records import Parts
 from stagetrace.instrument.records import RecordType
 
 NONE = np.empty(0, SLOT)

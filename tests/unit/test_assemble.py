@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from unit.rings import MARGIN, SLOTS, die, forge, opened, read_all
 
-from stagetrace.exporters.assemble import RANKS_PATIENCE_NS, REQUEST_PATIENCE_NS, STEP_PATIENCE_NS, Assembler
+from stagetrace.exporters.assembly.assemble import RANKS_PATIENCE_NS, REQUEST_PATIENCE_NS, STEP_PATIENCE_NS, Assembler
 from stagetrace.exporters.session import TABLES
 from stagetrace.instrument.records import Change, Event, RecordType, header_word
 from stagetrace.instrument.stages import BY_NAME, STEP_COMPOSITION, Finish

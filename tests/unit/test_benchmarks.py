@@ -25,7 +25,7 @@ import soak
 from stream import Seen
 from windows import STOPPED, WITH, WITHOUT, Window, client_figures, cpu_figures, cpu_seconds, difference, differences
 
-from stagetrace.exporters.assemble import Assembler
+from stagetrace.exporters.assembly.assemble import Assembler
 from stagetrace.instrument.records import RecordType, header_word
 
 BENCHMARKS = Path(measure.__file__).parent

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from unit.test_assemble import PAPERS, Paper, Rigs, ranks_of
 
-from stagetrace.exporters import assemble as assembly
-from stagetrace.exporters import instances, long_records, membership, requests, segments
-from stagetrace.exporters.assemble import Assembler
+from stagetrace.exporters.assembly import assemble as assembly
+from stagetrace.exporters.assembly import instances, long_records, membership, requests, segments
+from stagetrace.exporters.assembly.assemble import Assembler
 from stagetrace.exporters.collector import batches_of, raw_table
 from stagetrace.exporters.drain import SLOT, Batch, Slots
 from stagetrace.exporters.session import TABLES

@@ -529,7 +529,7 @@ def test_an_error_of_the_assembly_costs_its_tables_and_nothing_else(
         raise RuntimeError("a fault of ours")
 
     with monkeypatch.context() as broken:
-        broken.setattr("stagetrace.exporters.assemble.Assembler.take", fails)
+        broken.setattr("stagetrace.exporters.assembly.assemble.Assembler.take", fails)
         assert Collector(session).finish()
     assert session.read_manifest().counts["assembly_errors"] == 1
     assert raw_numbers(session) == written_numbers(ring)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from unit.decoded import decoded
 from unit.rings import DECODE, FORWARD, opened, read_all
 
+from stagetrace.exporters.assembly.long_records import Parts
 from stagetrace.exporters.drain import SLOT, Slots
-from stagetrace.exporters.long_records import Parts
 from stagetrace.instrument.records import PART_WORDS, SLOT_WORDS, Change, Event, RecordType, Text, header_word
 from stagetrace.instrument.stages import BY_ID, STAGES, STEP_COMPOSITION, Kind
 

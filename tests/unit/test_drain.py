@@ -26,7 +26,7 @@ from unit.rings import (
     variables,
 )
 
-from stagetrace.exporters.assemble import Assembler
+from stagetrace.exporters.assembly.assemble import Assembler
 from stagetrace.exporters.drain import SLOT, Batch, NotARing, RingReader, Slots
 from stagetrace.instrument import records
 from stagetrace.instrument.recorder import Recorder

@@ -17,7 +17,7 @@ import pytest
 from unit.decoded import decoded_batch
 from unit.rings import die, environment, opened, read_all, reader_of, sized, variables
 
-from stagetrace.exporters.assemble import Assembler
+from stagetrace.exporters.assembly.assemble import Assembler
 from stagetrace.instrument.around import Around
 from stagetrace.instrument.hooks import ERRORS_UNTIL_OUT, Hook, HookPoint, Hooks
 from stagetrace.instrument.recorder import Recorder, now

@@ -9,7 +9,7 @@ import pytest
 from unit.decoded import decoded_batch
 from unit.rings import FORWARD, environment, opened, read_all, variables
 
-from stagetrace.exporters.assemble import SWITCH_PATIENCE_NS, Assembler
+from stagetrace.exporters.assembly.assemble import SWITCH_PATIENCE_NS, Assembler
 from stagetrace.exporters.control import Switch, read_switches, set_level
 from stagetrace.exporters.session import Session
 from stagetrace.instrument import gc_pauses

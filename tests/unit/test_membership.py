@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stagetrace.exporters.membership import Batch, Found
-from stagetrace.exporters.steps import Step
+from stagetrace.exporters.assembly.membership import Batch, Found
+from stagetrace.exporters.assembly.steps import Step
 from stagetrace.instrument.records import Change
 from stagetrace.instrument.stages import STEP_COMPOSITION
 

@@ -42,7 +42,7 @@ from unit.rings import (
     variables,
 )
 
-from stagetrace.exporters.long_records import Parts
+from stagetrace.exporters.assembly.long_records import Parts
 from stagetrace.instrument import records
 from stagetrace.instrument import ring as ring_module
 from stagetrace.instrument.identity import claim_identity, read_identity

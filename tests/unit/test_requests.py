@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stagetrace.exporters.decode import Records, Rows
-from stagetrace.exporters.request_rows import STATUSES, request_tables
-from stagetrace.exporters.requests import Lives, OpenRequests
+from stagetrace.exporters.assembly.decode import Records, Rows
+from stagetrace.exporters.assembly.request_rows import STATUSES, request_tables
+from stagetrace.exporters.assembly.requests import Lives, OpenRequests
+from stagetrace.exporters.assembly.trace_context import parse_trace_context
 from stagetrace.exporters.session import REQUESTS_SCHEMA, STATES_SCHEMA
-from stagetrace.exporters.trace_context import parse_trace_context
 from stagetrace.instrument.ids import request_trace_id
 from stagetrace.instrument.records import Event, Text
 from stagetrace.instrument.stages import BY_ID, BY_NAME, Finish

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagetrace.exporters import timelines
-from stagetrace.exporters.timelines import overlap
+from stagetrace.exporters.assembly import timelines
+from stagetrace.exporters.assembly.timelines import overlap
 
 
 @dataclass

@@ -15,7 +15,7 @@ from stagetrace.instrument.stages import BY_ID, STEP_COMPOSITION, Kind
 from .long_records import Column, LongSlots, Parts
 
 if TYPE_CHECKING:
-    from .drain import Slots
+    from ..drain import Slots
 
 Words = npt.NDArray[np.int64]  # (words, records): a row is one word of all records
 Flags = npt.NDArray[np.bool_]

@@ -12,9 +12,9 @@ from stagetrace.instrument.ids import request_trace_id
 from stagetrace.instrument.records import Event, Text
 from stagetrace.instrument.stages import BY_ID, BY_NAME, MAX_ATTRIBUTES, Finish, Kind
 
+from ..session import REQUESTS_SCHEMA, STATES_SCHEMA
 from .columns import choices, column, table_of
 from .requests import ATTRIBUTES, FIELDS, FIRST_ATTRIBUTE, HANDLE, NS, STEP, WHAT
-from .session import REQUESTS_SCHEMA, STATES_SCHEMA
 from .trace_context import parse_trace_context
 
 if TYPE_CHECKING:

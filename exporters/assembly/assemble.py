@@ -18,8 +18,9 @@ import pyarrow as pa
 from stagetrace.instrument.records import Text
 from stagetrace.instrument.stages import Level
 
+from ..drain import SLOT, Batch
+from ..session import TABLES
 from .decode import Records, decode
-from .drain import SLOT, Batch
 from .instances import Instance
 from .long_records import Parts
 from .membership import Batch as EngineBatch
@@ -28,15 +29,14 @@ from .processes import Processes, parse, small_integer
 from .request_rows import LOST, OPEN, STATUSES, request_tables
 from .requests import Lives, OpenRequests, Request
 from .segments import Held, Settled, Timelines
-from .session import TABLES
 from .steps import COMPLETE, INCOMPLETE, PARTIAL, RANKS_MISSING, Step, steps_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from .control import Switch
+    from ..control import Switch
+    from ..drain import Slots
     from .decode import Snapshot
-    from .drain import Slots
 
 Column = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]

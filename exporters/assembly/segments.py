@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from stagetrace.instrument.stages import BY_ID, BY_NAME, MAX_ATTRIBUTES, Kind
 
+from ..session import SEGMENTS_SCHEMA
 from .columns import choices, column, table_of
-from .session import SEGMENTS_SCHEMA
 from .steps import PHASES
 from .timelines import inherited, nest
 

@@ -16,8 +16,8 @@ import pyarrow as pa
 from stagetrace.instrument.records import Change
 from stagetrace.instrument.stages import BY_NAME, MAX_ATTRIBUTES
 
+from ..session import INTERVALS_SCHEMA, MEMBERS_SCHEMA, STATES_SCHEMA
 from .columns import choices, column, integers, table_of
-from .session import INTERVALS_SCHEMA, MEMBERS_SCHEMA, STATES_SCHEMA
 from .steps import PHASES
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from stagetrace.instrument.stages import STEP_COMPOSITION, Phase, phase
 
+from ..session import STEPS_SCHEMA
 from .columns import choices, column, integers, table_of
-from .session import STEPS_SCHEMA
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
