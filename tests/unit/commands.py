@@ -83,10 +83,14 @@ class Commands:
             wait_for(lambda: not self.alive(), 10.0)
         except TimeoutError:
             pass
-        left = self.alive()
-        for one in left:
-            one.kill()
-        return [" ".join(one.cmdline()) for one in left if one.is_running()]
+        left = []
+        for one in self.alive():
+            try:
+                left.append(" ".join(one.cmdline()))
+                one.kill()
+            except psutil.Error:
+                continue  # it ended meanwhile
+        return left
 
 
 @contextmanager
