@@ -341,7 +341,6 @@ def test_a_collector_that_stands_still_for_a_minute(model: Path, tmp_path: Path)
 @pytest.mark.matrix
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
 def test_a_server_without_room_for_rings_serves_and_says_so(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "rings").mkdir()
     with mounted(tmp_path / "rings", "64k"), running(model, tmp_path) as run:
         results = ask(run.server, *QUESTIONS)
         run.server.process.send_signal(signal.SIGTERM)
