@@ -29,16 +29,19 @@ from .breakdown import (
     step_breakdown,
 )
 from .load import load
-from .show import MISSING, Grid, Part, duration_text, number_text, plain, print_parts, share_text
+from .show import MISSING, Grid, Part, duration_text, number_text, plain, print_parts, rate_text, share_text
+from .speed_of_light import Done, SpeedOfLight, speed_of_light
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
     from rich.console import Console
 
     from stagetrace.exporters.session import Manifest, Session
 
 JSON_VERSION = 1
+LONGEST_NOTE = 2000
 
 _NO_PROCESS = (
     "No process has opened a ring, so nothing was recorded. Either the server has not come up yet, or the command"
@@ -85,12 +88,17 @@ class Summary:
     requests: Requests
     steps: Steps
     stages: Stages
+    light: SpeedOfLight
     health: Health
     message: str | None  # what to do when there is nothing, or not all, to show
 
 
-def summarise(session: Session, last_s: float | None = None) -> Summary:
-    """The summary of a session, or of its last `last_s` seconds. Raises SessionError when it cannot be read."""
+def summarise(session: Session, last_s: float | None = None, model_config: Path | None = None) -> Summary:
+    """The summary of a session, or of its last `last_s` seconds. Raises SessionError when it cannot be read.
+
+    `model_config`: the model's config.json or its directory, else where the session says it is. Raises ConfigError when
+    one that was named cannot be read.
+    """
     frames = load(session, last_s, COLUMNS)
     manifest = frames.manifest
     requests, steps, segments = frames["requests"], frames["steps"], frames["segments"]
@@ -108,6 +116,7 @@ def summarise(session: Session, last_s: float | None = None) -> Summary:
         requests=request_breakdown(requests, frames["intervals"], steps),
         steps=step_breakdown(steps),
         stages=stage_breakdown(requests, steps, segments, level),
+        light=speed_of_light(manifest, steps, segments, model_config),
         health=health(manifest, session.read_exports().values()),
         message=_message(manifest, len(requests), len(steps), sum(frames.rows.values()), last_s),
     )
@@ -213,6 +222,14 @@ def as_dict(summary: Summary) -> dict[str, Any]:
             }
             for row in stages.outside
         ],
+        "speed_of_light": {
+            "model": summary.light.model,
+            "config": summary.light.config,
+            "ceilings": summary.light.ceilings,
+            "by_phase": {name: _done(each) for name, each in summary.light.phases.items()},
+            "by_stage": {name: _done(each) for name, each in summary.light.stages.items()},
+            "notes": list(summary.light.notes),
+        },
         "segments_left_out": stages.left_out,
         "not_recorded": {"above_level": stages.above_level, "no_rows": stages.no_rows},
         "losses": {
@@ -232,6 +249,20 @@ def as_dict(summary: Summary) -> dict[str, Any]:
 def _distribution(values: Distribution) -> dict[str, int | None]:
     times = {"mean_ns": values.mean, "p50_ns": values.p50, "p95_ns": values.p95, "p99_ns": values.p99}
     return {"count": values.count} | {name: None if time is None else round(time) for name, time in times.items()}
+
+
+def _done(done: Done) -> dict[str, Any]:
+    return {
+        "steps": done.count,
+        "operations": done.operations,
+        "bytes": done.bytes,
+        "bus_bytes": done.bus_bytes,
+        "time_ns": done.time_ns,
+        "least_ns": None if done.least_ns is None else round(done.least_ns),
+        "operations_per_s": done.operations_per_s,
+        "bytes_per_s": done.bytes_per_s,
+        "share": done.share,
+    }
 
 
 def _stage(row: StageTime) -> dict[str, Any]:
@@ -269,6 +300,7 @@ def parts(summary: Summary) -> list[Part]:
     if summary.steps.count:
         shown += _steps(summary.steps)
     shown += _stages(summary)
+    shown += _light(summary.light)
     shown += _health(summary.health, summary.path)
     return shown
 
@@ -411,6 +443,42 @@ def _by_phase(timeline: TimelineBreakdown) -> Grid:
         rows.append(cells)
     columns = ["stage", *(f"{phase} {what}" for phase in phases for what in ("share", "p50"))]
     return Grid(f"Stages on the {timeline.name} timeline by kind of step", columns, rows)
+
+
+def _light(light: SpeedOfLight) -> list[Part]:
+    shown: list[Part] = []
+    against = f"; ceilings: {plain(light.ceilings)}" if light.ceilings else ""
+    for what, rows in (("kind of step", light.phases), ("stage", light.stages)):
+        if not rows:
+            continue
+        lines = [
+            [
+                name,
+                *(rate_text(amount / done.count, "") for amount in (done.operations, done.bytes, done.bus_bytes)),
+                duration_text(None if done.time_ns is None else done.time_ns / done.count),
+                rate_text(done.operations_per_s, "/s"),
+                rate_text(done.bytes_per_s, "B/s"),
+                share_text(done.share),
+            ]
+            for name, done in rows.items()
+        ]
+        columns = (
+            what,
+            "operations/step",
+            "bytes/step",
+            "link bytes/step",
+            "time/step",
+            "operations",
+            "memory",
+            "of light",
+        )
+        shown.append(Grid(f"Speed of light by {what}, of one rank{against}", columns, lines))
+    return shown + [plain_sentence(note) for note in light.notes]
+
+
+def plain_sentence(text: str) -> str:
+    """A note as a sentence that is safe to show."""
+    return plain(text[:1].upper() + text[1:], LONGEST_NOTE)
 
 
 _DAMAGES = {

@@ -40,6 +40,18 @@ def number_text(number: float | None) -> str:
     return str(number) if isinstance(number, int) else _three_digits(number)
 
 
+def rate_text(amount: float | None, unit: str) -> str:
+    """A large number with three significant digits and a decimal prefix, k to E, and its unit."""
+    if amount is None:
+        return MISSING
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        digits = _three_digits(amount)
+        if abs(float(digits)) < 1000:
+            return f"{digits} {prefix}{unit}".rstrip()
+        amount /= 1000
+    return f"{_three_digits(amount)} E{unit}"
+
+
 def _three_digits(number: float) -> str:
     if not number:
         return "0"
@@ -52,9 +64,9 @@ def share_text(share: float | None) -> str:
     return MISSING if share is None else f"{share:.1%}"
 
 
-def plain(text: str) -> str:
+def plain(text: str, longest: int = LONGEST_NAME) -> str:
     """A string from outside, safe to show: bounded, what could steer a terminal or turn the text around spelled out."""
-    shown = text if len(text) <= LONGEST_NAME else text[:LONGEST_NAME] + "..."
+    shown = text if len(text) <= longest else text[:longest] + "..."
     return "".join(
         character.encode("unicode_escape").decode("ascii") if _steers(character) else character for character in shown
     )

@@ -39,6 +39,7 @@ def collect(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     bounds = parse_keep(checked_keep(keep))
+    told = None if beside else stop_at_signal()
     try:
         session = Session(directory, claim_identity(directory))
         collector = Collector(session, command or (), level, bounds)
@@ -48,5 +49,5 @@ def collect(
         typer.echo(f"stagetrace collect: cannot use {directory} as a session: {error}", err=True)
         raise typer.Exit(2) from error
     sweep(session.identity.session)
-    if not collector.run(stop_when_told(collector.alive) if beside else stop_at_signal()):
+    if not collector.run(told or stop_when_told(collector.alive)):
         raise typer.Exit(1)

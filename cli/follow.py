@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-PATIENCE_S = 1.2  # after the end of the session; less than the collector has (exporters/export_process.py)
+PATIENCE_S = 1.0  # after the end of the session; less than the collector has (exporters/export_process.py)
 
 
 def follow(session: Annotated[Path, typer.Argument(help="The session's directory.")]) -> None:

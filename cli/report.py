@@ -26,6 +26,10 @@ def report(
     last: Annotated[
         str | None, typer.Option(help="Only what ended in the last part of the session, as 90s, 10m or 2h.")
     ] = None,
+    model_config: Annotated[
+        Path | None,
+        typer.Option(help="The model's config.json or its directory, for the speed of light. Default: as recorded."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
     """Show where the time of a session went: requests, steps, stages, and what is missing."""
@@ -33,12 +37,13 @@ def report(
     # Imported here: pandas takes longer to import than most commands to run.
     from rich.console import Console
 
+    from stagetrace.analysis.model_config import ConfigError
     from stagetrace.analysis.report import print_summary, summarise, to_json
     from stagetrace.exporters.session import Session, SessionError
 
     try:
-        summary = summarise(Session.newest() if session is None else Session.open(session), last_s)
-    except SessionError as error:
+        summary = summarise(Session.newest() if session is None else Session.open(session), last_s, model_config)
+    except (SessionError, ConfigError) as error:
         typer.echo(f"stagetrace report: {error}", err=True)
         raise typer.Exit(2) from None
     if as_json:

@@ -1,14 +1,20 @@
-"""Writes docs/stages.md, the vocabulary's page, from the table in instrument/stages.py.
+"""Writes the pages that are made from tables: docs/stages.md, the vocabulary, and docs/speed-of-light.md.
 
-python docs/generate.py            writes the page
-python docs/generate.py --check    exits with 1 when the page is not what would be written
+python docs/generate.py            writes the pages
+python docs/generate.py --check    exits with 1 when a page is not what would be written
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from stagetrace.analysis.formats import READERS
+from stagetrace.analysis.hardware import DEVICES, GIGA, TERA, Device
+from stagetrace.analysis.model_config import FAMILIES
+from stagetrace.analysis.operations import CONVENTIONS, FORMULAS
+from stagetrace.analysis.sharding import BUS_FACTORS
 from stagetrace.instrument.stages import (
     MAX_ATTRIBUTES,
     STAGES,
@@ -23,7 +29,10 @@ from stagetrace.instrument.stages import (
     Unit,
 )
 
-PAGE = Path(__file__).with_name("stages.md")
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+HERE = Path(__file__).parent
 
 # What the enumerations' members mean, by member: a member without a line here fails.
 KINDS = {
@@ -81,8 +90,8 @@ SECTIONS = {
 }
 
 
-def page() -> str:
-    """The whole page."""
+def stages_page() -> str:
+    """The vocabulary's page."""
     blocks = [
         "# Stages",
         "<!-- Written by docs/generate.py from instrument/stages.py: change it there. -->",
@@ -117,6 +126,79 @@ def page() -> str:
         table(("unit", "means"), [[code(each.value), UNITS[each]] for each in Unit]),
     ]
     return "\n\n".join(blocks) + "\n"
+
+
+ARITHMETIC = ("fp32", "tf32", "bf16", "fp16", "fp8", "fp6", "fp4", "int8", "int4")
+
+
+def speed_of_light_page() -> str:
+    """What is counted of a step, how, and the table of hardware."""
+    formulas = [[code(each.stage), each.part, each.operations, each.moved, each.source] for each in FORMULAS]
+    factors = [[code(op), *(f"{factor(n):g}" for n in (2, 4, 8, 72))] for op, factor in BUS_FACTORS.items()]
+    sources = sorted({str(device.source_of(figure)) for device in DEVICES for figure in figures(device)})
+    blocks = [
+        "# Speed of light",
+        "<!-- Written by docs/generate.py from analysis/operations.py, formats.py, sharding.py, model_config.py and"
+        " hardware.py: change it there. -->",
+        "What a step would take if the hardware did nothing else than what the result needs: the operations and bytes"
+        " of every stage, from the model's `config.json` and the sums of the step's record"
+        " ([stages.md](stages.md#what-is-in-the-batch-of-a-step)), and what devices can do at most.",
+        "## What is counted",
+        table(("", "convention"), [[name, text] for name, text in CONVENTIONS]),
+        "## Formulas",
+        "For each request q tokens in the step and kv after it; S: sums over the requests; pairs: of a token and one"
+        " that it sees, S(q kv - q (q - 1) / 2); T: tokens of the step; R: rows of logits; d: width of a head; in and"
+        " out: widths of a matrix. Stage `forward`: in no stage of the layer level. All for one rank: with its heads"
+        " and its part of the matrices.",
+        table(("stage", "part", "operations", "bytes", "source"), formulas),
+        "## Collectives",
+        "Bytes on the busiest link over bytes of the operation, for 2, 4, 8 and 72 ranks (nccl-tests,"
+        " doc/PERFORMANCE.md): over the link's bandwidth in one direction they give the least time.",
+        table(("operation", "2", "4", "8", "72"), factors),
+        "## Models and formats",
+        "Known by `model_type` (tests/engines/test_operations.py compares them with transformers' own code): "
+        + ", ".join(code(name) for name in sorted(FAMILIES))
+        + ". Another one is taken for a decoder like Llama with what its fields say, and that is said. Quantised"
+        " weights: " + ", ".join(code(name) for name in sorted(READERS)) + ". What is not understood is named in each"
+        " result.",
+        "## Hardware",
+        "Dense peaks in TFLOP/s (TOP/s for integers), never those with sparsity; memory in GB (10^9 bytes) and GB/s;"
+        " links in GB/s and direction, all links of a device together. A dash is what is not known. Devices are found"
+        " by the name that `torch.cuda.get_device_name()` gives; for others, and for parts of a device (MIG),"
+        " `stagetrace calibrate` measures.",
+        table(("device", *ARITHMETIC, "memory", "GB/s", "link", "GB/s"), [device_row(device) for device in DEVICES]),
+        "### Names and sources",
+        table(("device", "names", "sources", "notes"), [source_row(device, sources) for device in DEVICES]),
+        "\n".join(f"{number}. {source}" for number, source in enumerate(sources, 1)),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def figures(device: Device) -> list[str]:
+    """The figures that a device has."""
+    rest = ("memory", "bandwidth", "link_bandwidth")
+    return [*device.peaks, *(name for name in rest if getattr(device, name) is not None)]
+
+
+def device_row(device: Device) -> list[str]:
+    """A device's figures, in the page's units."""
+    peaks = [device.peaks[name] / TERA if name in device.peaks else None for name in ARITHMETIC]
+    memory, bandwidth, link = (
+        None if value is None else value / GIGA for value in (device.memory, device.bandwidth, device.link_bandwidth)
+    )
+    shown = [f"{value:.6g}" if value is not None else "-" for value in (*peaks, memory, bandwidth, link)]
+    return [device.name, *shown[:-1], device.link or "-", shown[-1]]
+
+
+def source_row(device: Device, sources: list[str]) -> list[str]:
+    """A device's names, and the numbers of its sources: of all figures, then of the exceptions."""
+    others: dict[str, list[str]] = {}
+    for figure in figures(device):
+        if device.source_of(figure) is not device.source:
+            others.setdefault(str(device.source_of(figure)), []).append(figure)
+    cited = [str(sources.index(str(device.source)) + 1)]
+    cited += [f"{', '.join(names)}: {sources.index(source) + 1}" for source, names in others.items()]
+    return [device.name, ", ".join(code(name) for name in device.names), "; ".join(cited), device.notes or "-"]
 
 
 def stage_table(stages: list[Stage]) -> str:
@@ -155,18 +237,23 @@ def unit(attribute: Attribute) -> str:
     return code(attribute.unit.value)
 
 
+PAGES: dict[str, Callable[[], str]] = {"stages.md": stages_page, "speed-of-light.md": speed_of_light_page}
+
+
 def main(arguments: list[str]) -> int:
-    """Writes the page or, with --check, compares it; the exit status."""
+    """Writes the pages or, with --check, compares them; the exit status."""
     if arguments not in ([], ["--check"]):
         print(__doc__, file=sys.stderr)
         return 2
-    if not arguments:
-        PAGE.write_text(page(), encoding="utf-8")
-        return 0
-    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page():
-        return 0
-    print(f"{PAGE} is stale: run `python docs/generate.py`", file=sys.stderr)
-    return 1
+    status = 0
+    for name, page in PAGES.items():
+        path, text = HERE / name, page()
+        if not arguments:
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            print(f"{path} is stale: run `python docs/generate.py`", file=sys.stderr)
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

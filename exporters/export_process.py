@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FLUSH_S = 1.5  # after the end of the session: what the backend has not taken by then waits in the session
+FLUSH_S = 1.2  # after the end of the session: what the backend has not taken by then waits in the session
 POINTLESS = 2  # exit status of an export that would fail again
 _PAUSES_S = (1.0, 60.0)  # before a dead one is started again: the first pause, doubled up to the second
 

@@ -91,9 +91,9 @@ class Follower:
         """Looks up what requests that are not over had in commits that were sent already."""
         self.manifest = self.session.read_manifest()
         first = max(self.manifest.rotated + 1, self.state.commit - _MOST_REMEMBERED + 1)
-        for number in range(first, self.state.commit + 1):
-            names = ("requests", "states", "members")
-            self.sink.remember({name: self.session.read_table(name, None, None, (number, number)) for name in names})
+        if first <= self.state.commit:
+            names, numbers = ("requests", "states", "members"), (first, self.state.commit)
+            self.sink.remember({name: self.session.read_table(name, numbers=numbers) for name in names})
 
     @property
     def waiting(self) -> int:
@@ -159,11 +159,17 @@ class Follower:
         self._advance()
 
     def _queue_commit(self, number: int) -> None:
-        tables = {name: self.session.read_table(name, None, None, (number, number)) for name in TABLES}
-        if not any(table.num_rows for table in tables.values()):
+        tables = {name: self.session.read_table(name, numbers=(number, number)) for name in TABLES}
+        rows = sum(table.num_rows for table in tables.values())
+        if not rows:
             return
         self.manifest = self.session.read_manifest()  # it knows the clocks and processes of these tables
-        made = self.sink.spans(tables, self.manifest)
+        try:
+            made = self.sink.spans(tables, self.manifest)
+        except Exception:  # or it would stop at this commit for good
+            log.exception("no spans could be made of commit %d", number)
+            self._leave_out(Counter(rows_that_failed=rows))
+            return
         self._leave_out(made.left_out)
         self._queue.extend(_Request(number, spans) for spans in batches(made.spans))
 

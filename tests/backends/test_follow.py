@@ -377,6 +377,43 @@ def test_run_exports_spans_and_what_was_lost_as_metrics(commands: Commands, rece
     assert counts["stagetrace.records.damaged", "corrupt"] == 0
 
 
+@pytest.mark.parametrize("kind", [GrpcReceiver, HttpReceiver])
+@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.matrix)])
+def test_a_backend_that_is_down_for_a_while_under_load(commands: Commands, kind: type[Receiver], seconds: int) -> None:
+    with socket.socket() as taken:  # bound and not listening: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        commands.environment |= {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": kind(port).endpoint,
+            "OTEL_EXPORTER_OTLP_PROTOCOL": kind.protocol,
+            "NO_PROXY": "127.0.0.1",
+        }
+        path = commands.directory / "session"
+        until = commands.directory / "until"
+        recording = [sys.executable, str(RECORDING), "--steady", "--pause", "0.05", "--until", str(until)]
+        process = commands.start(
+            sys.executable, "-m", "stagetrace.cli.main", "run", "--session", path, "--", *recording
+        )
+        wait_for((path / "collector.log").exists)
+        wait_for(lambda: "spans do not reach" in (path / "collector.log").read_text(), 60)
+        time.sleep(seconds)
+    with kind(port) as receiver:
+        wait_for(receiver.received, 60)
+        until.touch()
+        count = int(said(process).split()[1])
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        session = Session.open(path)
+        finish(follower_of(session, receiver))  # where the machine was too slow for the end
+        received = {item.span.span_id for item in receiver.received()}
+    assert session.read_table("requests").num_rows == count
+    assert {name: len(ids - received) for name, ids in expected_ids(session).items()} == dict.fromkeys(
+        ("requests", "states", "steps", "segments"), 0
+    )
+    log = session.log.read_text()
+    assert log.count("spans do not reach") == 1 and log.count("spans arrive at") == 1
+
+
 def test_export_without_a_destination_says_what_to_set(commands: Commands) -> None:
     refused = commands.start(sys.executable, "-m", "stagetrace.cli.main", "export", commands.directory)
     _, err = refused.communicate(timeout=30)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +16,7 @@ from engines.recording import Recording, abort_after, ask, complete, metrics, re
 from quickstart.load import Request, Result, run_load
 
 from stagetrace.adapters.vllm.hooks import HOOK_POINTS
+from stagetrace.analysis.batch import Batch
 from stagetrace.analysis.breakdown import hook_troubles
 from stagetrace.analysis.report import print_summary, summarise
 from stagetrace.instrument.ids import step_trace_id
@@ -347,3 +350,32 @@ def test_output_is_the_same_with_and_without(model, tmp_path_factory) -> None:  
         answers.append([result.text for result in ask(recording.server, *questions)])
     assert answers[2] == answers[0]
     assert len(recording.frames()["requests"]) == len(questions)
+
+
+def test_work_is_that_of_the_requests(recorded: Recorded) -> None:
+    """Pairs of a token and one that it sees, once from the sums of steps, once from the lengths of requests alone.
+
+    A request computes all its tokens but those that were cached and the last that it generated. Of the aborted one a
+    token may have been computed that it did not get.
+    """
+    requests, steps = recorded.frames["requests"], recorded.frames["steps"]
+    batch = Batch.of_steps({str(name): column for name, column in steps.items()})
+    computed = requests["prompt_tokens"] + requests["output_tokens"] - 1
+    cached = requests["cached_tokens"].fillna(0)
+    surplus = int(batch.tokens.sum()) - int((computed - cached).sum())
+    pairs = int((computed * (computed + 1) // 2 - cached * (cached + 1) // 2).sum())
+    found = int((batch.prefill.positions() + batch.decode.positions()).sum())
+    assert 0 <= surplus <= 2 and pairs <= found <= pairs + surplus * (int(computed.max()) + 2)
+    light = summarise(recorded.recording.session).light
+    heads, width, layers = (
+        model_config(recorded)[name] for name in ("num_attention_heads", "head_dim", "num_hidden_layers")
+    )
+    assert light.stages["attention"].operations == 4 * heads * width * layers * found
+    assert light.notes[-1].startswith("The device (cpu) is not in the table of data sheets.")
+
+
+def model_config(recorded: Recorded) -> dict[str, int]:
+    """The config.json beside the weights that the server read."""
+    (path,) = {each.info["model_path"] for each in recorded.frames.manifest.processes if "model_path" in each.info}
+    config: dict[str, int] = json.loads((Path(path) / "config.json").read_text("utf-8"))
+    return config

@@ -84,13 +84,19 @@ def test_page_is_current():
 def test_check_finds_a_stale_page(tmp_path: Path):
     copy = tmp_path / "generate.py"
     shutil.copy(GENERATE, copy)
-    page = tmp_path / "stages.md"
-    for stale in (None, GENERATE.with_name("stages.md").read_text("utf-8").replace("`emit`", "`emits`")):
-        if stale is not None:
-            page.write_text(stale, encoding="utf-8")
-        done = subprocess.run([sys.executable, copy, "--check"], capture_output=True, text=True, check=False)
-        assert done.returncode == 1
-        assert "is stale" in done.stderr
+    for name, change in (("stages.md", ("`emit`", "`emits`")), ("speed-of-light.md", ("989.5", "1979"))):
+        for page in ("stages.md", "speed-of-light.md"):
+            shutil.copy(GENERATE.with_name(page), tmp_path / page)
+        assert subprocess.run([sys.executable, copy, "--check"], check=False).returncode == 0
+        current = (tmp_path / name).read_text("utf-8")
+        assert change[0] in current
+        for stale in (None, current.replace(*change)):
+            (tmp_path / name).unlink(missing_ok=True)
+            if stale is not None:
+                (tmp_path / name).write_text(stale, encoding="utf-8")
+            done = subprocess.run([sys.executable, copy, "--check"], capture_output=True, text=True, check=False)
+            assert done.returncode == 1
+            assert f"{name} is stale" in done.stderr and done.stderr.count("is stale") == 1
 
 
 def test_page_names_everything():
@@ -98,7 +104,7 @@ def test_page_names_everything():
     assert spec is not None and spec.loader is not None
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
-    rows = [line for line in generate.page().splitlines() if line.startswith("| ")]
+    rows = [line for line in generate.stages_page().splitlines() if line.startswith("| ")]
     for stage in STAGES:
         (row,) = [row for row in rows if row.startswith(f"| {stage.id} | `{stage.name}` |")]
         assert stage.means in row and stage.does_not_mean in row

@@ -1,0 +1,172 @@
+"""Tests of the speed of light of a session: rates, ceilings, and what is said where something is missing."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+from unit.configs import LLAMA_405B, MIXTRAL_8X7B
+from unit.sessions import SessionBuilder
+from unit.test_report import shown
+
+from stagetrace.analysis.batch import Batch
+from stagetrace.analysis.hardware import match
+from stagetrace.analysis.model_config import ConfigError, describe
+from stagetrace.analysis.operations import step_work
+from stagetrace.analysis.report import as_dict, summarise
+from stagetrace.analysis.sharding import Sharding
+from stagetrace.analysis.speed_of_light import Ceilings, least_seconds
+from stagetrace.cli.report import report
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+H100 = "NVIDIA H100 80GB HBM3"
+PREFILL, DECODE = [(1000, 1000), (24, 500)], [(1, 900)] * 7
+
+
+def sums(phase: str, requests: list[tuple[int, int]]) -> dict[str, int]:
+    batch = getattr(Batch.of_requests(**{phase: requests}), phase)
+    return {f"{phase}_{name}": int(getattr(batch, name)) for name in ("requests", "tokens", "context", "q_q", "q_kv")}
+
+
+def built(path: Path, config: dict[str, Any] | None = MIXTRAL_8X7B, **info: Any) -> SessionBuilder:
+    """A prefill step and two decode steps that overlap, of a model whose config lies beside the session."""
+    model = path.parent / "model"
+    model.mkdir(exist_ok=True)
+    if config is not None:
+        (model / "config.json").write_text(json.dumps(config))
+    builder = SessionBuilder(path)
+    builder.process(info={"engine": "vllm", "model_path": str(model), "dtype": "torch.bfloat16", **info})
+    builder.step(1, 0, 200_000_000, "prefill", **sums("prefill", PREFILL))
+    builder.step(2, 200_000_000, 240_000_000, "decode", **sums("decode", DECODE))
+    builder.step(3, 210_000_000, 280_000_000, "decode", **sums("decode", DECODE))
+    builder.step(4, 300_000_000, 900_000_000, "decode", status="incomplete", **sums("decode", DECODE))
+    return builder
+
+
+def test_work_is_that_of_the_steps(tmp_path: Path):
+    light = summarise(built(tmp_path / "s").write()).light
+    model = describe(MIXTRAL_8X7B)
+    prefill, decode = (step_work(model, Batch.of_requests(*each)) for each in ((PREFILL,), ((), DECODE)))
+    assert light.model == "mixtral" and light.config == str(tmp_path / "model" / "config.json")
+    assert light.phases["prefill"].operations == float(prefill.operations())
+    assert light.phases["decode"].operations == pytest.approx(2 * float(decode.operations()))
+    assert light.phases["decode"].bytes == pytest.approx(2 * float(decode.bytes()))
+    # The second decode step's own time begins when the first ended.
+    assert light.phases["decode"].time_ns == 40_000_000 + 40_000_000
+    assert light.phases["decode"].bytes_per_s == pytest.approx(2 * float(decode.bytes()) / 0.08)
+    whole = sum(each.operations for each in light.phases.values())
+    assert sum(each.operations for each in light.stages.values()) == pytest.approx(whole)
+    assert light.stages["attention"].time_ns is None and light.stages["attention"].share is None
+
+
+def test_without_a_known_device_there_are_rates_and_a_way_on(tmp_path: Path):
+    summary = summarise(built(tmp_path / "s", device="cpu").write())
+    assert summary.light.ceilings is None
+    assert summary.light.phases["prefill"].share is None and summary.light.phases["prefill"].operations_per_s
+    text = shown(summary)
+    assert "The device (cpu) is not in the table of data sheets. Run `stagetrace calibrate`" in text
+    assert "Speed of light by kind of step, of one rank\n" in text
+
+
+def test_with_a_known_device_there_is_a_share(tmp_path: Path):
+    summary = summarise(built(tmp_path / "s", device_name=H100).write())
+    decode = summary.light.phases["decode"]
+    assert decode.least_ns == pytest.approx(decode.bytes / 3.35e12 * 1e9)  # decode is bound by memory
+    assert decode.share == pytest.approx(decode.bytes / 3.35e12 / 0.08)
+    prefill = summary.light.phases["prefill"]
+    assert prefill.least_ns == pytest.approx(max(prefill.operations / 989.5e12, prefill.bytes / 3.35e12) * 1e9)
+    assert "ceilings: NVIDIA, NVIDIA H100 Tensor Core GPU Datasheet, 2024" in shown(summary)
+
+
+def test_shards_are_those_of_the_engine(tmp_path: Path):
+    info = {"tensor_parallel": 4, "pipeline_parallel": 2, "device_name": H100}
+    light = summarise(built(tmp_path / "s", **info).write()).light
+    model = describe(MIXTRAL_8X7B)
+    batch = Batch.of_requests(PREFILL)
+    parts = [step_work(model, batch, Sharding.vllm(4, 2), stage=stage) for stage in (0, 1)]
+    assert light.phases["prefill"].operations == pytest.approx(sum(float(part.operations()) for part in parts))
+    assert light.phases["prefill"].bus_bytes == pytest.approx(sum(float(part.bus_bytes()) for part in parts))
+    assert any("2 pipeline stages" in note for note in light.notes)
+
+
+def test_times_of_stages_are_those_of_one_rank(tmp_path: Path):
+    builder = built(tmp_path / "s", device_name=H100, tensor_parallel=2)
+    for rank in (1, 2):
+        at = {"process": rank, "thread": rank}
+        for step in (2, 3):
+            builder.segment("attention", 200_000_000, 203_000_000, step, **at)
+            builder.segment("forward", 200_000_000, 220_000_000, step, self_ns=17_000_000, **at)
+        builder.segment("attention", 0, 77_000_000, 4, **at)  # of a step that is not complete
+    light = summarise(builder.write()).light
+    assert light.stages["attention"].time_ns == 6_000_000 and light.stages["forward"].time_ns == 34_000_000
+    assert light.stages["logits"].time_ns is None
+    assert light.stages["collective"].bus_bytes > 0 and light.stages["collective"].operations == 0
+
+
+def test_a_missing_config_is_said(tmp_path: Path):
+    summary = summarise(built(tmp_path / "s", config=None).write())
+    assert summary.light.phases == {}
+    assert "No speed of light: the model's config.json cannot be read (No such file or directory)" in shown(summary)
+    assert "Name it with --model-config." in shown(summary)
+
+
+def test_a_session_without_a_model_has_no_section(tmp_path: Path):
+    builder = SessionBuilder(tmp_path / "s")
+    builder.process()
+    builder.step(1, 0, 10)
+    assert "light" not in shown(summarise(builder.write())).lower()
+
+
+def test_a_config_can_be_named(tmp_path: Path):
+    session = built(tmp_path / "s").write()
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(LLAMA_405B))
+    assert summarise(session, model_config=other).light.model == "llama"
+    with pytest.raises(ConfigError, match="nowhere"):
+        summarise(session, model_config=tmp_path / "nowhere")
+    app = typer.Typer()
+    app.command()(report)
+    found = CliRunner().invoke(app, [str(session.path), "--json", "--model-config", str(other)])
+    assert json.loads(found.output)["speed_of_light"]["model"] == "llama"
+    broken = CliRunner().invoke(app, [str(session.path), "--model-config", str(tmp_path / "nowhere")])
+    assert broken.exit_code == 2 and "config.json cannot be read" in broken.output
+    assert (
+        json.loads(json.dumps(as_dict(summarise(session))))["speed_of_light"]["by_stage"]["expert_compute"]["steps"]
+        == 3
+    )
+
+
+def test_steps_without_sums_are_nothing(tmp_path: Path):
+    builder = built(tmp_path / "s", device_name=H100)
+    builder.rows["steps"] = []
+    builder.step(9, 0, 1_000)
+    light = summarise(builder.write()).light
+    assert light.phases["decode"].operations == 0 and light.phases["decode"].share == 0
+
+
+def test_arithmetic_that_a_device_lacks_is_done_in_a_wider_one():
+    a100 = match("NVIDIA A100-SXM4-80GB").device
+    assert a100 is not None
+    ceilings = Ceilings.of(a100)
+    assert ceilings.peak("fp8") == ceilings.peak("bf16") == 312e12
+    assert ceilings.peak("fp4") == 312e12 and ceilings.peak("int4") == 1248e12
+    assert Ceilings("", {"fp16": 1.0}, None, None).peak("bf16") == 1.0
+    assert Ceilings("", {}, None, None).peak("bf16") is None
+
+
+def test_a_missing_ceiling_gives_no_time():
+    work = step_work(describe(MIXTRAL_8X7B), Batch.of_requests(decode=DECODE), Sharding.vllm(2))
+    whole = Ceilings("", {"bf16": 1e12}, 1e12, 1e11)
+    assert least_seconds(work.works, work.collectives, whole) is not None
+    for missing in (
+        Ceilings("", {}, 1e12, 1e11),
+        Ceilings("", {"bf16": 1e12}, None, 1e11),
+        Ceilings("", {"bf16": 1.0}, 1.0, None),
+    ):
+        assert least_seconds(work.works, work.collectives, missing) is None
+    assert least_seconds(work.works, [], Ceilings("", {"bf16": 1e12}, 1e12, None)) is not None
