@@ -91,7 +91,7 @@ def chosen_slots(maximum: int) -> tuple[int, int]:
 
 def _power_of_two(slots: float) -> int:
     """The next power of two within bounds."""
-    return 1 << (min(max(math.ceil(slots), _SMALLEST), _LARGEST) - 1).bit_length()
+    return 1 << (math.ceil(min(max(slots, _SMALLEST), _LARGEST)) - 1).bit_length()
 
 
 class Ring:

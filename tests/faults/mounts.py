@@ -12,10 +12,12 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def mounted(directory: Path, size: str) -> Iterator[None]:
-    """A tmpfs of that size on a directory that exists, unmounted at the end."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "stagetrace-test", directory], check=True)
+def mounted(directory: Path, size: str) -> Iterator[Path]:
+    """A new directory with a file system of its own with so little room; its content is gone afterwards."""
+    directory.mkdir()
+    options = f"size={size},mode=700"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "stagetrace-test", directory], check=True)
     try:
-        yield
+        yield directory
     finally:
         subprocess.run(["umount", "--lazy", directory], check=True)

@@ -6,10 +6,10 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
+from faults.mounts import mounted
 from unit.commands import Commands, commands_in, said, wait_for
 from unit.rings import FORWARD, variables
 
@@ -34,17 +34,6 @@ for line in sys.stdin:
     RECORDER.text(number, 1, f"request {{number}}")
     print(number, flush=True)
 """
-
-
-@contextmanager
-def mounted(directory: Path, size: str) -> Iterator[Path]:
-    """A file system of its own with so little room."""
-    directory.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "stagetrace-test", directory], check=True)
-    try:
-        yield directory
-    finally:
-        subprocess.run(["umount", "--lazy", directory], check=True)
 
 
 @pytest.fixture
@@ -188,7 +177,8 @@ def test_a_disk_that_becomes_read_only(commands: Commands) -> None:
         writer = commands.recording("--steady", "--pause", "0.01", "--until", until, session=path)
         collector = commands.collect(path, log=commands.directory / "log")
         wait_for(lambda: session.read_table("requests").num_rows)
-        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        read_only = ["mount", "-o", "remount,ro", disk]
+        wait_for(lambda: subprocess.run(read_only, check=False).returncode == 0)  # not while a file is being written
         wait_for(lambda: "cannot write" in (commands.directory / "log").read_text())
         subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
         wait_for(lambda: "can be written again" in (commands.directory / "log").read_text())
@@ -202,7 +192,8 @@ def test_a_disk_that_becomes_read_only(commands: Commands) -> None:
 
 def test_a_session_on_a_disk_that_is_read_only_from_the_start_is_refused(commands: Commands) -> None:
     with mounted(commands.directory / "small", "4m") as disk:
-        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        read_only = ["mount", "-o", "remount,ro", disk]
+        wait_for(lambda: subprocess.run(read_only, check=False).returncode == 0)  # not while a file is being written
         collector = commands.collect(disk / "session", log=commands.directory / "log")
         assert collector.wait(20) == 2
         said_ = (commands.directory / "log").read_text()

@@ -48,7 +48,6 @@ def works(commands: Commands, role: str) -> tuple[str, str]:
 
 
 def test_without_room_nothing_is_recorded_and_the_reason_is_said(commands: Commands) -> None:
-    commands.rings.mkdir()
     with mounted(commands.rings, "128k"):
         opened, said = works(commands, "engine_core")
         assert opened == "False"
@@ -61,7 +60,6 @@ def test_without_room_nothing_is_recorded_and_the_reason_is_said(commands: Comma
 def test_with_little_room_rings_are_small_and_the_next_process_has_none(commands: Commands) -> None:
     """Reserved before it is used: a full file system is an error at the start, and never a SIGBUS in the engine."""
     path = commands.directory / "session"
-    commands.rings.mkdir()
     with mounted(commands.rings, f"{SMALLEST + 32 * 1024}"):
         collector = commands.collect(path)
         wait_for((path / "manifest.json").exists)
