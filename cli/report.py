@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
+_LONGEST_S = 1e9  # 32 years
 _UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def seconds(text: str) -> float:
     """A length of time such as 90, 90s, 10m, 1.5h or 2d, in seconds. Raises typer.BadParameter."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip(), re.ASCII)
-    if found is None or not float(found[1]):
+    if found is None or not 0 < float(found[1]) * _UNITS_S[found[2]] <= _LONGEST_S:
         raise typer.BadParameter(f"{text!r} is not a length of time: write it as 90s, 10m, 1.5h or 2d")
     return float(found[1]) * _UNITS_S[found[2]]
 

@@ -16,6 +16,7 @@ FOREVER = "all"
 _AGES_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _SIZES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZES |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_MOST = 1e9
 _LIMIT = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)", re.IGNORECASE | re.ASCII)
 
 
@@ -36,6 +37,7 @@ def parse_keep(text: str) -> Keep:
             continue
         found = _LIMIT.fullmatch(word.strip())
         number, unit = (float(found[1]), found[2]) if found else (0.0, "")
+        number = number if number < _MOST else 0.0
         if number > 0 and unit in _AGES_S and age is None:
             age = number * _AGES_S[unit]
         elif number > 0 and unit.upper() in _SIZES and size is None:

@@ -448,13 +448,19 @@ class Session:
                 if attempt == _ATTEMPTS - 1:
                     raise
             except (pa.ArrowException, OSError, ValueError) as error:
-                raise SessionError(f"{self.path}: a file under tables/{name} is damaged ({error})") from error
+                raise SessionError(
+                    f"{self.path}: a file under tables/{name} is damaged ({error}):"
+                    f" `stagetrace rebuild {self.path}` derives it again"
+                ) from error
         if not tables:
             return schema.empty_table()
         try:
             return pa.concat_tables([part.select(schema.names).cast(schema) for part in tables])
         except (pa.ArrowException, KeyError, ValueError) as error:
-            raise SessionError(f"{self.path}: a file under tables/{name} has other columns ({error})") from error
+            raise SessionError(
+                f"{self.path}: a file under tables/{name} has other columns ({error}):"
+                f" `stagetrace rebuild {self.path}` derives it again"
+            ) from error
 
     @contextmanager
     def new_tables(self) -> Iterator[Session]:

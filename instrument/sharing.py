@@ -18,6 +18,7 @@ log = logging.getLogger("stagetrace")
 
 VARIABLE = "STAGETRACE_GROUP"
 DIRECTORY, FILE = 0o2770, 0o660
+_MOST = (1 << 32) - 1  # the kernel's number for no group
 
 
 def group() -> int | None:
@@ -26,10 +27,13 @@ def group() -> int | None:
     if not name:
         return None
     try:
-        return int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
-    except KeyError:
-        log.warning("there is no group %s: %s has no effect", name, VARIABLE)
-        return None
+        number = int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
+    except (KeyError, ValueError):  # a number can have too many digits
+        number = _MOST
+    if number < _MOST:
+        return number
+    log.warning("there is no group %s: %s has no effect", name, VARIABLE)
+    return None
 
 
 def share(path: Path) -> None:

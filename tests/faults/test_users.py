@@ -139,9 +139,10 @@ def test_rings_that_another_user_put_in_place_are_not_used(place: Path, monkeypa
     assert "STAGETRACE_RING_DIR" in said and "records nothing" in said
 
 
-def test_a_group_that_is_not_there_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(sharing.VARIABLE, "no-such-group")
+@pytest.mark.parametrize("name", ["no-such-group", "99999999999", "9" * 5000])
+def test_a_group_that_is_not_there_is_named(place: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(sharing.VARIABLE, name)
     monkeypatch.setenv("STAGETRACE_RING_DIR", str(place / "rings"))
     said = as_user(ENGINE, records(place / "session"))
-    assert "there is no group no-such-group" in said
+    assert f"there is no group {name}" in said
     assert (place / "session").stat().st_mode & 0o7777 == 0o700
