@@ -27,18 +27,26 @@ _FINISH_BY_STATUS = {
 
 
 def composition(
-    output: Any, chunks: Sequence[tuple[int, int, int]], waiting: int, running: int, kv_usage: float, preempted: int
+    output: Any,
+    chunks: Sequence[tuple[int, int, int]],
+    waiting: int,
+    running: int,
+    kv_usage: float,
+    preempted: int,
+    before: int = -1,
 ) -> tuple[int, ...]:
     """What is in a scheduled batch, in the order of stages.STEP_COMPOSITION.
 
     `output` is the SchedulerOutput, `chunks` has (q, kv, cached) of every request in prefill: its tokens in the step,
     its context after it, and the prompt tokens found in a cache when it joined (0 in later chunks). All others are in
-    decode. `kv_usage` is a fraction. The batch is not looped over in Python: decode's context is vLLM's own column,
-    summed in C, and so is what speculation needs.
+    decode. `kv_usage` is a fraction. `before` is the sum of the tokens that the cached requests had computed before the
+    step, where that is known; else it is summed. The batch is not looped over in Python: decode's context is vLLM's own
+    column, summed in C, and so is what speculation needs.
     """
     requests, tokens = len(output.num_scheduled_tokens), output.total_num_scheduled_tokens
     drafts = output.scheduled_spec_decode_tokens
-    before = sum(output.scheduled_cached_reqs.num_computed_tokens)
+    if before < 0:
+        before = sum(output.scheduled_cached_reqs.num_computed_tokens)
     kv_millionths = int(kv_usage * 1_000_000 + 0.5)
     if not (chunks or drafts or output.scheduled_new_reqs):  # steady decode: every q is 1
         context = before + tokens

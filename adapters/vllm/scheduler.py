@@ -9,7 +9,7 @@ from stagetrace.instrument.around import Around
 from stagetrace.instrument.ids import new_instance
 from stagetrace.instrument.recorder import now
 from stagetrace.instrument.records import HEAD, TAILS, Change, Event, RecordType, header_word
-from stagetrace.instrument.stages import BY_NAME, IdleReason, Level
+from stagetrace.instrument.stages import BY_NAME, STEP_COMPOSITION, IdleReason, Level
 
 from . import extract
 
@@ -24,6 +24,7 @@ NO_STEP = (0, 0)  # in its place
 SNAPSHOT_EVERY = 128  # steps
 _InFlight = tuple[int, "Sequence[str]", bytes]  # end of schedule, who gets a first token, the tail of its segments
 _MOST_IN_FLIGHT = 64  # steps whose update never came are forgotten beyond this
+_DECODE_CONTEXT = [attribute.name for attribute in STEP_COMPOSITION].index("decode_context")
 _STEP_LEVEL = int(Level.STEP)  # looking into an enum costs as much as a clock read
 _pack_head, _pack_tail = HEAD.pack, TAILS[0].pack
 _OF_NO_STEP = _pack_tail(0, 0)
@@ -66,6 +67,7 @@ class Tracker:
         self.last_end = 0  # end of the last segment on this timeline
         self.idle = False  # no request was left then
         self.preempted = 0  # since the last step
+        self.context = -1  # tokens that its requests have computed, if each had one in it; summed again at snapshots
         self.snapshot_at = 0  # step at which the next snapshot is due
         self.dropped = 0  # control records, as far as a snapshot has made up for them
         self.epoch = recorder.epoch[0]
@@ -85,6 +87,7 @@ class Tracker:
             request.request_id: request.num_tokens for request in scheduler.running if not request.num_output_tokens
         }
         self.batch = []
+        self.context = -1
         self.last_end = self.preempted = self.snapshot_at = 0
 
     # Requests
@@ -150,6 +153,13 @@ class Tracker:
             self.idle = False
             self.last_end = end
             return
+        requests, before = cached.req_ids, -1
+        # Steady decode: the requests are those of the last step (which costs comparing pointers), with a token each.
+        steady = output.total_num_scheduled_tokens == len(requests) and not (chunks or new)
+        if new or requests != self.batch or step >= self.snapshot_at or recorder.dropped[0] != self.dropped:
+            self._membership(requests, new)
+        elif steady:
+            before = self.context
         words = extract.composition(
             output,
             chunks,
@@ -157,10 +167,9 @@ class Tracker:
             len(scheduler.running),
             scheduler.kv_cache_manager.usage,
             self.preempted,
+            before,
         )
-        # In steady decode the requests are those of the last step, at the cost of comparing pointers.
-        if new or cached.req_ids != self.batch or step >= self.snapshot_at or recorder.dropped[0] != self.dropped:
-            self._membership(cached.req_ids, new)
+        self.context = words[_DECODE_CONTEXT] if steady else -1
         step_begin, put, last_end = recorder.step_begin, recorder.put, self.last_end
         step_begin(begin, end, instance, step, words)
         if last_end:

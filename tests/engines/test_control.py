@@ -40,21 +40,32 @@ def watched(recording: Recording) -> list[Result]:
     """Requests one after the other until `stagetrace top` has shown them in a terminal; what they were."""
     results: list[Result] = []
     seen = threading.Event()
+    screen = ""
+
+    def shown() -> bool:
+        """Whether a whole screen has a line with ttft beside prefill steps, and one with tpot beside decode steps."""
+        nonlocal screen
+        screen = terminal.screen()
+        served = re.search(r"^ttft +[1-9].*\n+tpot .*  decode +[1-9]", screen, re.M)
+        return served is not None and screen.rstrip().endswith("q ends")
 
     def load() -> None:
         while not seen.is_set():
             results.extend(ask(recording.server, SHORT))
 
-    commands = Commands(recording.path.parent)
-    terminal = Terminal(commands, recording.path, "--interval", "0.5s", "--window", "20s", rows=50, columns=140)
+    terminal = Terminal(
+        Commands(recording.path.parent), recording.path, "--interval", "0.5s", "--window", "20s", rows=50, columns=140
+    )
     thread = threading.Thread(target=load)
     thread.start()
-    try:  # a line each for ttft beside prefill steps, tpot beside decode steps
-        wait_for(lambda: re.search(r"^ttft +[1-9].*\n+tpot .*  decode +[1-9]", terminal.screen(), re.M), 90)
+    try:
+        wait_for(shown, 90)
+    except TimeoutError:
+        terminal.process.kill()
+        raise AssertionError(f"it did not show them, but\n{screen}") from None
     finally:
         seen.set()
         thread.join()
-    screen = terminal.screen()
     os.write(terminal.ours, b"q")
     assert terminal.ended() == 0
     assert re.match(r"stagetrace top  recording [\d.]+ m?s.*  level step  vllm 0\.\d+", screen), screen
@@ -64,7 +75,6 @@ def watched(recording: Recording) -> list[Result]:
     assert re.search(r"^errors +none", screen, re.M), screen
     assert all(f"{role} " in screen for role in ("engine_core", "worker", "front_end")), screen
     assert all(re.search(rf"{stage} \d", screen) for stage in ("forward", "schedule", "detokenize")), screen
-    assert not commands.end()
     return results
 
 

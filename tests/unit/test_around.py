@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagetrace.adapters.vllm.hooks import HOOK_POINTS
@@ -87,6 +87,7 @@ def outcome(function: Callable[..., Any], given: list[int], named: dict[str, int
 
 
 @given(shapes(), st.data())
+@settings(deadline=None)
 def test_a_wrapper_takes_and_hands_on_what_the_function_does(shape: Shape, data: st.DataObject):
     scope: dict[str, Any] = {"D": [object() for _ in range(8)]}
     exec(f"def work({shape.declared}): return dict(locals())", scope)

@@ -285,6 +285,35 @@ def test_a_recorder_whose_ring_was_let_go_is_safe_to_call(pair: tuple[Recorder, 
     assert len(ring_directory(reader.session).parts) > 1
 
 
+def test_functions_that_a_hook_kept_write_where_the_recorder_does_now(tmp_path: Path):
+    """A hook is installed before the process has a role, and outlives a fork."""
+    recorder = Recorder()
+    segment, put, state, step_end = recorder.segment, recorder.put, recorder.state, recorder.step_end
+
+    def write(time_ns: int) -> None:
+        segment(FORWARD, time_ns, time_ns, 1, 1)
+        put(records.HEAD.pack(FORWARD, 9), time_ns, time_ns, records.TAILS[0].pack(1, 1))
+        step_end(time_ns, 1, 1)
+        state(DECODE, time_ns, 5)
+
+    write(10)
+    readers = []
+    for number in (1, 2):  # the second as in a forked child that opens a ring of its own
+        directory = tmp_path / str(number)
+        with environment(**variables(directory)), sized():
+            assert recorder.open("worker", {})
+        readers.append(reader_of(ring_paths(directory)[0]))
+        write(20 * number)
+        die(recorder)
+        write(30)
+    for number, reader in enumerate(readers, 1):
+        found = decoded(read_all(reader))
+        assert [row[3] for row in found.segments] == [20 * number] * 2
+        assert [words[1] for _, _, words in found.steps] == [20 * number]
+        assert [words[1] for _, type_, _, words in found.controls if type_ == RecordType.STATE] == [20 * number]
+        assert reader.ended
+
+
 @pytest.mark.parametrize("value", [None, ""])
 def test_without_a_session_nothing_is_opened_or_made(tmp_path: Path, value: str | None):
     recorder = Recorder()
