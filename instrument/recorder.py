@@ -116,7 +116,7 @@ class Recorder:
         """The parent's ring is the parent's alone; the child opens its own when it turns out to have a role."""
         if self.ring is not None:
             self._close()
-            os.close(self.ring.descriptor)
+            os.close(self.ring.lock)
             self.ring = None
 
     def handle(self, text: str) -> int:

@@ -97,9 +97,9 @@ def _power_of_two(slots: float) -> int:
 class Ring:
     """The writer's side of a ring file, for the process that made it."""
 
-    def __init__(self, path: Path, descriptor: int, memory: mmap.mmap, control_slots: int, detail_slots: int):
+    def __init__(self, path: Path, lock: int, memory: mmap.mmap, control_slots: int, detail_slots: int):
         self.path = path
-        self.descriptor = descriptor
+        self.lock = lock  # a descriptor: while it is open somewhere, the process lives
         self.memory = memory
         self.control_slots = control_slots
         self.detail_slots = detail_slots
@@ -131,12 +131,16 @@ class Ring:
         started = time.monotonic_ns()
         final = directory / f"{role}-{os.getpid()}-{started}.ring"
         partial = final.with_suffix(".partial")
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        mapped = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        lock = -1
         try:
+            # The lock has an opening of its own: a map keeps a duplicate of what it was made from, and in a forked
+            # child a frame of a thread that was recording, and is not there any more, may keep the map.
+            lock = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Reserved, not only sized: a full file system fails here, and never as a SIGBUS when a page is touched.
-            os.posix_fallocate(descriptor, 0, size)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            memory = mmap.mmap(descriptor, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            os.posix_fallocate(mapped, 0, size)
+            memory = mmap.mmap(mapped, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
             records.HEADER.pack_into(
                 memory,
                 0,
@@ -157,7 +161,10 @@ class Ring:
             share(partial)
             partial.rename(final)
         except BaseException:
-            os.close(descriptor)
+            if lock >= 0:
+                os.close(lock)
             partial.unlink(missing_ok=True)
             raise
-        return cls(final, descriptor, memory, control, detail)
+        finally:
+            os.close(mapped)
+        return cls(final, lock, memory, control, detail)
