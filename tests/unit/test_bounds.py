@@ -13,9 +13,9 @@ from unit.test_assemble import PAPERS, Paper, Rigs, ranks_of
 from stagetrace.exporters.assembly import assemble as assembly
 from stagetrace.exporters.assembly import instances, long_records, membership, requests, segments
 from stagetrace.exporters.assembly.assemble import Assembler
-from stagetrace.exporters.collector import batches_of, raw_table
+from stagetrace.exporters.collector import batch_marks, batches_of, raw_table
 from stagetrace.exporters.drain import SLOT, Batch, Slots
-from stagetrace.exporters.session import TABLES
+from stagetrace.exporters.session import TABLES, Commit
 from stagetrace.instrument.records import Change, RecordType, Text, header_word
 from stagetrace.instrument.stages import BY_NAME
 
@@ -71,15 +71,18 @@ def split(batch: Batch, at: float) -> list[Batch]:
 def test_the_same_slots_between_two_takes_give_the_same_tables(
     tmp_path_factory: pytest.TempPathFactory, paper: Paper, at: float, gaps: set[int]
 ):
-    """A session is rebuilt from raw parts, in which a process's batches are one: byte for byte, in the same order."""
+    """A session is rebuilt from raw parts: byte for byte, in the same order, also where batches were taken apart."""
     takes = recorded(tmp_path_factory.mktemp("paper"), paper)
     whole = tables_of(takes)
     assert [{name: table.to_pylist() for name, table in tables.items()} for tables in whole] == [
         {name: table.to_pylist() for name, table in tables.items()} for tables in tables_of(takes)
     ]
-    merged = [(batches_of(raw_table(batches)), now) for batches, now in takes]
+    stored = [
+        ([*batches_of(Commit(1, now, now, batches=batch_marks(batches)), raw_table(batches))], now)
+        for batches, now in takes
+    ]
     halves = [([half for batch in batches for half in split(batch, at)], now) for batches, now in takes]
-    for other in (tables_of(merged), tables_of(halves)):
+    for other in (tables_of(stored), tables_of(halves)):
         for one, two in zip(whole, other, strict=True):
             assert all(one[name].equals(two[name]) for name in TABLES)
     for number, batch in enumerate(batch for batches, _ in takes for batch in batches):
