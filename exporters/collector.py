@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.1
+POLL_S = 0.2
 COMMIT_S = 2.0
 COMMIT_SLOTS = 50_000
 HOLD_SLOTS = 512 * 1024  # of detail, 64 MiB: what is held while the disk takes nothing
