@@ -355,7 +355,7 @@ def match(name: str, multiprocessors: int | None = None) -> Match:
     """The device that torch.cuda.get_device_name() calls `name`; never a guess.
 
     `multiprocessors` of torch.cuda.get_device_properties() tells devices apart that share a name. A part of a device
-    (MIG) or one that is not in the table has no data sheet here: `stagetrace calibrate` measures what it can do.
+    (MIG) or one that is not in the table has no data sheet here, and its ceilings are not known.
     """
     wanted = _normal(name)
     named = [device for device in DEVICES if wanted in map(_normal, device.names)]
@@ -363,7 +363,7 @@ def match(name: str, multiprocessors: int | None = None) -> Match:
     found = named if len(named) == 1 else counted
     if len(found) == 1:
         return Match(found[0], f"{name}: figures of {found[0].source}.")
-    measure = "Run `stagetrace calibrate` on it to measure what it can do."
+    measure = "What it can do is not known here, so no share of it is given."
     if named:
         names = " or ".join(device.name for device in named)
         return Match(None, f"{name} is {names}, and nothing says which. {measure}")

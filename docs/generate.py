@@ -164,8 +164,8 @@ def speed_of_light_page() -> str:
         "## Hardware",
         "Dense peaks in TFLOP/s (TOP/s for integers), never those with sparsity; memory in GB (10^9 bytes) and GB/s;"
         " links in GB/s and direction, all links of a device together. A dash is what is not known. Devices are found"
-        " by the name that `torch.cuda.get_device_name()` gives; for others, and for parts of a device (MIG),"
-        " `stagetrace calibrate` measures.",
+        " by the name that `torch.cuda.get_device_name()` gives; of others, and of parts of a device (MIG),"
+        " nothing is known here.",
         table(("device", *ARITHMETIC, "memory", "GB/s", "link", "GB/s"), [device_row(device) for device in DEVICES]),
         "### Names and sources",
         table(("device", "names", "sources", "notes"), [source_row(device, sources) for device in DEVICES]),

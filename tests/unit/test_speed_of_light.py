@@ -69,7 +69,7 @@ def test_without_a_known_device_there_are_rates_and_a_way_on(tmp_path: Path):
     assert summary.light.ceilings is None
     assert summary.light.phases["prefill"].share is None and summary.light.phases["prefill"].operations_per_s
     text = shown(summary)
-    assert "The device (cpu) is not in the table of data sheets. Run `stagetrace calibrate`" in text
+    assert "The device (cpu) is not in the table of data sheets. What it can do is not known" in text
     assert "Speed of light by kind of step, of one rank\n" in text
 
 
