@@ -124,6 +124,11 @@ def serve(
         raise AssertionError(f"the server left behind: {', '.join(left)} (log: {server.log})")
 
 
+def semaphores() -> set[str]:
+    """The semaphores of Python's multiprocessing in /dev/shm."""
+    return {str(path) for path in Path(SHARED_MEMORY).glob("sem.mp-*")}
+
+
 class Watch:
     """What belongs to a server: its processes and what they hold in /dev/shm, collected while they live."""
 
@@ -131,6 +136,7 @@ class Watch:
         self.server = server
         self.processes: set[psutil.Process] = set()
         self.files: set[str] = set()
+        self.semaphores = semaphores()  # those that were there before
 
     def look(self) -> None:
         """Adds what can be seen now; a process that is ending shows nothing."""
@@ -163,7 +169,10 @@ class Watch:
                 pass
         psutil.wait_procs(alive, timeout=10)
         process.wait(10)
-        for file in self.files:
+        # Python's resource tracker unlinks semaphores, unless it was killed with the rest.
+        new = semaphores() - self.semaphores
+        in_use = {file for pid in psutil.pids() for file in shared_memory(pid)} if new else set()
+        for file in self.files | (new - in_use):
             Path(file).unlink(missing_ok=True)
         return left
 
