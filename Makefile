@@ -54,7 +54,7 @@ unit: dev ## unit tests
 fuzz: dev ## every parser of outside input: inputs that once failed, and some thousand more
 	$(call pytest,fuzz)
 
-fuzz-long: dev ## the same guided by coverage, 110,000 inputs (half an hour); INPUTS=N for another number
+fuzz-long: dev ## the same guided by coverage, 110,000 inputs (an hour); INPUTS=N for another number
 	$(DEV) tests/fuzz/campaign.py $(if $(INPUTS),--inputs $(INPUTS))
 
 backends: dev ## tests against real trace stores

@@ -293,7 +293,7 @@ class Manifest:
     anchors: list[tuple[int, int]] = field(default_factory=list)  # (monotonic ns, wall ns)
     processes: list[Process] = field(default_factory=list)
     losses: list[Losses] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)  # accounting_conflict, spans exported, ...
+    counts: dict[str, int] = field(default_factory=dict)  # accounting_conflict, corrupt, slots_rotated, ...
 
 
 class Session:
