@@ -54,7 +54,6 @@ COMMIT_SLOTS = 50_000
 HOLD_SLOTS = 512 * 1024  # of detail, 64 MiB: what is held while the disk takes nothing
 REPLAY_SLOTS = 20_000_000  # at most, when a session is taken up; what began before them is as if it was not recorded
 TEND_S = 30.0  # between looks at the session's size
-ANCHOR_NS = 1_000_000  # by which wall and monotonic clock drift apart before that is noted
 NICE = 10
 _BYTES = np.dtype((np.void, SLOT.itemsize))
 
@@ -351,13 +350,9 @@ class Collector:
     # What goes with it
 
     def _note_clocks(self) -> None:
-        """Notes an anchor where the clocks have drifted apart, or the wall clock was set, since the last one."""
         before = time.monotonic_ns()
         wall = time.time_ns()
-        monotonic = (before + time.monotonic_ns()) // 2
-        anchors = self.manifest.anchors
-        if not anchors or abs((wall - monotonic) - (anchors[-1][1] - anchors[-1][0])) > ANCHOR_NS:
-            anchors.append((monotonic, wall))
+        self.manifest.note_clocks((before + time.monotonic_ns()) // 2, wall)
 
     def _tend(self) -> None:
         """Keeps the session within its bounds, and the export going."""
