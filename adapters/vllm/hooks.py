@@ -164,8 +164,8 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
     ),
     # The two runners have different functions at the borders between stages; only V1 brings tokens to the host here.
     *(
-        HookPoint(target, ("self",), Level.STEP, _RANK, worker.model_forward, "where prepare becomes forward")
-        for target in (f"{_RUNNER}._model_forward", f"{_STEP_TIMING}.forward_start")
+        HookPoint(target, ("self",), Level.STEP, _RANK, worker.model_forward, "where prepare becomes forward", since)
+        for target, since in ((f"{_RUNNER}._model_forward", ""), (f"{_STEP_TIMING}.forward_start", "0.28"))
     ),
     HookPoint(
         f"{_RUNNER}._bookkeeping_sync", ("self",), Level.STEP, _RANK, worker.bookkeeping_sync, "where sampling ends"
