@@ -106,7 +106,8 @@ class Code:
         where, node = found
         at = "" if where == f"{module}:{path}" else where
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            return Fact(kind="value", at=at)
+            made = NO_FUNCTION.get(_last_word(node), "value") if isinstance(node, ast.Call) else "value"
+            return Fact(kind=made, at=at)
         words = [*map(_last_word, node.decorator_list), *([node.name] if owner else [])]
         kinds = [NO_FUNCTION[word] for word in words if word in NO_FUNCTION]
         return Fact(tuple(_parameters(node.args)), kinds[0] if kinds else "function", at=at)

@@ -20,8 +20,8 @@ from stagetrace.instrument.hooks import rows_for
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# What is made at run time, as a dataclass's functions are, has no source: only what a file defines counts, under the name
-# that it is defined by. Prints where the packages lie, and target -> parameters, or type.
+# What is made at run time, as a dataclass's functions are, has no source: only what a file defines counts, under the
+# name that it is defined by. Prints where the packages lie, and target -> parameters, or type.
 LOOK = """
 import importlib, inspect, json, sys
 import vllm
