@@ -85,7 +85,7 @@ bench: dev engines-env ## what recording and collecting cost, in four programs; 
 soak: dev ## an hour of 1,000 steps a second: is what the collector holds flat?
 	$(DEV) benchmarks/soak.py $(BENCH)
 
-docs: dev ## the pages that are made from tables: docs/stages.md, docs/speed-of-light.md
+docs: dev ## the pages that are made from tables: stages, speed of light, compatibility
 	$(DEV) docs/generate.py
 
 clean: ## what was built here; environments and sessions stay
