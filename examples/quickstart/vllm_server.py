@@ -38,10 +38,10 @@ class StartError(Exception):
     """The server did not come up; the message says why."""
 
 
-def command(model: Path, port: int, *arguments: str) -> list[str]:
-    """The server's command line; it listens on the loopback address alone."""
+def command(model: Path, port: int, *arguments: str, python: Path = ENGINE_PYTHON) -> list[str]:
+    """The server's command line; it listens on the loopback address alone. `python` is that of the engine."""
     return [
-        *(str(ENGINE_PYTHON), "-m", "vllm.entrypoints.openai.api_server"),
+        *(str(python), "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(model), "--served-model-name", MODEL_NAME),
         *("--host", HOST, "--port", str(port)),
         *arguments,

@@ -15,6 +15,7 @@ from engines.server import Server, serve
 from openai import AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from quickstart.load import Request, Result, send
+from quickstart.vllm_server import ENGINE_PYTHON
 
 from stagetrace.analysis.load import Frames, load
 from stagetrace.exporters.session import Manifest, Session
@@ -52,6 +53,7 @@ def record(
     *arguments: str,
     env: Mapping[str, str] | None = None,
     run: Sequence[str] = (),
+    python: Path = ENGINE_PYTHON,
 ) -> Iterator[Recording]:
     """A server of `model` under `stagetrace run`; the session is complete when the body has been left.
 
@@ -62,7 +64,7 @@ def record(
     rings = directory / "rings"
     with ExitStack() as stack:
         settings = {"STAGETRACE_RING_DIR": str(rings), **(env or {})}
-        server = stack.enter_context(serve(model, *arguments, env=settings, wrapper=wrapper))
+        server = stack.enter_context(serve(model, *arguments, env=settings, wrapper=wrapper, python=python))
         yield Recording(path, server)
     assert not list(rings.rglob("*")), "rings were left behind"
 

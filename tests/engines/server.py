@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 from quickstart.vllm_server import (
+    ENGINE_PYTHON,
     ENVIRONMENT,
     HOST,
     MODEL_NAME,
@@ -81,6 +82,7 @@ def serve(
     wrapper: Sequence[str] = (),
     may_leave_behind: bool = False,
     timeout_s: float = START_TIMEOUT_S,
+    python: Path = ENGINE_PYTHON,
 ) -> Iterator[Server]:
     """A server of `model` with more `arguments` and variables, behind a command prefix such as `stagetrace run --`.
 
@@ -94,7 +96,7 @@ def serve(
     port = free_port()
     with os.fdopen(handle, "wb") as output:
         process = subprocess.Popen(
-            [*wrapper, *command(model, port, *arguments)],
+            [*wrapper, *command(model, port, *arguments, python=python)],
             env=environment(env),
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -13,12 +13,12 @@ from unit.sessions import SessionBuilder
 from unit.test_report import shown
 
 from stagetrace.analysis.batch import Batch
+from stagetrace.analysis.ceilings import Ceilings, least_seconds
 from stagetrace.analysis.hardware import match
 from stagetrace.analysis.model_config import ConfigError, describe
 from stagetrace.analysis.operations import step_work
 from stagetrace.analysis.report import as_dict, summarise
 from stagetrace.analysis.sharding import Sharding
-from stagetrace.analysis.ceilings import Ceilings, least_seconds
 from stagetrace.cli.report import report
 
 if TYPE_CHECKING:
