@@ -95,7 +95,7 @@ class Collector:
         self._last_commit: dict[int, int] = {}  # of each process
         self._marks: dict[str, RingMark] = {}  # of rings that an earlier collector read
         self._writes_fail = False
-        self._next_tend = 0.0
+        self._next_tend = self._next_give_back = 0.0
         self.manifest = Manifest(session=session.identity.session, command=list(command), level=level)
         self._resume()
         self.manifest.host = os.uname().nodename
@@ -359,15 +359,18 @@ class Collector:
         """Keeps the session within its bounds, and the export going."""
         if self.export is not None:
             self.export.tend()
-        if time.monotonic() < self._next_tend:
+        now = time.monotonic()
+        if now >= self._next_give_back:
+            self._next_give_back = now + COMMIT_S
+            give_back()
+        if now < self._next_tend:
             return
-        self._next_tend = time.monotonic() + TEND_S
+        self._next_tend = now + TEND_S
         try:
             self.session.merge(self.manifest.derived)
             self._rotate()
         except (OSError, SessionError, pa.ArrowException) as error:
             log.error("the parts of %s could not be merged or removed: %s", self.session.path, error)
-        give_back()
 
     def _rotate(self) -> None:
         if self.keep == Keep():

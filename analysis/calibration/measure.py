@@ -15,15 +15,16 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from . import cases
-from .cases import GIB, MIB, Case, Unsupported
+from .cases import COLLECTIVE, GIB, MIB, Case, Unsupported
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 MODULE = "stagetrace.analysis.calibration.measure"
 ROUNDS, QUICK_ROUNDS = 5, 3  # over all cases: what disturbs one round is not in all
@@ -31,6 +32,7 @@ SAMPLES = 5  # in a round
 SAMPLE_S = 0.004  # a sample is as many calls as take so long
 LONGEST_CALL_S = 2.0  # a case that would take longer is left out
 MOST_CALLS = 20_000
+RANKS_PATIENCE_S = 900.0
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Asked:
     quick: bool = False
     threads: int = 0  # of the host; 0: torch's own choice
     ranks: int = 1
+    only: tuple[str, ...] = ()  # components; none: all
     rank: int = -1  # of a process of the collectives
     meeting: str = ""  # the file at which these find one another
 
@@ -170,20 +173,21 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def plan(torch: Any, device: Any, quick: bool) -> list[Case]:
-    """The cases of one process."""
+def plan(torch: Any, device: Any, quick: bool, only: Sequence[str] = ()) -> list[Case]:
+    """The cases of one process: of all components, or of some."""
     accelerator = device.type != "cpu"
     if accelerator:
         free = torch.get_device_module(device).mem_get_info(device)[0]
         limit = min(4 * GIB, free // 4)
     else:
         limit = min((256 if quick else 1024) * MIB, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16)
-    return [
+    found = [
         *cases.memory(limit, quick),
         *cases.gemm(accelerator, quick),
         *cases.attention(accelerator, quick),
         *cases.experts(accelerator, quick),
     ]
+    return [case for case in found if not only or case.component in only]
 
 
 class Others:
@@ -240,7 +244,7 @@ def main() -> int:
         others = Others()
         bench = Bench(say)
         _alone(torch, device, asked, bench)
-        if asked.ranks > 1:
+        if asked.ranks > 1 and (not asked.only or COLLECTIVE in asked.only):
             _together(asked, say)
         for row in bench.rows():
             say({"row": row})
@@ -252,7 +256,7 @@ def main() -> int:
 
 def _alone(torch: Any, device: Any, asked: Asked, bench: Bench) -> None:
     clock = Clock(torch, device)
-    planned = plan(torch, device, asked.quick)
+    planned = plan(torch, device, asked.quick, asked.only)
     rounds = QUICK_ROUNDS if asked.quick else ROUNDS
     for round_ in range(rounds):
         for number, case in enumerate(planned):
@@ -284,18 +288,22 @@ def _together(asked: Asked, say: Callable[[dict[str, Any]], None]) -> None:
                     text=True,
                 )
             )
+        spoken = ranks[0].stdout
+        assert spoken is not None
+        overdue = threading.Timer(RANKS_PATIENCE_S, ranks[0].kill)  # a rank that failed leaves the others waiting
+        overdue.start()
         try:
-            assert ranks[0].stdout is not None
-            for line in ranks[0].stdout:
+            for line in spoken:
                 say(json.loads(line))
             ended = [process.wait(60) for process in ranks]
         except subprocess.TimeoutExpired:
             ended = [-1]
         finally:
+            overdue.cancel()
             for process in ranks:
                 process.kill()
                 process.wait()
-            ranks[0].stdout.close()
+            spoken.close()
     if any(ended):
         say({"skipped": f"collectives of {asked.ranks} ranks", "why": "a rank's process failed; its words are above"})
 
