@@ -2,7 +2,7 @@
 
     PYTHON -P -m stagetrace.analysis.calibration.measure '{"device": "cpu", "quick": false, "threads": 0, "ranks": 2}'
 
-Standard library and torch alone. Its standard output has one JSON object a line: {"device": ...} first, {"doing": NAME,
+Standard library, torch and our own files alone. Its standard output has one JSON object a line: {"device": ...} first, {"doing": NAME,
 "done": i, "of": n} as it goes, {"row": ...} or {"skipped": NAME, "why": ...} for each case, {"end": ...} last; whatever
 else is printed goes to standard error. Times are of the device's own clock where it has one (events), else the host's.
 """
@@ -19,6 +19,8 @@ import threading
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from stagetrace.adapters.device import processor_name
 
 from . import cases
 from .cases import COLLECTIVE, GIB, MIB, Case, Unsupported
@@ -147,7 +149,7 @@ def device_of(torch: Any, asked: Asked) -> tuple[Any, dict[str, Any]]:
         "host": platform.node(),
     }
     if device.type == "cpu":
-        return device, about | {"name": processor_name(), "processors": os.cpu_count() or 1}
+        return device, about | {"name": processor_name() or platform.machine(), "processors": os.cpu_count() or 1}
     module = torch.get_device_module(device)
     if not module.is_available():
         raise RuntimeError(f"this torch ({torch.__version__}) sees no {device.type} device")
@@ -159,18 +161,6 @@ def device_of(torch: Any, asked: Asked) -> tuple[Any, dict[str, Any]]:
         "memory": int(properties.total_memory),
         "runtime": str(torch.version.cuda or torch.version.hip or ""),
     }
-
-
-def processor_name() -> str:
-    """The processor's model, as Linux says it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def plan(torch: Any, device: Any, quick: bool, only: Sequence[str] = ()) -> list[Case]:
