@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from stagetrace.instrument.gc_pauses import watch
 from stagetrace.instrument.hooks import Hooks
 from stagetrace.instrument.levels import maximum_level
@@ -15,7 +17,8 @@ _installed: list[Hooks] = []
 def install() -> Hooks:
     """Patches vLLM in this process; a second call finds it done."""
     if not _installed:
-        hooks = Hooks(HOOK_POINTS, RECORDER, maximum_level())
+        version = getattr(sys.modules.get("vllm"), "__version__", "")
+        hooks = Hooks(HOOK_POINTS, RECORDER, maximum_level(), str(version))
         hooks.install()
         watch(RECORDER)
         _installed.append(hooks)
