@@ -89,7 +89,7 @@ class Text(IntEnum):
     TRACE_CONTEXT = 3  # traceparent, a newline, tracestate
     PROCESS = 4  # JSON: what the process is (engine, version, model, flags, rank)
     HOOK = 5  # JSON: a hook point and what became of it
-    NAME = 6  # the name of a thing of the engine's: a group of ranks, an algorithm
+    NAME = 7  # the name of a thing of the engine's: a group of ranks, an algorithm
 
 
 def header_word(type_: int, stage: int = 0, part: int = 0, parts: int = 1) -> int:

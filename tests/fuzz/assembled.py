@@ -106,7 +106,7 @@ def _alter_records(script: Script, piece: Slots) -> None:
 def text(data: bytes) -> None:
     """Text records of every kind with any content, into the tables and the manifest and out of it again."""
     script = Script(data)
-    kind, handle = script.one_of([*Text, 7]), script.signed() if script.flag() else 5
+    kind, handle = script.one_of([*Text, 9]), script.signed() if script.flag() else 5
     content = script.rest() if script.flag() else _json_text(script, kind)
     control, _ = material.slots()
     written = _text_slots(handle, kind, content, 1)
