@@ -134,8 +134,8 @@ class Hook:
 
     def told_objects(self) -> None:
         """Tells the collector on how many objects the hook is, when all that there are were seen."""
-        if self.objects and self.status != "out":
-            self.set("installed", f"on {self.objects} objects")
+        if self.status in ("waiting", "unused", "installed"):
+            self.set("installed" if self.objects else "unused", f"on {self.objects} objects")
 
 
 def check(module: ModuleType, point: HookPoint) -> tuple[str, str]:
