@@ -25,6 +25,7 @@ from .assembly.assemble import Assembler
 from .control import read_switches
 from .discover import Discovery
 from .drain import CONTROL, DETAIL, SLOT, Batch, RingReader
+from .memory import give_back
 from .parts import END
 from .retention import Keep, last_to_remove
 from .session import (
@@ -366,6 +367,7 @@ class Collector:
             self._rotate()
         except (OSError, SessionError, pa.ArrowException) as error:
             log.error("the parts of %s could not be merged or removed: %s", self.session.path, error)
+        give_back()
 
     def _rotate(self) -> None:
         if self.keep == Keep():
