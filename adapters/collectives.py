@@ -86,9 +86,9 @@ class Collectives:
             group.sequence += 1
             return group
 
-        def before(at: Any) -> Group | None:
+        def before(at: Any) -> tuple[Group, int] | None:
             group = group_of(at)
-            group.sequence += 1
+            group.sequence = sequence = group.sequence + 1
             step = rank.step
             if group.alone or not step:
                 return None
@@ -96,22 +96,22 @@ class Collectives:
             if within.get(thread) == step:
                 return None
             within[thread] = step
-            return group
+            return group, 0 if paired else sequence
 
-        def after(given: Any, noted: Group | None, begin: int, end: int) -> None:
+        def after(given: Any, noted: tuple[Group, int] | None, begin: int, end: int) -> None:
             if noted is None:
                 return
+            group, sequence = noted
             thread, step = get_ident(), rank.step
             within[thread] = 0
             algorithm: int | str = self._algorithm.pop(thread, 0) if self._algorithm else 0
-            if not noted.handle:
-                noted.handle = self.tell(noted.name)
+            if not group.handle:
+                group.handle = self.tell(group.name)
             if not algorithm:
-                algorithm = noted.algorithm
+                algorithm = group.algorithm
                 if isinstance(algorithm, str):
-                    algorithm = noted.algorithm = self.tell(algorithm)
-            sequence = 0 if paired else noted.sequence
-            tail = _pack_tail(rank.instance, step, number, noted.handle, size_of(given), algorithm, sequence)
+                    algorithm = group.algorithm = self.tell(algorithm)
+            tail = _pack_tail(rank.instance, step, number, group.handle, size_of(given), algorithm, sequence)
             put(_pack_head(_HEADER, thread), begin, end, tail)
 
         asked = ("noted", "begin", "end")
