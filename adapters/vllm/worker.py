@@ -18,6 +18,8 @@ from . import extract
 from .scheduler import STEP_ATTRIBUTE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from stagetrace.instrument.hooks import Hook
 
 _HEADERS = tuple(
@@ -36,6 +38,9 @@ class _Rank:
         self.rank = 0
         self.instance = 0
         self.step = 0  # 0: none
+        self.tokens = 0  # scheduled in it
+        self.at_start: tuple[Callable[[], None], ...] = ()  # called when a step begins, and when it was launched;
+        self.at_end: tuple[Callable[[], None], ...] = ()  # they raise nothing
         self.begin = 0  # of the rank's step
         self.forwarded = 0  # end of its first half; the second is sampling
         self.forward_begin = 0
@@ -58,7 +63,15 @@ class _Rank:
         self.instance, self.begin = instance, begin
         self.of_rank = _pack_tail(instance, step, self.rank)
         self.of_tokens = _pack_longer_tail(instance, step, self.rank, tokens)
-        self.step = step
+        self.step, self.tokens = step, tokens
+        for call in self.at_start:
+            call()
+
+    def finish(self) -> None:
+        """The step is over."""
+        for call in self.at_end:
+            call()
+        self.step = 0
 
     def forget(self) -> None:
         """There is no step that is recorded."""
@@ -97,7 +110,7 @@ def worker_execute_model(hook: Hook) -> Around:
         rank.forwarded = end
         if result is not None and rank.step:
             put(rank.rank_step, rank.begin, end, rank.of_tokens)
-            rank.step = 0
+            rank.finish()
 
     return Around(before, after, off=rank.forget)
 
@@ -111,7 +124,7 @@ def worker_sample_tokens(hook: Hook) -> Around:
         if step:
             put(rank.idle, rank.forwarded, begin, _pack_tail(rank.instance, step, _WAITING_FOR_SCHEDULER))
             put(rank.rank_step, rank.begin, end, rank.of_tokens)
-            rank.step = 0
+            rank.finish()
 
     return Around(after=after)
 
