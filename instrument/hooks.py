@@ -55,11 +55,11 @@ class HookPoint:
     process: str  # the kind of process that calls it
     handler: Callable[[Hook], Around]  # what it does before and after the function
     gives: str  # what is recorded
-    compiled: bool = False  # a compiler may reach it: it records nothing while it is traced, or a stream captured
-    per_object: bool = False
     since: str = ""  # the first release of the engine that has it so, as "0.28"; empty: all the way back
     before: str = ""  # the first one that no longer has it so; empty: all to come
     stands_for: str = ""  # the target that has its place in other releases; empty: its own
+    compiled: bool = False  # a compiler may reach it: it records nothing while it is traced, or a stream captured
+    per_object: bool = False
 
     @property
     def place(self) -> str:

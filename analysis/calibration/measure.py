@@ -2,9 +2,10 @@
 
     PYTHON -P -m stagetrace.analysis.calibration.measure '{"device": "cpu", "quick": false, "threads": 0, "ranks": 2}'
 
-Standard library, torch and our own files alone. Its standard output has one JSON object a line: {"device": ...} first, {"doing": NAME,
-"done": i, "of": n} as it goes, {"row": ...} or {"skipped": NAME, "why": ...} for each case, {"end": ...} last; whatever
-else is printed goes to standard error. Times are of the device's own clock where it has one (events), else the host's.
+Standard library, torch and our own files alone. Its standard output has one JSON object a line: {"device": ...} first,
+{"doing": NAME, "done": i, "of": n} as it goes, {"row": ...} or {"skipped": NAME, "why": ...} a case, {"end": ...}
+last; whatever else is printed goes to standard error. Times are of the device's own clock where it has one (events),
+else the host's.
 """
 
 from __future__ import annotations
