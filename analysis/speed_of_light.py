@@ -7,6 +7,7 @@ shown.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,13 +23,11 @@ from .calibration.results import load as load_calibration
 from .ceilings import Ceilings, least_times
 from .hardware import match
 from .model_config import ConfigError, load_model
-from .model_files import config_path
 from .operations import StepWork, step_work
 from .sharding import Sharding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from stagetrace.exporters.session import Manifest, Process
 
@@ -131,12 +130,14 @@ def speed_of_light(
     steps: pd.DataFrame,
     segments: pd.DataFrame,
     requests: pd.DataFrame,
+    kept: Path,
     config: Path | None = None,
     calibration: Path | None = None,
 ) -> SpeedOfLight:
     """Of the complete steps in `steps`.
 
-    `config`: the model's config.json or its directory, else the recorded path. `calibration`: a file that `stagetrace
+    `config`: the model's config.json or its directory, else `kept`, that of the session, else in the directory that was
+    recorded. `calibration`: a file that `stagetrace
     calibrate` made, else the one that is kept for the device that was recorded. Raises ConfigError and CalibrationError
     when one that was named cannot be read; one that was not named is a note.
     """
@@ -145,7 +146,9 @@ def speed_of_light(
     if not len(steps) or (process is None and config is None):
         return SpeedOfLight()
     info = process.info if process else {}
-    path = config_path(config if config is not None else str(info.get("model_path", "")))
+    recorded = kept if kept.is_file() else Path(str(info.get("model_path", "")))
+    path = recorded if config is None else config
+    path = path / "config.json" if path.is_dir() else path
     try:
         model = load_model(path, str(info.get("dtype", "auto")), str(info.get("kv_cache_dtype", "auto")))
     except ConfigError as error:
