@@ -24,6 +24,8 @@ from typing import IO, TYPE_CHECKING, Any, Union
 
 from stagetrace.instrument.hooks import ABSENT, FITS, HookPoint, Release, absence, check, in_range, release_of, rows_for
 
+from .sglang.hooks import HOOK_POINTS as SGLANG_HOOK_POINTS
+from .sglang.hooks import RELEASES as SGLANG_RELEASES
 from .vllm.hooks import HOOK_POINTS as VLLM_HOOK_POINTS
 from .vllm.hooks import RELEASES as VLLM_RELEASES
 
@@ -40,11 +42,10 @@ _PATIENCE_AT_EXIT_S = 30.0
 _LONGEST_WHY = 1000
 _LAST_WORDS = 15  # lines of standard error that a failure is reported with
 
-# Package -> the group of its plugins, our hook points (None where there are none yet), and the releases that they were
-# held against.
-ENGINES: dict[str, tuple[str, Sequence[HookPoint] | None, Sequence[str]]] = {
+# Package -> the group of its plugins, our hook points, and the releases that they were held against.
+ENGINES: dict[str, tuple[str, Sequence[HookPoint], Sequence[str]]] = {
     "vllm": ("vllm.general_plugins", VLLM_HOOK_POINTS, VLLM_RELEASES),
-    "sglang": ("sglang.srt.plugins", None, ()),
+    "sglang": ("sglang.srt.plugins", SGLANG_HOOK_POINTS, SGLANG_RELEASES),
 }
 
 
@@ -73,7 +74,6 @@ class Engine:
 
     name: str
     version: str
-    supported: bool
     group: str  # of entry points, through which it loads plugins
     plugin: str | None  # what our entry point names; None: there is none
     plugin_trouble: str  # why the entry point cannot be loaded; empty when it can
@@ -133,22 +133,20 @@ def unusable(points: Sequence[Point]) -> list[str]:
 def lost(points: Sequence[HookPoint], release: Release) -> list[str]:
     """The targets that the release has not, and nothing that stands for them: what they give is lost there. Pure."""
     there = {point.place for point in points if in_range(point, release)}
-    return [point.target for point in rows_for(points, release) if point.place not in there]
+    return [point.target for point in rows_for(points, release) if point.missed and point.place not in there]
 
 
 def _engine(
     name: str,
     group: str,
-    table: Sequence[HookPoint] | None,
+    table: Sequence[HookPoint],
     releases: Sequence[str],
     say: Callable[[str], None],
 ) -> Engine:
-    number = _version_of(name)
-    if table:
-        say(name)
-        number = str(getattr(_imported(name), "__version__", None) or number)
+    say(name)
+    number = str(getattr(_imported(name), "__version__", None) or _version_of(name))
     release = release_of(number)
-    points = rows_for(table or (), release)
+    points = rows_for(table, release)
     modules: dict[str, _Module] = {}
     for module in dict.fromkeys(point.module for point in points if in_range(point, release)):
         say(module)
@@ -158,7 +156,6 @@ def _engine(
     return Engine(
         name=name,
         version=number,
-        supported=table is not None,
         group=group,
         **_plugin(group),
         points=found,

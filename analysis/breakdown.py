@@ -47,7 +47,8 @@ _RANK = Timeline.RANK.value
 _HELPERS = {timeline: f"{timeline}, helper threads" for timeline in (Timeline.SCHEDULER, Timeline.RANK)}
 _STEP = BY_NAME["step"]
 _RANK_STEP = BY_NAME["rank_step"]
-INSTALLED, WAITING, LEFT_OUT = "installed", "waiting", "left out"  # of a hook (instrument/hooks.py)
+# Of a hook (instrument/hooks.py); one that is unused has nothing in this model to be put on.
+INSTALLED, WAITING, LEFT_OUT, UNUSED = "installed", "waiting", "left out", "unused"
 ABSENT = "not in this version"
 UNATTRIBUTED = "unattributed"
 OBSERVED = "observed time"
@@ -556,7 +557,7 @@ def hook_troubles(processes: Sequence[Process]) -> list[HookTrouble]:
     found = Counter(
         (hook.get("name", ""), hook.get("status", ""), hook.get("why", ""))
         for hook in hooks
-        if hook.get("status") not in (INSTALLED, LEFT_OUT)
+        if hook.get("status") not in (INSTALLED, LEFT_OUT, UNUSED)
         and not (hook.get("status") in (WAITING, ABSENT) and _gift(hook) in given)
     )
     return [HookTrouble(*what, processes=count) for what, count in sorted(found.items())]

@@ -33,7 +33,8 @@ _MIB = 1 << 20
 _NO_ENGINE = "There is no engine in this environment. What to do: name the engine's Python, `--python PATH`."
 _NO_PROCESS = (
     "No process has opened a ring for this session. What to do: run `stagetrace doctor --python PATH` with the Python"
-    " that the engine runs on; it shows whether the hooks fit, and whether VLLM_PLUGINS leaves stagetrace out."
+    " that the engine runs on; it shows whether the hooks fit, and whether VLLM_PLUGINS or SGLANG_PLUGINS leaves"
+    " stagetrace out."
 )
 _UNREAD = "{count} rings of this session are read by no collector. What to do: `stagetrace collect {path}`."
 _NO_TRAFFIC = "no traffic yet"
@@ -50,7 +51,7 @@ def environment_view(
     `inspection` is what adapters/inspect.py found (None: nothing, and `trouble` says why), `excluding` has the
     variables that leave our plugin out and what to set them to. `status` is the command's exit status.
     """
-    engines = [engine for engine in inspection["engines"] if engine["supported"]] if inspection else []
+    engines = inspection["engines"] if inspection else []
     notes = [note for engine in engines for note in _engine_notes(engine)]
     rings = ring_directory_view()
     variables = {f"{engine['name']}_plugins".upper() for engine in engines} or {"VLLM_PLUGINS"}
@@ -179,10 +180,8 @@ def environment_parts(view: Mapping[str, Any]) -> list[Part]:
         rows.append(("inspected", f"{inspection['executable']}: Python {inspection['python']}"))
         rows.append(("", f"stagetrace {inspection['stagetrace']}"))
     for engine in inspection["engines"] if inspection else ():
-        rows.append(("engine", f"{engine['name']} {engine['version']}" + ("" if engine["supported"] else _NOT_YET)))
-        if engine["supported"]:
-            named = engine["plugin"] or "not found"
-            rows.append(("entry point", f"{named} in {engine['group']}"))
+        rows.append(("engine", f"{engine['name']} {engine['version']}"))
+        rows.append(("entry point", f"{engine['plugin'] or 'not found'} in {engine['group']}"))
     for name, variable in view["plugin_variables"].items():
         value, excludes = variable["value"], variable["excludes"]
         rows.append((name, "not set" if value is None else f"{value!r}" + (" leaves stagetrace out" * excludes)))
@@ -194,9 +193,6 @@ def environment_parts(view: Mapping[str, Any]) -> list[Part]:
     lost = any(engine["lost"] for engine in inspection["engines"]) if inspection else False
     fine = "All hook points of this version can be used." if lost else "All hook points can be used."
     return shown + ([_message(trouble) for trouble in view["troubles"]] or [fine])
-
-
-_NOT_YET = ": not supported yet"
 
 
 def _session_text(session: Mapping[str, Any] | None) -> str:
@@ -250,8 +246,8 @@ def _weight(point: Mapping[str, Any], engine: Mapping[str, Any]) -> str:
     if point["target"] in engine["unusable"]:
         return ""
     if point["target"] in engine["lost"]:
-        return "as this version is"
-    return "not needed: another gives the same"
+        return "lost in this version"
+    return "not needed: another gives the same" if point["status"] != ABSENT else "not needed in this version"
 
 
 def _message(text: str) -> str:

