@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 from stagetrace.adapters.collectives import Collectives, Group
@@ -269,13 +270,11 @@ def capture_fn_set(_: Hook) -> Around:
 
 def padding_of(tokens: int) -> Any:
     """Which of so many tokens are padding, by the engine's own mask; None where none is, or that is not known."""
-    from vllm import forward_context
-
-    context = forward_context._forward_context
-    mask = None if context is None else getattr(context, "is_padding", None)
-    if mask is None or mask.shape[0] != tokens or RANK.tokens == tokens:
+    if RANK.tokens == tokens and RANK.step:
         return None
-    return mask
+    context = sys.modules["vllm.forward_context"]._forward_context
+    mask = None if context is None else getattr(context, "is_padding", None)
+    return None if mask is None or mask.shape[0] != tokens else mask
 
 
 # Functions that all layers share

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,14 +22,13 @@ from stagetrace.instrument.hooks import ERRORS_UNTIL_OUT
 from stagetrace.instrument.stages import BY_ID, BY_NAME, AttentionKind, Collective, Level
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import pandas as pd
 
     from stagetrace.analysis.load import Frames
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, TYPE_BYTES = 4, 8, 2, 256, 2  # of the tiny model (examples/quickstart/model.py)
 AT_LAYER = ("--level", "layer", "--no-report")
+COUNTING = Path(__file__).with_name("counting.py")
 QUESTIONS = [Request(({"role": "user", "content": f"question {number}"},), max_tokens=12) for number in range(4)]
 # Every hook of the layer level fails, before the engine's function and after it, and so does counting.
 RAISES = """
@@ -105,6 +106,24 @@ def scheduled(one: Recorded) -> pd.Series[int]:
     """Tokens by step."""
     steps = one.frames["steps"].set_index(["instance", "step"])
     return steps["prefill_tokens"] + steps["decode_tokens"]
+
+
+# Counting
+
+
+def test_counts_are_those_of_a_plain_count(engine_python: Path) -> None:
+    """Few choices and many, of both kinds of integers, with padding, and with choices that are none."""
+    done = subprocess.run(
+        [engine_python, COUNTING], env=environment(), capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    for case in json.loads(done.stdout.splitlines()[-1]):
+        host, *device = case["counted"]
+        assert host == [7, 1, 3, 5, case["tokens"], case["plain"]]
+        assert [words[3] for words in device] == ([4, 5] if sum(case["plain"]) else [])
+        for words in device:
+            assert words[:3] == [7, 1, 3] and words[5] == case["plain"]
+            assert case["tokens"] - case["holes"] <= words[4] <= case["tokens"]
 
 
 # Mixture of Experts, eager
