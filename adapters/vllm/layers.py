@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from _thread import get_ident
 from typing import TYPE_CHECKING, Any
 
 from stagetrace.adapters.collectives import Collectives, Group
@@ -283,12 +284,13 @@ def padding_of(tokens: int) -> Any:
 def moe_begins(_: Hook) -> Around:
     """MoERunner._forward_impl: what follows on this thread is this layer's MoE."""
 
+    by_thread = WITHIN.by_thread
+
     def before(self: Any) -> None:
-        layer = vars(self).get(_MARK)
+        layer = self.__dict__.get(_MARK)
         if layer is None:
-            layer = layer_index(self.layer_name)
-            vars(self)[_MARK] = layer
-        WITHIN.enter(layer)
+            layer = self.__dict__[_MARK] = layer_index(self.layer_name)
+        by_thread[get_ident()] = layer
 
     return Around(before)
 
