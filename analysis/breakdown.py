@@ -49,6 +49,7 @@ _STEP = BY_NAME["step"]
 _RANK_STEP = BY_NAME["rank_step"]
 # Of a hook (instrument/hooks.py); one that is unused has nothing in this model to be put on.
 INSTALLED, WAITING, LEFT_OUT, UNUSED = "installed", "waiting", "left out", "unused"
+ABSENT = "not in this version"
 UNATTRIBUTED = "unattributed"
 OBSERVED = "observed time"
 
@@ -548,7 +549,8 @@ def hook_troubles(processes: Sequence[Process]) -> list[HookTrouble]:
     """The hooks that are not installed, with the reason, and in how many processes that is so.
 
     A hook that waits for a module is no trouble in a process that has no use for the module, as long as another
-    process has it installed, or another hook that gives the same (engines choose between modules).
+    process has it installed, or another hook that gives the same (engines choose between modules, and have other
+    functions in other releases).
     """
     hooks = [hook for process in processes for hook in process.hooks]
     given = {_gift(hook) for hook in hooks if hook.get("status") == INSTALLED}
@@ -556,7 +558,7 @@ def hook_troubles(processes: Sequence[Process]) -> list[HookTrouble]:
         (hook.get("name", ""), hook.get("status", ""), hook.get("why", ""))
         for hook in hooks
         if hook.get("status") not in (INSTALLED, LEFT_OUT, UNUSED)
-        and not (hook.get("status") == WAITING and _gift(hook) in given)
+        and not (hook.get("status") in (WAITING, ABSENT) and _gift(hook) in given)
     )
     return [HookTrouble(*what, processes=count) for what, count in sorted(found.items())]
 

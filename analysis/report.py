@@ -31,7 +31,7 @@ from .breakdown import (
 from .layers import ATTRIBUTES, EXPERTS, Layers, layer_breakdown
 from .load import load
 from .show import MISSING, Grid, Part, duration_text, number_text, plain, print_parts, rate_text, share_text
-from .speed_of_light import Done, SpeedOfLight, speed_of_light
+from .speed_of_light import DATA_SHEET, Done, RequestLight, SpeedOfLight, speed_of_light
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -47,9 +47,9 @@ LONGEST_NOTE = 2000
 
 _NO_PROCESS = (
     "No process has opened a ring, so nothing was recorded. Either the server has not come up yet, or the command"
-    " loaded no supported engine (vLLM), or VLLM_PLUGINS is set and leaves stagetrace out."
-    " What to do: check that the command starts vLLM in an environment in which stagetrace is installed; where the"
-    " command or its environment sets VLLM_PLUGINS, add `stagetrace` to its comma-separated list."
+    " loaded no supported engine (vLLM, SGLang), or VLLM_PLUGINS or SGLANG_PLUGINS is set and leaves stagetrace out."
+    " What to do: check that the command starts the engine in an environment in which stagetrace is installed; where"
+    " the command or its environment sets one of them, add `stagetrace` to its comma-separated list."
 )
 _OFF = (
     "The engine was instrumented, but recording is off (level off), so nothing was recorded."
@@ -96,10 +96,13 @@ class Summary:
     message: str | None  # what to do when there is nothing, or not all, to show
 
 
-def summarise(session: Session, last_s: float | None = None, model_config: Path | None = None) -> Summary:
+def summarise(
+    session: Session, last_s: float | None = None, model_config: Path | None = None, calibration: Path | None = None
+) -> Summary:
     """The summary of a session, or of its last `last_s` seconds. Raises SessionError when it cannot be read.
 
-    `model_config`: the model's config.json or its directory, else where the session says it is. Raises ConfigError when
+    `model_config`: the model's config.json or its directory, else where the session says it is. `calibration`: what
+    `stagetrace calibrate` made, else the one that is kept for the device. Raises ConfigError and CalibrationError when
     one that was named cannot be read.
     """
     columns = COLUMNS | {"segments": [*(COLUMNS["segments"] or ()), *ATTRIBUTES], "experts": EXPERTS}
@@ -121,7 +124,7 @@ def summarise(session: Session, last_s: float | None = None, model_config: Path 
         steps=step_breakdown(steps),
         stages=stage_breakdown(requests, steps, segments, level),
         layers=layer_breakdown(manifest, steps, segments, frames["experts"]),
-        light=speed_of_light(manifest, steps, segments, model_config),
+        light=speed_of_light(manifest, steps, segments, requests, session.model_config, model_config, calibration),
         health=health(manifest, session.read_exports().values()),
         message=_message(manifest, len(requests), len(steps), sum(frames.rows.values()), last_s),
     )
@@ -231,9 +234,10 @@ def as_dict(summary: Summary) -> dict[str, Any]:
         "speed_of_light": {
             "model": summary.light.model,
             "config": summary.light.config,
-            "ceilings": summary.light.ceilings,
+            "ceilings": {kind: each.source for kind, each in summary.light.ceilings.items()},
             "by_phase": {name: _done(each) for name, each in summary.light.phases.items()},
             "by_stage": {name: _done(each) for name, each in summary.light.stages.items()},
+            "requests": None if summary.light.requests is None else vars(summary.light.requests),
             "notes": list(summary.light.notes),
         },
         "segments_left_out": stages.left_out,
@@ -277,10 +281,18 @@ def _done(done: Done) -> dict[str, Any]:
         "bytes": done.bytes,
         "bus_bytes": done.bus_bytes,
         "time_ns": done.time_ns,
-        "least_ns": None if done.least_ns is None else round(done.least_ns),
         "operations_per_s": done.operations_per_s,
         "bytes_per_s": done.bytes_per_s,
-        "share": done.share,
+        "against": {
+            kind: {
+                "least_ns": roofs.whole_ns,
+                "share": done.share(kind),
+                "mfu": done.mfu(kind),
+                "mbu": done.mbu(kind),
+                "link_share": done.bus(kind),
+            }
+            for kind, roofs in done.roofs.items()
+        },
     }
 
 
@@ -540,7 +552,8 @@ def _by_phase(timeline: TimelineBreakdown) -> Grid:
 
 def _light(light: SpeedOfLight) -> list[Part]:
     shown: list[Part] = []
-    against = f"; ceilings: {plain(light.ceilings)}" if light.ceilings else ""
+    kind = light.against
+    against = f"; ceilings: {plain(light.ceilings[kind].source)}" if kind else ""
     for what, rows in (("kind of step", light.phases), ("stage", light.stages)):
         if not rows:
             continue
@@ -551,7 +564,8 @@ def _light(light: SpeedOfLight) -> list[Part]:
                 duration_text(None if done.time_ns is None else done.time_ns / done.count),
                 rate_text(done.operations_per_s, "/s"),
                 rate_text(done.bytes_per_s, "B/s"),
-                share_text(done.share),
+                *(share_text(share(kind) if kind else None) for share in (done.mfu, done.mbu, done.bus, done.share)),
+                *([share_text(done.share(DATA_SHEET))] if len(light.ceilings) > 1 else []),
             ]
             for name, done in rows.items()
         ]
@@ -563,10 +577,26 @@ def _light(light: SpeedOfLight) -> list[Part]:
             "time/step",
             "operations",
             "memory",
+            "MFU",
+            "MBU",
+            "of link",
             "of light",
+            *(["of data sheet"] if len(light.ceilings) > 1 else []),
         )
         shown.append(Grid(f"Speed of light by {what}, of one rank{against}", columns, lines))
+    if light.requests is not None:
+        shown.append(_request_light(light.requests))
     return shown + [plain_sentence(note) for note in light.notes]
+
+
+def _request_light(found: RequestLight) -> Grid:
+    pairs = (("TTFT", found.ttft_ns, found.least_ttft_ns), ("TPOT", found.tpot_ns, found.least_tpot_ns))
+    rows = [
+        [name, duration_text(taken), duration_text(least), share_text(least / taken if taken and least else None)]
+        for name, taken, least in pairs
+    ]
+    title = f"Speed of light of one request alone, medians of {found.count} finished requests"
+    return Grid(title, ("", "measured", "least", "of light"), rows)
 
 
 def plain_sentence(text: str) -> str:

@@ -404,6 +404,18 @@ class Session:
         path.replace(aside)
         return aside
 
+    # The model
+
+    @property
+    def model_config(self) -> Path:
+        """The config.json of the model that was served, as the collector found it; it need not be there."""
+        return self.path / "model" / "config.json"
+
+    def keep_model_config(self, content: bytes) -> None:
+        """Keeps the model's config.json. Raises OSError."""
+        self.model_config.parent.mkdir(mode=0o700, exist_ok=True)
+        replace(self.model_config, content)
+
     # Raw records
 
     @property

@@ -1,4 +1,7 @@
-"""The hook points in vLLM: which function, what the handler relies on, from which level on, and what it gives."""
+"""The hook points in vLLM: which function, what the handler relies on, from which level on, and what it gives.
+
+A function that has another name or other leading parameters in some releases has a row for each, with its range.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ _CYCLES = (
     "uvicorn.protocols.http.httptools_impl:RequestResponseCycle",
     "uvicorn.protocols.http.h11_impl:RequestResponseCycle",
 )
+# The releases that the table is held against (tests/contracts): what docs/compatibility.md says of them is so.
+RELEASES = ("0.20.2", "0.24.0", "0.28.0", "0.30.0", "0.32.0", "0.33.0")
 _FRONT, _CORE, _RANK = "front end", "engine core", "worker"
 
 _MOE = "vllm.model_executor.layers.fused_moe"
@@ -328,8 +333,8 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
     ),
     # The two runners have different functions at the borders between stages; only V1 brings tokens to the host here.
     *(
-        HookPoint(target, ("self",), Level.STEP, _RANK, worker.model_forward, "where prepare becomes forward")
-        for target in (f"{_RUNNER}._model_forward", f"{_STEP_TIMING}.forward_start")
+        HookPoint(target, ("self",), Level.STEP, _RANK, worker.model_forward, "where prepare becomes forward", since)
+        for target, since in ((f"{_RUNNER}._model_forward", ""), (f"{_STEP_TIMING}.forward_start", "0.28"))
     ),
     HookPoint(
         f"{_RUNNER}._bookkeeping_sync", ("self",), Level.STEP, _RANK, worker.bookkeeping_sync, "where sampling ends"

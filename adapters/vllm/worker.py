@@ -13,6 +13,7 @@ from stagetrace.instrument.around import Around
 from stagetrace.instrument.records import HEAD, TAILS, RecordType, header_word
 from stagetrace.instrument.stages import BY_NAME, IdleReason
 
+from ..device import device_info
 from . import extract
 from .scheduler import STEP_ATTRIBUTE
 
@@ -88,7 +89,8 @@ def opens_recorder(hook: Hook) -> Around:
 
         RANK.rank = int(vllm_config.parallel_config.rank)
         info = extract.process_info(vllm_config, __version__)
-        hook.recorder.open("worker", {**info, "rank": RANK.rank})
+        device = device_info(str(info["device"]))
+        hook.recorder.open("worker", {**info, **device, "rank": RANK.rank})
 
     return Around(after=after)
 
