@@ -14,7 +14,7 @@ import pytest
 from engines.recording import Recording, ask, record
 from engines.server import environment, serve
 from quickstart.load import Request, Result, run_load
-from quickstart.vllm_server import MODEL_SCRIPT
+from quickstart.servers import MODEL_SCRIPT
 
 from stagetrace.analysis.layers import names_of
 from stagetrace.analysis.report import summarise
