@@ -20,8 +20,8 @@ from stagetrace.adapters.layers import Within, timed, timed_within
 from stagetrace.adapters.rank import layer_index, ranges
 from stagetrace.instrument.around import Around
 from stagetrace.instrument.recorder import RECORDER
-from stagetrace.instrument.records import Text
-from stagetrace.instrument.stages import AttentionKind, Collective
+from stagetrace.instrument.records import RecordType, Text, header_word
+from stagetrace.instrument.stages import BY_NAME, AttentionKind, Collective
 
 from .worker import RANK
 
@@ -43,6 +43,8 @@ _CALLED = (
     "_forward",
 )
 _TOKENS = ("query", "q", "hidden_states", "projected_states", "mixed_qkv", "mixed_qkvz", "qkvz", "x")
+
+_ENCODE = header_word(RecordType.SEGMENT, BY_NAME["encode"].id)
 
 WITHIN = Within()
 COLLECTIVES = Collectives(RECORDER, RANK)
@@ -221,6 +223,8 @@ def _attach_experts(
     from vllm.distributed.parallel_state import get_tp_group
 
     alone = bool(getattr(config, "is_sequence_parallel", False)) or get_tp_group().rank_in_group == 0
+    if getattr(runners[0][1], "do_naive_dispatch_combine", False):  # tokens are gathered before they are routed
+        alone = alone and runner.parallel_config.data_parallel_rank == 0
     if not (visible and alone) or hook.status == "left out":
         return told
     counts: HostCounts | DeviceCounts
@@ -298,6 +302,18 @@ def moe_begins(_: Hook) -> Around:
 def of_layer(stage: str, tensor: str) -> Callable[[Hook], Around]:
     """A handler of a stage of the layer that is being run."""
     return lambda hook: timed_within(hook.recorder, RANK, WITHIN, stage, tensor)
+
+
+def encoder(hook: Hook) -> Around:
+    """GPUModelRunner._execute_mm_encoder; recorded where there was something to encode."""
+    segment = hook.recorder.segment
+
+    def after(scheduler_output: Any, begin: int, end: int) -> None:
+        given = scheduler_output.scheduled_encoder_inputs
+        if given and RANK.step:
+            segment(_ENCODE, begin, end, RANK.instance, RANK.step, sum(map(len, given.values())))
+
+    return Around(after=after)
 
 
 def of_model(stage: str, tensor: str) -> Callable[[Hook], Around]:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from engines.recording import Recording, ask, record
+from engines.recording import STAGETRACE, Recording, ask, record
 from engines.server import environment, serve
 from quickstart.load import Request, Result, run_load
 from quickstart.servers import MODEL_SCRIPT
 
-from stagetrace.analysis.layers import names_of
+from stagetrace.analysis.load import load
 from stagetrace.analysis.report import summarise
+from stagetrace.exporters.session import Session, names_of
 from stagetrace.instrument.hooks import ERRORS_UNTIL_OUT
 from stagetrace.instrument.stages import BY_ID, BY_NAME, AttentionKind, Collective, Level
 
@@ -259,6 +260,34 @@ def test_ranks_wait_for_each_other(parallel: Recorded) -> None:
 def test_one_of_ranks_with_the_same_tokens_counts_experts(parallel: Recorded) -> None:
     experts = parallel.frames["experts"]
     assert set(experts["rank"]) == {0} and len(experts) == LAYERS * len(parallel.frames["steps"])
+
+
+# Against what is not ours
+
+
+def test_agrees_with_ranges_of_torch_profiler(model: Path, engine_python: Path, tmp_path: Path) -> None:
+    """Ranges opened around the same functions, whose calls take more than 1 ms: as often, and within 5 % as long."""
+    env = environment({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "STAGETRACE_RING_DIR": str(tmp_path / "rings")})
+    command = [*STAGETRACE, "run", *AT_LAYER, "--session", str(tmp_path / "session"), "--", str(engine_python)]
+    script = Path(__file__).with_name("profiled.py")
+    done = subprocess.run([*command, str(script), str(model)], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ranges = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    segments = load(Session.open(tmp_path / "session"))["segments"]
+    duration = segments["end_ns"] - segments["begin_ns"]
+    found = {}
+    for name, stages in (
+        ("attention", ("attention",)),
+        ("expert_compute", ("expert_compute",)),
+        ("rank", ("prepare", "forward")),
+    ):
+        mine = segments["stage"].isin([BY_NAME[stage].id for stage in stages])
+        count, microseconds = ranges[name]
+        assert mine.sum() == count * len(stages)
+        assert microseconds / count > 1000, f"a {name} is too short to be compared"
+        found[name] = float(duration[mine].sum() / 1e3 / microseconds)
+    print(found)
+    assert all(abs(ratio - 1) < 0.05 for ratio in found.values()), found
 
 
 # Compiled
