@@ -83,6 +83,7 @@ UNITS = {
     Unit.NANOSECONDS: "nanoseconds",
     Unit.PPM: "millionths",
     Unit.ENUM: "one of the values that its meaning lists",
+    Unit.HANDLE: "an integer that stands for a name, which a record of its own tells; spans have the name",
 }
 # One table each; a stage is in the first that takes it.
 SECTIONS = {

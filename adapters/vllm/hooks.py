@@ -110,6 +110,14 @@ _LAYER_POINTS = (
         compiled=True,
     ),
     HookPoint(
+        f"{_RUNNER}._execute_mm_encoder",
+        ("self", "scheduler_output"),
+        Level.LAYER,
+        _RANK,
+        layers.encoder,
+        "encode",
+    ),
+    HookPoint(
         f"{_MOE}.runner.moe_runner:MoERunner._forward_impl",
         ("self",),
         Level.LAYER,
