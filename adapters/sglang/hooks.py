@@ -17,6 +17,9 @@ _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
 _RUNNER = "sglang.srt.model_executor.model_runner:ModelRunner"
 _FRONT, _CORE, _RANK = "front end", "scheduler", "rank"
 
+# The releases that the table is held against (tests/contracts).
+RELEASES = ("0.5.15", "0.5.18", "0.5.20", "0.5.22", "0.5.23")
+
 _FRONT_POINTS = (
     HookPoint(
         f"{_TOKENIZER}.__init__",
