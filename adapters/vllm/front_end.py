@@ -16,7 +16,7 @@ from stagetrace.instrument.recorder import now
 from stagetrace.instrument.records import Event, RecordType, Text, header_word
 from stagetrace.instrument.stages import BY_NAME, Level
 
-from . import extract
+from . import extract, startup
 
 if TYPE_CHECKING:
     from stagetrace.instrument.hooks import Hook
@@ -31,6 +31,7 @@ _FIRST_SENT = header_word(RecordType.EVENT, Event.FIRST_SENT)
 _LAST_OUTPUT = header_word(RecordType.EVENT, Event.LAST_OUTPUT)
 _LAST_SENT = header_word(RecordType.EVENT, Event.LAST_SENT)
 _ABORTED = header_word(RecordType.EVENT, Event.ABORTED)
+_CHILD = header_word(RecordType.EVENT, Event.CHILD)
 _STEP_LEVEL = int(Level.STEP)  # looking into an enum costs as much as a clock read
 
 
@@ -70,6 +71,7 @@ def opens_recorder(hook: Hook) -> Around:
         from vllm import __version__
 
         hook.recorder.open("front_end", {"engine": "vllm", "engine_version": __version__})
+        startup.flush(hook.recorder)
 
     return Around(after=after)
 
@@ -81,7 +83,7 @@ def add_request(hook: Hook) -> Around:
     def before(self: Any, request: Any) -> bool:
         return request.request_id in self.request_states  # a further input of a streaming session
 
-    def after(request: Any, noted: bool | None) -> None:
+    def after(request: Any, parent_req: Any, request_index: int, noted: bool | None) -> None:
         if noted is not False:
             return
         time_ns = now()
@@ -98,7 +100,14 @@ def add_request(hook: Hook) -> Around:
             if exchange.context:
                 recorder.text(handle, Text.TRACE_CONTEXT, exchange.context, _MAX_CONTEXT)
         by_http = int(exchange is not None)
-        recorder.state(_TOKENIZE, time_ns - max(age_ns, 0), handle, 0, 0, prompt, extract.max_tokens(request), by_http)
+        most, priority = extract.max_tokens(request), int(request.priority)
+        recorder.state(_TOKENIZE, time_ns - max(age_ns, 0), handle, 0, 0, prompt, most, by_http, priority)
+        if parent_req is not None:
+            recorder.state(
+                _CHILD, time_ns, handle, 0, 0, recorder.handle(parent_req.request_id), request_index, parent_req.n
+            )
+        if request.lora_request is not None:
+            recorder.text(handle, Text.LORA, request.lora_request.lora_name, _MAX_ID)
         recorder.state(_DISPATCH, time_ns, handle, 0, 0, prompt)
         _Outputs.waiting[request.request_id] = handle
 
