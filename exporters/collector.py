@@ -25,6 +25,8 @@ from .assembly.assemble import Assembler
 from .control import read_switches
 from .discover import Discovery
 from .drain import CONTROL, DETAIL, SLOT, Batch, RingReader
+from .memory import give_back
+from .model_files import config_path
 from .parts import END
 from .retention import Keep, last_to_remove
 from .session import (
@@ -54,8 +56,8 @@ COMMIT_SLOTS = 50_000
 HOLD_SLOTS = 512 * 1024  # of detail, 64 MiB: what is held while the disk takes nothing
 REPLAY_SLOTS = 20_000_000  # at most, when a session is taken up; what began before them is as if it was not recorded
 TEND_S = 30.0  # between looks at the session's size
-ANCHOR_NS = 1_000_000  # by which wall and monotonic clock drift apart before that is noted
 NICE = 10
+LONGEST_CONFIG = 4 << 20  # bytes of a model's config.json
 _BYTES = np.dtype((np.void, SLOT.itemsize))
 
 Tables = dict[str, pa.Table]
@@ -95,7 +97,8 @@ class Collector:
         self._last_commit: dict[int, int] = {}  # of each process
         self._marks: dict[str, RingMark] = {}  # of rings that an earlier collector read
         self._writes_fail = False
-        self._next_tend = 0.0
+        self._model = ""  # whose config.json was looked for
+        self._next_tend = self._next_give_back = 0.0
         self.manifest = Manifest(session=session.identity.session, command=list(command), level=level)
         self._resume()
         self.manifest.host = os.uname().nodename
@@ -351,21 +354,21 @@ class Collector:
     # What goes with it
 
     def _note_clocks(self) -> None:
-        """Notes an anchor where the clocks have drifted apart, or the wall clock was set, since the last one."""
         before = time.monotonic_ns()
         wall = time.time_ns()
-        monotonic = (before + time.monotonic_ns()) // 2
-        anchors = self.manifest.anchors
-        if not anchors or abs((wall - monotonic) - (anchors[-1][1] - anchors[-1][0])) > ANCHOR_NS:
-            anchors.append((monotonic, wall))
+        self.manifest.note_clocks((before + time.monotonic_ns()) // 2, wall)
 
     def _tend(self) -> None:
         """Keeps the session within its bounds, and the export going."""
         if self.export is not None:
             self.export.tend()
-        if time.monotonic() < self._next_tend:
+        now = time.monotonic()
+        if now >= self._next_give_back:
+            self._next_give_back = now + COMMIT_S
+            give_back()
+        if now < self._next_tend:
             return
-        self._next_tend = time.monotonic() + TEND_S
+        self._next_tend = now + TEND_S
         try:
             self.session.merge(self.manifest.derived)
             self._rotate()
@@ -429,6 +432,7 @@ class Collector:
             process.role = str(info.get("role", process.role))
             process.info = info
             process.hooks = list(self.assembler.hooks.get(reader.key, {}).values())
+            self._keep_model_config(str(info.get("model_path", "")))
             names = self.assembler.hook_names.get(reader.key, {})
             process.errors = {names.get(index, str(index)): count for index, count in reader.errors.items()}
             process.ended = reader.ended
@@ -437,6 +441,19 @@ class Collector:
                 losses[reader.key, area.losses.ring] = area.losses
         manifest.losses = list(losses.values())
         manifest.counts.update(self.assembler.counts)
+
+    def _keep_model_config(self, model: str) -> None:
+        """Keeps the model's config.json with the session, once: reports may be made where the model is not."""
+        if not model or self._model == model:
+            return
+        self._model = model
+        try:
+            with open(config_path(model), "rb") as file:
+                content = file.read(LONGEST_CONFIG + 1)
+            if len(content) <= LONGEST_CONFIG:
+                self.session.keep_model_config(content)
+        except OSError as error:
+            log.info("the config.json of %s is not kept with the session: %s", model, error)
 
     def _write_manifest(self) -> None:
         self._describe()

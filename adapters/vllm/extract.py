@@ -135,8 +135,8 @@ def sampled_tokens(output: Any, given: Any, dropped: Collection[str]) -> tuple[i
     """How many tokens a step sampled, and how many requests it sampled for.
 
     `output` is the SchedulerOutput, `given` the ModelRunnerOutput; `dropped` are requests that ended meanwhile: what
-    was sampled for them counts for nothing. Before update the difference is what was accepted of drafts, as vLLM's metrics
-    count it; update takes off what lies behind a stop. In C: a loop would cost 0.2 µs a request.
+    was sampled for them counts for nothing. Before update the difference is what was accepted of drafts, as in vLLM's
+    metrics; update takes off what lies behind a stop. In C: a loop would cost 0.2 µs a request.
     """
     sampled = given.sampled_token_ids
     tokens, requests = sum(map(len, sampled)), len(sampled) - sampled.count([])
