@@ -454,11 +454,11 @@ def starts_workers(hook: Hook) -> Around:
     vLLM loads plugins when EngineCore.__init__ has begun, so that is too late for a hook on it.
     """
 
-    def before(vllm_config: Any) -> None:
+    def before(vllm_config: Any, begin: int) -> None:
         from vllm import __version__
 
         hook.recorder.open("engine_core", extract.process_info(vllm_config, __version__))
-        startup.begun(hook.recorder)
+        startup.begun(hook.recorder, begin)
 
     return Around(before, startup.part("start_workers")(hook).after)
 

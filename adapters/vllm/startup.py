@@ -54,9 +54,8 @@ def flush(recorder: Recorder) -> None:
             _write(recorder, *part)
 
 
-def begun(recorder: Recorder) -> None:
+def begun(recorder: Recorder, time_ns: int) -> None:
     """The engine begins to build itself in this process; what came before it is imports, once a process."""
-    time_ns = now()
     if _Start.pid != os.getpid():
         _Start.pid, _Start.begin, _Start.waiting = os.getpid(), process_started_ns(), []
         _write(recorder, _IMPORTS, _Start.begin, time_ns)
@@ -75,8 +74,8 @@ def ready(recorder: Recorder) -> None:
 def whole(hook: Hook) -> Around:
     """A function that builds the front end, and waits until the engine is there."""
 
-    def before() -> None:
-        begun(hook.recorder)
+    def before(begin: int) -> None:
+        begun(hook.recorder, begin)
 
     def after() -> None:
         ready(hook.recorder)
@@ -97,8 +96,8 @@ def is_ready(hook: Hook) -> Around:
 def begins(hook: Hook) -> Around:
     """Where a worker begins to build itself."""
 
-    def before() -> None:
-        begun(hook.recorder)
+    def before(begin: int) -> None:
+        begun(hook.recorder, begin)
 
     return Around(before)
 

@@ -232,7 +232,7 @@ def test_start_up_is_a_trace_of_each_process(recorded: Recorded) -> None:
         assert root["begin_ns"] == rows["imports"]["begin_ns"].iloc[0], "both from the start of the process"
         inside = [each.iloc[0] for each in rows.values()]
         assert all(root["begin_ns"] <= row["begin_ns"] <= row["end_ns"] <= root["end_ns"] for row in inside)
-        assert {int(row["parent_stage"]) for row in inside} <= {root["stage"], BY_NAME["model_load"].id}
+        assert {int(row["parent_stage"]) for row in inside} <= {int(root["stage"]), BY_NAME["model_load"].id}
         roots = [span for span in recorded.spans if span.span.name == "startup" and _is_of(span, process)]
         assert len(roots) == 1
         trace = [span.span for span in recorded.spans if span.span.trace_id == roots[0].span.trace_id]
