@@ -5,6 +5,8 @@ A function that has another name or other leading parameters in some releases ha
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from stagetrace.instrument.hooks import HookPoint
 from stagetrace.instrument.stages import Collective, Level
 
@@ -48,6 +50,7 @@ _STARTUP = (
     *((f"{owner}.compile_or_warm_up_model", ("self",), _RANK, "warm_up") for owner in (_WORKER, _CPU_WORKER)),
 )
 _MOE = "vllm.model_executor.layers.fused_moe"
+_ROUTE = f"{_MOE}.router.fused_moe_router:FusedMoERouter.select_experts"
 _KERNEL = f"{_MOE}.modular_kernel:FusedMoEKernelModularImpl"
 _GROUP = "vllm.distributed.parallel_state:GroupCoordinator"
 _COMMUNICATORS = "vllm.distributed.device_communicators"
@@ -150,11 +153,11 @@ _LAYER_POINTS = (
         "which layer's experts run",
         compiled=True,
     ),
-    _in_a_layer(
-        f"{_MOE}.router.fused_moe_router:FusedMoERouter.select_experts",
-        ("self", "hidden_states"),
-        "moe_route",
-        since="0.24",  # before, what it is that is called is a method of its subclass
+    _in_a_layer(_ROUTE, ("self", "hidden_states"), "moe_route", since="0.24"),
+    replace(  # before, what is called is its heir's own
+        _in_a_layer(f"{_MOE}.router.base_router:BaseRouter.select_experts", ("self", "hidden_states"), "moe_route"),
+        before="0.24",
+        stands_for=_ROUTE,
     ),
     _in_a_layer(f"{_KERNEL}._prepare", ("self", "hidden_states"), "expert_dispatch"),
     _in_a_layer(f"{_KERNEL}._fused_experts", ("self", "in_dtype", "a1q"), "expert_compute"),
