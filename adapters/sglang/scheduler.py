@@ -13,6 +13,7 @@ from __future__ import annotations
 from _thread import get_ident
 from typing import TYPE_CHECKING, Any
 
+from stagetrace.adapters.device import device_info
 from stagetrace.adapters.members import Members
 from stagetrace.instrument.around import Around
 from stagetrace.instrument.recorder import now
@@ -328,7 +329,7 @@ def opens_recorder(hook: Hook) -> Around:
         if extract.is_first(parallel):
             hook.recorder.open("engine_core", {**info, "instance": RANK.instance})
             _Here.tracker = Tracker(hook.recorder, RANK.instance, parallel.pp_size > 1)
-        hook.recorder.open("worker", {**info, "rank": RANK.rank})
+        hook.recorder.open("worker", {**info, "rank": RANK.rank, **device_info(str(info["device"]))})
 
     return Around(after=after)
 
