@@ -45,7 +45,11 @@ class Req:
         self.origin_input_ids = [0] * self.prompt
         clock = time.perf_counter()
         self.time_stats = SimpleNamespace(
-            wait_queue_entry_time=clock, scheduler_recv_time=clock, last_forward_entry_time=0.0
+            wait_queue_entry_time=clock,
+            scheduler_recv_time=clock,
+            last_forward_entry_time=0.0,
+            last_prefill_finished_time=0.0,
+            completion_time=0.0,
         )
 
     def finished(self) -> bool:
@@ -140,10 +144,13 @@ class Engine:
         for request in batch.reqs:
             if not request.finished() and request is not batch.chunked_req:
                 request.output_ids.append(0)
+                if batch.extend:
+                    request.time_stats.last_prefill_finished_time = time.perf_counter()
         for request in finished:
             request.finished_reason = FINISH_LENGTH()
+            request.time_stats.completion_time = time.perf_counter()
             self.after("completed")
-        given = {"self": self, "batch": batch, "begin": begin, "end": time.monotonic_ns()}
+        given = {"batch": batch, "begin": begin, "end": time.monotonic_ns()}
         _call(self.hook["process_result"].after, given)
 
     def after(self, name: str, /, **given: Any) -> None:
@@ -192,6 +199,10 @@ def test_overlap(engine: tuple[Engine, RingReader]) -> None:
     requests = {row["handle"]: row for row in found["requests"]}
     rows = [requests[loop.recorder.handle(rid)] for rid in ("first", "second")]
     assert [row["status"] for row in rows] == ["finished"] * 2
+    for row, request in zip(rows, (first, second), strict=True):
+        stats = request.time_stats
+        assert abs(row["first_token_ns"] - stats.last_prefill_finished_time * 1e9) < 1000
+        assert abs(row["last_token_ns"] - stats.completion_time * 1e9) < 1000
     assert [(row["prompt_tokens"], row["output_tokens"], row["cached_tokens"]) for row in rows] == [
         (6, 2, 2),
         (5, 3, 0),
