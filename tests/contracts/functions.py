@@ -21,6 +21,7 @@ NO_FUNCTION = {
     "classmethod": "classmethod",
     "property": "property",
     "setter": "property",
+    "deleter": "property",
     "cached_property": "cached_property",
     "cache": "_lru_cache_wrapper",
     "lru_cache": "_lru_cache_wrapper",
@@ -130,7 +131,7 @@ class Code:
                     elif isinstance(node, ast.ClassDef):
                         found = Class(one.module, f"{one.name}.{name}", node)
                     elif isinstance(node, ast.Name) and node.id != name:  # `forward = other`
-                        found = self._get(one, node.id)
+                        found = self._get(one, node.id) or self._named(one.module, node.id)
                     else:
                         found = f"{one.module}:{one.name}.{name}", node
                     if found is not None:

@@ -92,12 +92,15 @@ class Runner(Mixin, Deep[str]):
     def length(self): ...
     @length.setter
     def length(self, value): ...
+    @length.deleter
+    def length(self): ...
     @functools.cached_property
     def held(self): ...
     def __new__(cls): return super().__new__(cls)
     def __init_subclass__(cls): ...
     renamed = run
     called = staticmethod(work)
+    outer: object = later
     if number:
         def sometimes(self, batch): ...
     else:
@@ -177,6 +180,7 @@ FOUND = {
     "managed": ("first",),
     "chosen": ("first",),
     "Runner.run": ("self", "batch", "flag"),
+    "Runner.outer": ("first",),
     "Runner.both": ("self", "of_mixin"),
     "Runner.deep": ("self", "batch"),
     "Runner.Inner.deep": ("self", "x"),
