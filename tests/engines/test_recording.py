@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -57,7 +58,7 @@ def recorded(model, tmp_path_factory) -> Recorded:  # type: ignore[no-untyped-de
             "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
             "OTEL_EXPORTER_OTLP_INSECURE": "true",
         }
-        arguments = ("--enforce-eager", "--max-num-batched-tokens", "256")
+        arguments = ("--enforce-eager", "--max-num-batched-tokens", "256", "--enable-logging-iteration-details")
         with record(model, directory, *arguments, env=env) as recording:
             server = recording.server
             before = metrics(server)
@@ -162,6 +163,15 @@ def test_steps_tell_prefill_and_decode_apart(recorded: Recorded) -> None:
     assert (steps["decode_q_kv"] == steps["decode_context"]).all()
     assert (steps["members"] == steps["prefill_requests"] + steps["decode_requests"]).all()
     assert (steps["step"].sort_values().diff().dropna() == 1).all()
+
+
+def test_steps_are_vllms_iterations(recorded: Recorded) -> None:
+    """vLLM's log has a line for each, with what was in it."""
+    line = r"Iteration\(\d+\): (\d+) context requests, (\d+) context tokens, (\d+) generation requests, (\d+) gen"
+    told = [tuple(map(int, words)) for words in re.findall(line, recorded.recording.server.log.read_text("utf-8"))]
+    columns = ["prefill_requests", "prefill_tokens", "decode_requests", "decode_tokens"]
+    steps = recorded.frames["steps"].sort_values("step")[columns]
+    assert told == [*steps.itertuples(index=False, name=None)]
 
 
 def test_decode_context_follows_from_the_requests(recorded: Recorded) -> None:
