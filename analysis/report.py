@@ -127,7 +127,9 @@ def summarise(
         stages=stage_breakdown(requests, steps, segments, level),
         start_up=start_up(segments, manifest.processes),
         layers=layer_breakdown(manifest, steps, segments, frames["experts"]),
-        light=speed_of_light(manifest, steps, segments, requests, session.model_config, model_config, calibration),
+        light=speed_of_light(
+            manifest, steps, segments, requests, frames["experts"], session.model_config, model_config, calibration
+        ),
         health=health(manifest, session.read_exports().values()),
         message=_message(manifest, len(requests), len(steps), sum(frames.rows.values()), last_s),
     )
