@@ -133,7 +133,7 @@ def test_accounting(recorded: Recorded) -> None:
 
 
 def test_every_hook_is_installed_where_it_is_called(recorded: Recorded) -> None:
-    """All but those on the HTTP parser and the model runner that were not chosen, the offline class and the compiler."""
+    """All but those on the HTTP parser and the model runner that were not chosen, on offline use and the compiler."""
     processes = recorded.recording.manifest.processes
     assert {process.role for process in processes} == {"front_end", "engine_core", "worker"}
     assert hook_troubles(processes) == []
