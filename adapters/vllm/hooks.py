@@ -429,7 +429,7 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
     ),
     HookPoint(f"{_WORKER}.__init__", ("self", "vllm_config"), Level.OFF, _RANK, startup.begins, "imports"),
     *(
-        HookPoint(target, parameters, Level.OFF, process, startup.part(stage, stage == "warm_up"), stage)
+        HookPoint(target, parameters, Level.OFF, process, startup.part(stage, stage == "warm_up"), "start-up")
         for target, parameters, process, stage in _STARTUP
     ),
     *_LAYER_POINTS,
