@@ -5,6 +5,7 @@ from __future__ import annotations
 from stagetrace.instrument.hooks import HookPoint
 from stagetrace.instrument.stages import Level
 
+from ..http import HTTP_POINTS
 from . import front_end, scheduler, worker
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
@@ -13,10 +14,6 @@ _WORKER = "vllm.v1.worker.gpu_worker:Worker"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 _STEP_TIMING = "vllm.v1.worker.gpu.async_utils:StepTimingCollector"
-_CYCLES = (
-    "uvicorn.protocols.http.httptools_impl:RequestResponseCycle",
-    "uvicorn.protocols.http.h11_impl:RequestResponseCycle",
-)
 _FRONT, _CORE, _RANK = "front end", "engine core", "worker"
 
 HOOK_POINTS: tuple[HookPoint, ...] = (
@@ -50,16 +47,7 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
     HookPoint(
         f"{_OUTPUTS}.abort_requests", ("self", "request_ids"), Level.REQUEST, _FRONT, front_end.abort_requests, "aborts"
     ),
-    *(
-        HookPoint(f"{cycle}.run_asgi", ("self", "app"), Level.REQUEST, _FRONT, front_end.run_asgi, "traceparent")
-        for cycle in _CYCLES
-    ),
-    *(
-        HookPoint(
-            f"{cycle}.send", ("self", "message"), Level.REQUEST, _FRONT, front_end.send, "first and last byte sent"
-        )
-        for cycle in _CYCLES
-    ),
+    *HTTP_POINTS,
     HookPoint(
         f"{_SCHEDULER}.__init__",
         ("self", "vllm_config"),
