@@ -1,0 +1,264 @@
+"""Hooks in the processes around the scheduler: requests from their arrival to their last token, text in between.
+
+The tokenizer manager (in the server's process, in each of several tokenizer workers, or in the embedded Engine's) has
+the requests; the data-parallel controller hands them on; the detokenizer turns tokens into text. ../http.py has the
+client's side. Times that SGLang takes itself are used (`ReqState.time_stats`, in seconds of the same clock as ours).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from stagetrace.instrument.around import Around
+from stagetrace.instrument.recorder import now
+from stagetrace.instrument.records import Event, RecordType, Text, header_word
+from stagetrace.instrument.stages import BY_NAME, Finish, Level
+
+from ..http import EXCHANGE
+from . import extract
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from stagetrace.instrument.hooks import Hook
+    from stagetrace.instrument.recorder import Recorder
+
+PARENT_ATTRIBUTE = "_stagetrace_parent"  # on a request that was copied from another for n > 1: the other's id
+
+_MAX_ID = 256  # bytes of a request id
+_MAX_CONTEXT = 1024  # bytes of traceparent and tracestate
+_REQUEST_TOKENIZE = header_word(RecordType.STATE, BY_NAME["request_tokenize"].id)
+_REQUEST_DISPATCH = header_word(RecordType.STATE, BY_NAME["request_dispatch"].id)
+_TOKENIZE = header_word(RecordType.SEGMENT, BY_NAME["tokenize"].id)
+_DISPATCH = header_word(RecordType.SEGMENT, BY_NAME["dispatch"].id)
+_DETOKENIZE = header_word(RecordType.SEGMENT, BY_NAME["detokenize"].id)
+_FIRST_OUTPUT = header_word(RecordType.EVENT, Event.FIRST_OUTPUT)
+_LAST_OUTPUT = header_word(RecordType.EVENT, Event.LAST_OUTPUT)
+_FINISHED = header_word(RecordType.EVENT, Event.FINISHED)
+_ABORTED = header_word(RecordType.EVENT, Event.ABORTED)
+_STEP_LEVEL = int(Level.STEP)  # looking into an enum costs as much as a clock read
+
+
+class _Outputs:
+    """What the hooks on one process's tokenizer manager share; they run on one thread, the event loop's."""
+
+    waiting: dict[str, int] = {}  # requests that have had no output yet; forgotten while nothing is recorded
+
+
+# Tokenizer manager
+
+
+def opens_recorder(hook: Hook) -> Around:
+    """TokenizerManager.__init__: this process is a front end, a server's or the embedded Engine's."""
+    return _opens(hook, "front_end")
+
+
+def request_arrived(
+    recorder: Recorder, manager: Any, rid: str, prompt: int, most: int, time_ns: int, internal: bool = False
+) -> int:
+    """Writes what a request is and where it came from, and that it was tokenized until now; its handle.
+
+    `internal` is a request that SGLang makes for itself, of which the client is sent nothing.
+    """
+    handle = recorder.handle(rid)
+    state = manager.rid_to_state[rid]
+    recorder.text(handle, Text.REQUEST_ID, rid, _MAX_ID)
+    recorder.text(handle, Text.EXTERNAL_ID, getattr(state.obj, PARENT_ATTRIBUTE, rid), _MAX_ID)
+    exchange = EXCHANGE.get()
+    context = (exchange.context if exchange is not None else "") or extract.trace_context(state)
+    if context:
+        recorder.text(handle, Text.TRACE_CONTEXT, context, _MAX_CONTEXT)
+    by_http = exchange is not None and not internal
+    if by_http and exchange is not None:
+        exchange.handles.append(handle)
+    arrival_ns = min(extract.nanoseconds(state.time_stats.created_time), time_ns)
+    recorder.state(_REQUEST_TOKENIZE, arrival_ns, handle, 0, 0, prompt, most, int(by_http))
+    return handle
+
+
+def _sent(recorder: Recorder, manager: Any, requests: Sequence[Any]) -> None:
+    """Writes that tokenized requests are ready to be sent to the engine."""
+    time_ns = now()
+    for request in requests:
+        rid = request.rid
+        if extract.is_health_check(rid):
+            continue
+        prompt = extract.prompt_tokens(request)
+        # With n > 1 SGLang first fills its cache with the prompt: by a request of its own, with the first one's times.
+        internal = request.time_stats is not manager.rid_to_state[rid].time_stats
+        most = extract.max_tokens(request)
+        handle = request_arrived(recorder, manager, rid, prompt, most, time_ns, internal)
+        recorder.state(_REQUEST_DISPATCH, time_ns, handle, 0, 0, prompt)
+        _Outputs.waiting[rid] = handle
+
+
+def send_one_request(hook: Hook) -> Around:
+    """TokenizerManager._send_one_request: a request is ready to be sent."""
+    recorder = hook.recorder
+
+    def before(self: Any, tokenized_obj: Any) -> None:
+        _sent(recorder, self, (tokenized_obj,))
+
+    return Around(before, off=_Outputs.waiting.clear)
+
+
+def send_batch_request(hook: Hook) -> Around:
+    """TokenizerManager._send_batch_request: several requests of one call are sent in one message."""
+    recorder = hook.recorder
+
+    def before(self: Any, tokenized_objs: Any) -> None:
+        _sent(recorder, self, tokenized_objs)
+
+    return Around(before, off=_Outputs.waiting.clear)
+
+
+def copy_for_sampling(hook: Hook) -> Around:
+    """GenerateReqInput.regenerate_rid: with n > 1 every sample is a copy of the request, with an id of its own."""
+
+    def before(self: Any) -> None:
+        setattr(self, PARENT_ATTRIBUTE, getattr(self, PARENT_ATTRIBUTE, self.rid))
+
+    return Around(before)
+
+
+def tokenize_texts(hook: Hook) -> Around:
+    """TokenizerManager._tokenize_texts, where the tokenizer runs in it and not in a thread that it waits for."""
+    segment = hook.recorder.segment
+
+    def after(self: Any, begin: int, end: int) -> None:
+        if self.async_dynamic_batch_tokenizer is None:
+            segment(_TOKENIZE, begin, end, 0, 0)
+
+    return Around(after=after)
+
+
+def dispatch(hook: Hook) -> Around:
+    """What hands one message on: TokenizerManager._dispatch_to_scheduler, DataParallelController's."""
+    segment = hook.recorder.segment
+
+    def after(begin: int, end: int) -> None:
+        segment(_DISPATCH, begin, end, 0, 0)
+
+    return Around(after=after)
+
+
+def handle_batch_output(hook: Hook) -> Around:
+    """TokenizerManager._handle_batch_output: a batch of new text, looped over only if it begins or ends a request."""
+    recorder, state = hook.recorder, hook.recorder.state
+    waiting = _Outputs.waiting
+
+    def before(self: Any, recv_obj: Any) -> tuple[list[tuple[int, Any]], list[tuple[int, Any]]] | None:
+        reasons = recv_obj.finished_reasons
+        ending = reasons.count(None) != len(reasons)
+        if not waiting and not ending:
+            return None
+        states = self.rid_to_state
+        first: list[tuple[int, Any]] = []
+        last: list[tuple[int, Any]] = []
+        for index, rid in enumerate(recv_obj.rids):
+            handle = waiting.pop(rid, None)
+            if handle is not None:
+                first.append((handle, states.get(rid)))
+            if reasons[index] is not None and rid in states and not extract.is_health_check(rid):
+                last.append((index, states[rid]))
+        return first, last
+
+    def after(recv_obj: Any, begin: int, noted: Any) -> None:
+        if noted is None:
+            return
+        first, last = noted
+        for handle, request in first:
+            state(_FIRST_OUTPUT, extract.first_output_ns(request, begin), handle)
+        for index, request in last:
+            rid = recv_obj.rids[index]
+            words = extract.finished(recv_obj, index)
+            end_ns = extract.nanoseconds(request.time_stats.finished_time)
+            state(_LAST_OUTPUT, max(end_ns, begin), recorder.handle(rid), 0, 0, *words)
+
+    return Around(before, after, off=waiting.clear)
+
+
+def handle_abort(hook: Hook) -> Around:
+    """TokenizerManager._handle_abort_req: the scheduler gave a request up that was waiting."""
+    recorder = hook.recorder
+
+    def before(self: Any, recv_obj: Any) -> Any:
+        return self.rid_to_state.get(recv_obj.rid)
+
+    def after(recv_obj: Any, noted: Any) -> None:
+        if noted is None or extract.is_health_check(recv_obj.rid):
+            return
+        _Outputs.waiting.pop(recv_obj.rid, None)
+        end_ns = extract.nanoseconds(noted.time_stats.finished_time)
+        finish = extract.finish_of_reason(recv_obj.finished_reason or {"type": "abort"})
+        recorder.state(_LAST_OUTPUT, end_ns, recorder.handle(recv_obj.rid), 0, 0, int(finish), len(noted.output_ids))
+
+    return Around(before, after, off=_Outputs.waiting.clear)
+
+
+def abort_request(hook: Hook) -> Around:
+    """TokenizerManager.abort_request: the client is gone or gave up, or everything is given up."""
+    recorder = hook.recorder
+
+    def before(self: Any, rid: str, abort_all: bool) -> list[str]:
+        if abort_all:
+            return [one for one, state in self.rid_to_state.items() if state.dispatched]
+        state = self.rid_to_state.get(rid)
+        return [] if state is None or state.abort_sent else [rid]
+
+    def after(noted: list[str] | None) -> None:
+        time_ns = now()
+        for rid in noted or ():
+            if not extract.is_health_check(rid):
+                _Outputs.waiting.pop(rid, None)
+                recorder.state(_ABORTED, time_ns, recorder.handle(rid))
+
+    return Around(before, after, off=_Outputs.waiting.clear)
+
+
+def request_failed(hook: Hook) -> Around:
+    """TokenizerManager._release_req_states_on_failure: requests that were refused before they reached the engine."""
+    recorder = hook.recorder
+
+    def before(self: Any, request_states: Any) -> None:
+        time_ns = now()
+        for rid in extract.refused(request_states, self.rid_to_state):
+            handle = request_arrived(recorder, self, rid, 0, 0, time_ns)
+            recorder.state(_LAST_OUTPUT, time_ns, handle, 0, 0, Finish.ERROR)
+            recorder.state(_FINISHED, time_ns, handle, 0, 0, Finish.ERROR)
+
+    return Around(before)
+
+
+# Data-parallel controller and detokenizer
+
+
+def opens_controller(hook: Hook) -> Around:
+    """DataParallelController.__init__: this process hands requests to the data-parallel ranks."""
+    return _opens(hook, "dp_controller")
+
+
+def opens_detokenizer(hook: Hook) -> Around:
+    """DetokenizerManager.__init__: this process is a detokenizer."""
+    return _opens(hook, "detokenizer")
+
+
+def detokenize(hook: Hook) -> Around:
+    """DetokenizerManager.handle_batch_token_id_out: a batch of new tokens becomes text."""
+    segment = hook.recorder.segment
+
+    def after(recv_obj: Any, begin: int, end: int) -> None:
+        requests = len(recv_obj.rids)
+        if requests:
+            segment(_DETOKENIZE, begin, end, 0, 0, requests)
+
+    return Around(after=after)
+
+
+def _opens(hook: Hook, role: str) -> Around:
+    def after() -> None:
+        from sglang.version import __version__
+
+        hook.recorder.open(role, {"engine": "sglang", "engine_version": __version__})
+
+    return Around(after=after)
