@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from stagetrace.instrument.recorder import Recorder
 
 PARENT_ATTRIBUTE = "_stagetrace_parent"  # on a request that was copied from another for n > 1: the other's id
+GONE_ATTRIBUTE = "_stagetrace_gone"  # on the ReqState of a request whose client is gone
 
 _MAX_ID = 256  # bytes of a request id
 _MAX_CONTEXT = 1024  # bytes of traceparent and tracestate
@@ -142,6 +143,11 @@ def dispatch(hook: Hook) -> Around:
     return Around(after=after)
 
 
+def _ends(rid: str, request: Any) -> bool:
+    """Whether the end of a request is to be written: somebody waits for it."""
+    return request is not None and not getattr(request, GONE_ATTRIBUTE, False) and not extract.is_health_check(rid)
+
+
 def handle_batch_output(hook: Hook) -> Around:
     """TokenizerManager._handle_batch_output: a batch of new text, looped over only if it begins or ends a request."""
     recorder, state = hook.recorder, hook.recorder.state
@@ -159,8 +165,8 @@ def handle_batch_output(hook: Hook) -> Around:
             handle = waiting.pop(rid, None)
             if handle is not None:
                 first.append((handle, states.get(rid)))
-            if reasons[index] is not None and rid in states and not extract.is_health_check(rid):
-                last.append((index, states[rid]))
+            if reasons[index] is not None and _ends(rid, request := states.get(rid)):
+                last.append((index, request))
         return first, last
 
     def after(recv_obj: Any, begin: int, noted: Any) -> None:
@@ -186,7 +192,7 @@ def handle_abort(hook: Hook) -> Around:
         return self.rid_to_state.get(recv_obj.rid)
 
     def after(recv_obj: Any, noted: Any) -> None:
-        if noted is None or extract.is_health_check(recv_obj.rid):
+        if not _ends(recv_obj.rid, noted):
             return
         _Outputs.waiting.pop(recv_obj.rid, None)
         end_ns = extract.nanoseconds(noted.time_stats.finished_time)
@@ -197,23 +203,23 @@ def handle_abort(hook: Hook) -> Around:
 
 
 def abort_request(hook: Hook) -> Around:
-    """TokenizerManager.abort_request: the client is gone or gave up, or everything is given up."""
+    """TokenizerManager.abort_request, when the client is gone: nobody gets what the scheduler still sends.
+
+    An abort that another call asked for is no different from an end: the client gets what there is.
+    """
     recorder = hook.recorder
 
-    def before(self: Any, rid: str, abort_all: bool) -> list[str]:
-        if abort_all:
-            return [one for one, state in self.rid_to_state.items() if state.dispatched]
-        state = self.rid_to_state.get(rid)
-        return [] if state is None or state.abort_sent else [rid]
+    def before(self: Any, rid: str) -> None:
+        exchange, request = EXCHANGE.get(), self.rid_to_state.get(rid)
+        if exchange is None or request is None or request.abort_sent:
+            return
+        handle = recorder.handle(rid)
+        if handle in exchange.handles:
+            setattr(request, GONE_ATTRIBUTE, True)
+            _Outputs.waiting.pop(rid, None)
+            recorder.state(_ABORTED, now(), handle)
 
-    def after(noted: list[str] | None) -> None:
-        time_ns = now()
-        for rid in noted or ():
-            if not extract.is_health_check(rid):
-                _Outputs.waiting.pop(rid, None)
-                recorder.state(_ABORTED, time_ns, recorder.handle(rid))
-
-    return Around(before, after, off=_Outputs.waiting.clear)
+    return Around(before, off=_Outputs.waiting.clear)
 
 
 def request_failed(hook: Hook) -> Around:

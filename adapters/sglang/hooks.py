@@ -59,11 +59,11 @@ _FRONT_POINTS = (
     ),
     HookPoint(
         f"{_TOKENIZER}.abort_request",
-        ("self", "rid", "abort_all"),
+        ("self", "rid"),
         Level.REQUEST,
         _FRONT,
         front_end.abort_request,
-        "aborts",
+        "clients that went away",
     ),
     HookPoint(
         f"{_TOKENIZER}._release_req_states_on_failure",

@@ -273,24 +273,48 @@ def test_samples_name_the_request_that_they_belong_to_and_the_cache_warm_up_is_i
         assert [at.texts[handle, Text.EXTERNAL_ID] for handle, _ in arrived] == ["parent"] * 3
 
 
-def test_aborts(tmp_path: Path) -> None:
+def test_a_client_that_went_away_ends_its_request(tmp_path: Path) -> None:
     async def live(at: Hooked) -> None:
+        EXCHANGE.set(Exchange([]))
         for rid in ("r1", "r2"):
             obj = at.obj(rid)
             at.manager.arrive(obj)
             await at.manager._send_one_request(at.manager.tokenized(obj))
-        at.manager.abort_request("unknown")
+        for rid in ("unknown", "r1", "r1", "r2"):  # SGLang sends one abort only
+            at.manager.abort_request(rid)
+        await at.manager._handle_batch_output(outputs(r1={"type": "abort"}))
+        at.manager._handle_abort_req(SimpleNamespace(rid="r2", finished_reason=None))
+
+    with hooked(tmp_path) as at:
+        asyncio.run(live(at))
+        one, two = at.recorder.handle("r1"), at.recorder.handle("r2")
+        assert [(name, handle) for name, handle, _ in at.records()[4:]] == [("ABORTED", one), ("ABORTED", two)]
+        assert not front_end._Outputs.waiting
+
+
+def test_an_abort_by_another_call_is_an_end_that_the_client_gets(tmp_path: Path) -> None:
+    async def live(at: Hooked) -> None:
+        EXCHANGE.set(Exchange([]))
+        for rid in ("r1", "r2"):
+            obj = at.obj(rid)
+            at.manager.arrive(obj)
+            await at.manager._send_one_request(at.manager.tokenized(obj))
+        EXCHANGE.set(Exchange([]))
         at.manager.abort_request("r1")
-        at.manager.abort_request("r1")  # SGLang sends one only
-        at.manager._handle_abort_req(SimpleNamespace(rid="r1", finished_reason=None))
-        at.manager._handle_abort_req(SimpleNamespace(rid="r1", finished_reason=None))
         at.manager.abort_request(abort_all=True)
+        for _ in range(2):  # the second finds nothing
+            at.manager._handle_abort_req(SimpleNamespace(rid="r1", finished_reason={"type": "abort"}))
+        await at.manager._handle_batch_output(outputs(r2={"type": "abort"}))
 
     with hooked(tmp_path) as at:
         asyncio.run(live(at))
         one, two = at.recorder.handle("r1"), at.recorder.handle("r2")
         found = [(name, handle, words[1]) for name, handle, words in at.records()[4:]]
-        assert found == [("ABORTED", one, 0), ("LAST_OUTPUT", one, Finish.ABORT), ("ABORTED", two, 0)]
+        assert found == [
+            ("LAST_OUTPUT", one, Finish.ABORT),
+            ("FIRST_OUTPUT", two, 0),
+            ("LAST_OUTPUT", two, Finish.ABORT),
+        ]
         assert not front_end._Outputs.waiting
 
 
