@@ -481,6 +481,10 @@ def plain_sentence(text: str) -> str:
     return plain(text[:1].upper() + text[1:], LONGEST_NOTE)
 
 
+_RESTORED = (
+    "The manifest was made again from the raw records. No longer known: the command, the hosts, errors of hooks, and"
+    " what was lost of rings that were gone long before the end."
+)
 _DAMAGES = {
     "parts_damaged": "parts of the raw records are damaged and left out; collector.log names them.",
     "assembly_errors": "batches of records could not be assembled and are in the raw records alone; collector.log says"
@@ -512,6 +516,8 @@ def _health(state: Health, path: str) -> list[Part]:
         when = datetime.fromtimestamp(state.rotated_ns / 1e9).astimezone().isoformat(" ", "seconds")
         slots = state.counts.get("slots_rotated", 0)
         shown.append(f"What was recorded before {when} was removed to keep the session small: {slots} slots (--keep).")
+    if state.counts.get("manifest_restored"):
+        shown.append(_RESTORED)
     for name, what in _DAMAGES.items():
         if state.counts.get(name):
             shown.append(f"{state.counts[name]} {what}")

@@ -16,67 +16,19 @@ from stagetrace.instrument.stages import BY_ID, BY_NAME, Phase
 
 from .architecture import Model
 from .batch import Batch, Numbers
+from .ceilings import Ceilings, least_seconds
 from .hardware import match
 from .model_config import ConfigError, load_model
 from .model_files import config_path
-from .operations import StepWork, Work, step_work
-from .sharding import Collective, Sharding
+from .operations import StepWork, step_work
+from .sharding import Sharding
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from pathlib import Path
 
     from stagetrace.exporters.session import Manifest, Process
 
-    from .hardware import Device
-
-# Arithmetic that a device lacks is done in a wider one, in this order: weights are widened when they are read.
-_WIDER = {"fp4": "fp8", "fp6": "fp8", "fp8": "bf16", "int4": "int8", "int8": "bf16", "bf16": "fp16", "fp16": "bf16"}
 _STEP_KEY = ["instance", "step"]
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What one device does at most, measured or by its data sheet; what is not known is absent or None."""
-
-    source: str
-    peaks: dict[str, float]  # operations per second, by arithmetic
-    bandwidth: float | None  # of memory, bytes per second
-    link: float | None  # bytes per second and direction
-
-    @classmethod
-    def of(cls, device: Device) -> Ceilings:
-        """Those of a device's data sheet."""
-        return cls(str(device.source), device.peaks, device.bandwidth, device.link_bandwidth)
-
-    def peak(self, arithmetic: str) -> float | None:
-        """Of an arithmetic, or of the next wider one that the device has: fp8 weights on a device without fp8."""
-        tried: list[str] = []
-        while arithmetic not in self.peaks and arithmetic in _WIDER and arithmetic not in tried:
-            tried.append(arithmetic)
-            arithmetic = _WIDER[arithmetic]
-        return self.peaks.get(arithmetic)
-
-
-def least_seconds(works: Iterable[Work], collectives: Iterable[Collective], ceilings: Ceilings) -> Numbers | None:
-    """The least time of work whose parts may all overlap: the longest of products, memory and link, in seconds.
-
-    The roofline (Williams et al., Roofline, 2009) with the link as a third roof. Activations are taken to stay in
-    caches, so that this is a lower bound. None when a ceiling is missing that is needed.
-    """
-    compute, memory, link = np.asarray(0.0), np.asarray(0.0), np.asarray(0.0)
-    for work in works:
-        peak = ceilings.peak(work.arithmetic)
-        if (peak is None and np.any(work.operations)) or (ceilings.bandwidth is None and np.any(work.bytes)):
-            return None
-        compute = compute + work.operations / (peak or 1.0)
-        memory = memory + work.bytes / (ceilings.bandwidth or 1.0)
-    for each in collectives:
-        if ceilings.link is None and np.any(each.bus_bytes):
-            return None
-        link = link + each.bus_bytes / (ceilings.link or 1.0)
-    longest: Numbers = np.maximum(np.maximum(compute, memory), link)
-    return longest
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .calibrate import calibrate
 from .collect import collect
 from .ctl import ctl
 from .doctor import doctor
@@ -28,6 +29,7 @@ app.command()(top)
 app.command()(collect)
 app.command()(export)
 app.command()(rebuild)
+app.command()(calibrate)
 app.command()(doctor)
 app.command(hidden=True)(follow)
 app.add_typer(ctl)

@@ -15,8 +15,9 @@ def rebuild(
 ) -> None:
     """Derive steps, requests and segments again from the raw records, after an update of stagetrace for example.
 
-    Needs a session that no collector has at present. Exit status: 0, 1 when a part of the raw records is damaged (it
-    is named and left out), 2 when nothing could be done.
+    A manifest.json that is damaged is made again as well; the command and the errors of hooks that it named are then
+    not known any more. Needs a session that no collector has at present. Exit status: 0, 1 when a part of the raw
+    records is damaged (it is named and left out), 2 when nothing could be done.
     """
     # Imported here: pyarrow takes longer to import than most commands to run.
     from rich.progress import Progress
@@ -34,5 +35,7 @@ def rebuild(
         raise typer.Exit(2) from None
     for damage in result.damaged:
         typer.echo(f"stagetrace rebuild: {damage}: left out", err=True)
+    if result.restored:
+        typer.echo(f"stagetrace rebuild: made manifest.json from the raw records: {result.restored}", err=True)
     typer.echo(f"{opened.path}: {result.rows} rows from {result.slots} records in {result.commits} commits")
     raise typer.Exit(int(bool(result.damaged)))

@@ -25,6 +25,7 @@ from .assembly.assemble import Assembler
 from .control import read_switches
 from .discover import Discovery
 from .drain import CONTROL, DETAIL, SLOT, Batch, RingReader
+from .memory import give_back
 from .parts import END
 from .retention import Keep, last_to_remove
 from .session import (
@@ -54,7 +55,6 @@ COMMIT_SLOTS = 50_000
 HOLD_SLOTS = 512 * 1024  # of detail, 64 MiB: what is held while the disk takes nothing
 REPLAY_SLOTS = 20_000_000  # at most, when a session is taken up; what began before them is as if it was not recorded
 TEND_S = 30.0  # between looks at the session's size
-ANCHOR_NS = 1_000_000  # by which wall and monotonic clock drift apart before that is noted
 NICE = 10
 _BYTES = np.dtype((np.void, SLOT.itemsize))
 
@@ -351,13 +351,9 @@ class Collector:
     # What goes with it
 
     def _note_clocks(self) -> None:
-        """Notes an anchor where the clocks have drifted apart, or the wall clock was set, since the last one."""
         before = time.monotonic_ns()
         wall = time.time_ns()
-        monotonic = (before + time.monotonic_ns()) // 2
-        anchors = self.manifest.anchors
-        if not anchors or abs((wall - monotonic) - (anchors[-1][1] - anchors[-1][0])) > ANCHOR_NS:
-            anchors.append((monotonic, wall))
+        self.manifest.note_clocks((before + time.monotonic_ns()) // 2, wall)
 
     def _tend(self) -> None:
         """Keeps the session within its bounds, and the export going."""
@@ -371,6 +367,7 @@ class Collector:
             self._rotate()
         except (OSError, SessionError, pa.ArrowException) as error:
             log.error("the parts of %s could not be merged or removed: %s", self.session.path, error)
+        give_back()
 
     def _rotate(self) -> None:
         if self.keep == Keep():

@@ -89,9 +89,9 @@ def _settings(schema: pa.Schema) -> dict[str, Any]:
 
 def read_part(part: Part, first: int, last: int, columns: list[str] | None = None) -> pa.Table:
     """What a part holds of the commits from `first` to `last`. Raises OSError, ValueError or pyarrow's errors."""
-    if first <= part.first and part.last <= last:
-        return pq.read_table(part.path, columns=columns)
     with pq.ParquetFile(part.path) as file:
+        if first <= part.first and part.last <= last:
+            return file.read(columns)
         numbers = json.loads((file.metadata.metadata or {}).get(_NUMBERS, b"[]"))
         groups = [group for group, number in enumerate(numbers) if first <= number <= last]
         return file.read_row_groups(groups, columns=columns)
@@ -113,7 +113,9 @@ def merge_block(directory: Path, block: int, metadata: Mapping[str, str]) -> boo
         with pq.ParquetWriter(partial, schema, **_settings(schema)) as writer:
             numbers = []
             for part in parts:
-                table = pq.read_table(part.path)
+                # On this thread alone: each of Arrow's keeps memory of its own, several times what a merge needs.
+                with pq.ParquetFile(part.path, pre_buffer=False) as file:
+                    table = file.read(use_threads=False)
                 if table.num_rows:
                     writer.write_table(table.replace_schema_metadata(None), row_group_size=table.num_rows)
                     numbers.append(part.first)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MANIFEST_VERSION = 2
+ANCHOR_NS = 1_000_000  # by which wall and monotonic clock drift apart before that is noted
 DEFAULT_ROOT = "stagetrace-sessions"
 
 _ATTRIBUTES = [pa.field(f"a{i}", pa.int64()) for i in range(MAX_ATTRIBUTES)]
@@ -179,6 +180,10 @@ class SessionError(Exception):
     """A session that cannot be read; the message says what to do."""
 
 
+class ManifestDamaged(SessionError):
+    """The manifest cannot be read, though it is of this version: the raw records can make another."""
+
+
 @dataclass
 class Process:
     """One instrumented process. `key` names it in the tables; it is a hash of its ring's name."""
@@ -295,6 +300,14 @@ class Manifest:
     losses: list[Losses] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)  # accounting_conflict, corrupt, slots_rotated, ...
 
+    def note_clocks(self, monotonic_ns: int, wall_ns: int) -> None:
+        """Notes an anchor where the clocks have drifted apart, or the wall clock was set, since the last one."""
+        if self.anchors:
+            before, then = self.anchors[-1]
+            if abs((wall_ns - monotonic_ns) - (then - before)) <= ANCHOR_NS:
+                return
+        self.anchors.append((monotonic_ns, wall_ns))
+
 
 class Session:
     """A session directory, for writing by the collector and reading by the analysis."""
@@ -336,14 +349,20 @@ class Session:
     # Manifest
 
     def read_manifest(self) -> Manifest:
-        """The manifest, or an empty one before the collector's first commit. Raises SessionError if it is broken."""
+        """The manifest, or an empty one before the collector's first commit.
+
+        Raises ManifestDamaged, and SessionError for one that is of another version or may not be read.
+        """
         path = self.path / "manifest.json"
+        remedy = f"`stagetrace rebuild {self.path}` makes a new one from the raw records"
         try:
             data = json.loads(path.read_text("utf-8", "replace"))
         except FileNotFoundError:
             return Manifest(session=self.identity.session)
-        except (OSError, ValueError, RecursionError) as error:
-            raise SessionError(f"{path} is not JSON or cannot be read ({error})") from error
+        except OSError as error:
+            raise SessionError(f"{path} cannot be read ({error.strerror})") from error
+        except (ValueError, RecursionError) as error:
+            raise ManifestDamaged(f"{path} is not JSON ({error}): {remedy}") from error
         if isinstance(data, dict) and data.get("version") != MANIFEST_VERSION:
             raise SessionError(
                 f"{self.path} was written by another version of stagetrace"
@@ -355,13 +374,20 @@ class Session:
             data["anchors"] = [(int(monotonic), int(wall)) for monotonic, wall in data["anchors"]]
             return _checked(Manifest(**data))
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
-            raise SessionError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+            raise ManifestDamaged(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}") from error
 
     def write_manifest(self, manifest: Manifest) -> None:
         """Replaces the manifest as a whole."""
         manifest.updated_ns = time.time_ns()
         text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False)
         replace(self.path / "manifest.json", text.encode("utf-8", "replace"))
+
+    def set_manifest_aside(self) -> Path:
+        """Renames a damaged manifest; says how it is called now."""
+        path = self.path / "manifest.json"
+        aside = path.with_suffix(".json.damaged")
+        path.replace(aside)
+        return aside
 
     # Raw records
 

@@ -436,6 +436,31 @@ def test_rebuild_of_a_damaged_session_keeps_the_rest_and_names_what_is_lost(comm
     assert 0 < session.read_table("requests").num_rows <= count
 
 
+@pytest.mark.parametrize("content", ["{", '{"version": 2}', None], ids=["cut off", "no fields", "gone"])
+def test_rebuild_makes_a_manifest_again_that_is_damaged_or_gone(
+    commands: Commands, session: Session, content: str | None
+):
+    recorded(commands, session, 4)
+    before, tables = session.read_manifest(), table_files(session)
+    path = session.path / "manifest.json"
+    path.unlink() if content is None else path.write_text(content)
+    again = commands.start(STAGETRACE, "rebuild", session.path)
+    _, err = again.communicate(timeout=PATIENCE_S)
+    assert again.returncode == 0, err
+    assert b"made manifest.json from the raw records" in err
+    assert path.with_suffix(".json.damaged").exists() == (content is not None)
+    after = session.read_manifest()
+    assert table_files(session) == tables
+    assert after.complete and after.derived == before.derived and after.counts.pop("manifest_restored")
+    assert after.counts == before.counts
+    assert after.losses == before.losses
+    for process in before.processes:
+        process.host = ""
+    assert after.processes == before.processes
+    assert abs(after.started_ns - before.started_ns) < 60e9
+    assert commands.start(STAGETRACE, "report", session.path).wait(PATIENCE_S) == 0
+
+
 def test_rebuild_is_refused_while_a_collector_has_the_session(commands: Commands, session: Session):
     collector = commands.collect(session.path)
     wait_for((session.path / "manifest.json").exists)

@@ -18,7 +18,7 @@ from stagetrace.analysis.model_config import ConfigError, describe
 from stagetrace.analysis.operations import step_work
 from stagetrace.analysis.report import as_dict, summarise
 from stagetrace.analysis.sharding import Sharding
-from stagetrace.analysis.speed_of_light import Ceilings, least_seconds
+from stagetrace.analysis.ceilings import Ceilings, least_seconds
 from stagetrace.cli.report import report
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Measured ceilings: `stagetrace calibrate` measures the components of a step in isolation."""

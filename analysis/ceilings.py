@@ -1,0 +1,78 @@
+"""What one device does at most, by its data sheet or measured, and the least time that work takes under it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from .batch import Numbers
+    from .hardware import Device
+    from .operations import Work
+    from .sharding import Collective
+
+# Arithmetic that a device lacks is done in a wider one, in this order: weights are widened when they are read.
+_WIDER = {"fp4": "fp8", "fp6": "fp8", "fp8": "bf16", "int4": "int8", "int8": "bf16", "bf16": "fp16", "fp16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What one device does at most; what is not known is absent or None."""
+
+    source: str
+    peaks: dict[str, float]  # operations per second, by arithmetic
+    bandwidth: float | None  # of memory, bytes per second
+    link: float | None  # bytes per second and direction
+    bandwidths: tuple[tuple[float, float], ...] = ()  # measured: (bytes of the working set, bytes per second)
+
+    @classmethod
+    def of(cls, device: Device) -> Ceilings:
+        """Those of a device's data sheet."""
+        return cls(str(device.source), device.peaks, device.bandwidth, device.link_bandwidth)
+
+    def peak(self, arithmetic: str) -> float | None:
+        """Of an arithmetic, or of the next wider one that the device has: fp8 weights on a device without fp8."""
+        tried: list[str] = []
+        while arithmetic not in self.peaks and arithmetic in _WIDER and arithmetic not in tried:
+            tried.append(arithmetic)
+            arithmetic = _WIDER[arithmetic]
+        return self.peaks.get(arithmetic)
+
+    def bandwidth_at(self, working_set: Numbers) -> Numbers | float | None:
+        """Of memory, for a working set in bytes: caches hold small ones. Between sizes that were measured it is
+        interpolated over the logarithm of the size.
+        """
+        if not self.bandwidths:
+            return self.bandwidth
+        sizes, rates = np.array(self.bandwidths).T
+        found: Numbers = np.interp(np.log(np.maximum(working_set, 1.0)), np.log(sizes), rates)
+        return found
+
+
+def least_seconds(works: Iterable[Work], collectives: Iterable[Collective], ceilings: Ceilings) -> Numbers | None:
+    """The least time of work whose parts may all overlap: the longest of products, memory and link, in seconds.
+
+    The roofline (Williams et al., Roofline, 2009) with the link as a third roof. Activations are taken to stay in
+    caches, so that this is a lower bound. None when a ceiling is missing that is needed.
+    """
+    compute, moved, link = np.asarray(0.0), np.asarray(0.0), np.asarray(0.0)
+    for work in works:
+        peak = ceilings.peak(work.arithmetic)
+        if peak is None and np.any(work.operations):
+            return None
+        compute = compute + work.operations / (peak or 1.0)
+        moved = moved + work.bytes
+    bandwidth = ceilings.bandwidth_at(moved)
+    if bandwidth is None and np.any(moved):
+        return None
+    memory = moved / (1.0 if bandwidth is None else bandwidth)
+    for each in collectives:
+        if ceilings.link is None and np.any(each.bus_bytes):
+            return None
+        link = link + each.bus_bytes / (ceilings.link or 1.0)
+    longest: Numbers = np.maximum(np.maximum(compute, memory), link)
+    return longest
