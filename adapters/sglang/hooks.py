@@ -1,4 +1,9 @@
-"""The hook points in SGLang: which function, what the handler relies on, from which level on, and what it gives."""
+"""The hook points in SGLang: which function, what the handler relies on, from which level on, and what it gives.
+
+SGLang's own HookRegistry is not used. It imports every module that it patches, in every process (the tokenizer and the
+detokenizer would import the model), looks through all loaded modules for each target, and lets a hook's error through.
+The plugin's door is: from there modules are patched when the engine imports them, so each process has what it runs.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +11,15 @@ from stagetrace.instrument.hooks import HookPoint
 from stagetrace.instrument.stages import Level
 
 from ..http import HTTP_POINTS
-from . import front_end
+from . import front_end, scheduler
 
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
 _CONTROLLER = "sglang.srt.managers.data_parallel_controller:DataParallelController"
 _DETOKENIZER = "sglang.srt.managers.detokenizer_manager:DetokenizerManager"
-_FRONT = "front end"
+_SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
+_FRONT, _CORE = "front end", "scheduler"
 
-_FRONT_POINTS = (
+HOOK_POINTS: tuple[HookPoint, ...] = (
     HookPoint(
         f"{_TOKENIZER}.__init__", ("self",), Level.OFF, _FRONT, front_end.opens_recorder, "the process is a front end"
     ),
@@ -117,6 +123,12 @@ _FRONT_POINTS = (
         front_end.detokenize,
         "detokenize",
     ),
+    HookPoint(
+        f"{_SCHEDULER}.__init__",
+        ("self", "server_args", "port_args"),
+        Level.OFF,
+        _CORE,
+        scheduler.opens_recorder,
+        "the process is a scheduler and a rank",
+    ),
 )
-
-HOOK_POINTS: tuple[HookPoint, ...] = _FRONT_POINTS

@@ -21,16 +21,14 @@ from typing import TYPE_CHECKING
 from load import REQUESTS, SEED, Result, show_load
 from rich.console import Console
 from rich.markup import escape
-from vllm_server import (
+from servers import (
     CHECKOUT,
-    ENGINE_PYTHON,
     HOST,
     MODEL_NAME,
     MODEL_SCRIPT,
     START_TIMEOUT_S,
+    VLLM,
     StartError,
-    command,
-    environment,
     free_port,
     tail,
     wait_until_healthy,
@@ -70,19 +68,19 @@ def main() -> int:
 
 def run(dense: bool, requests: int, seed: int, untraced: bool) -> int:
     """The whole quickstart; returns its exit status."""
-    if not ENGINE_PYTHON.is_file():
-        problem(f"there is no engine in {ENGINE_PYTHON.parent.parent}: run `make quickstart`, which installs it first")
+    if not VLLM.python.is_file():
+        problem(f"there is no engine in {VLLM.python.parent.parent}: run `make quickstart`, which installs it first")
         return 1
     model = FOLDER / ("model-dense" if dense else "model-moe")
-    build = [str(ENGINE_PYTHON), str(MODEL_SCRIPT), str(model), *(["--dense"] if dense else [])]
-    built = subprocess.run(build, env=environment(), check=False)
+    build = [str(VLLM.python), str(MODEL_SCRIPT), str(model), *(["--dense"] if dense else [])]
+    built = subprocess.run(build, env=VLLM.environment(), check=False)
     if built.returncode:
         problem("the model could not be built (the message is above)")
         return built.returncode
     log = FOLDER / "server.log"
     log.unlink(missing_ok=True)
     port = free_port()
-    server = start(command(model, port, *ARGUMENTS), log, untraced)
+    server = start(VLLM.command(model, port, *ARGUMENTS), log, untraced)
     results: list[Result] = []
     unready: StartError | None = None
     try:
@@ -117,7 +115,7 @@ def start(server: list[str], log: Path, untraced: bool) -> subprocess.Popen[byte
     wrapper = [] if untraced else [str(stagetrace), "run", "--log", str(log), "--"]
     say(f"$ {shlex.join([*wrapper, *server])}")
     say(f"the server's log is {log}; it takes about half a minute to start")
-    variables = environment()
+    variables = VLLM.environment()
     # A process group of its own: Ctrl-C reaches this process alone, which then sends one SIGINT, as after the load.
     if not untraced:
         return subprocess.Popen([*wrapper, *server], env=variables, stdin=subprocess.DEVNULL, process_group=0)

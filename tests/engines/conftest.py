@@ -7,25 +7,30 @@ from typing import TYPE_CHECKING
 
 import pytest
 from engines.server import LIVE, environment
-from quickstart.vllm_server import ENGINE_PYTHON, MODEL_SCRIPT, tail
+from quickstart.servers import MODEL_SCRIPT, VLLM, Engine, tail
 
 if TYPE_CHECKING:
     from collections.abc import Generator
     from pathlib import Path
 
 
+def python_of(engine: Engine) -> Path:
+    """The Python that has the engine. Without it the engine tests fail: nothing else stands in for an engine."""
+    if not engine.python.is_file():
+        pytest.fail(f"{engine.python} is missing: run `make engines-env`, or `make test`, which does it", pytrace=False)
+    return engine.python
+
+
 @pytest.fixture(scope="session")
 def engine_python() -> Path:
-    """The Python that has vLLM. Without it the engine tests fail: nothing else stands in for an engine."""
-    if not ENGINE_PYTHON.is_file():
-        pytest.fail(f"{ENGINE_PYTHON} is missing: run `make engines-env`, or `make test`, which does it", pytrace=False)
-    return ENGINE_PYTHON
+    """The Python that has vLLM."""
+    return python_of(VLLM)
 
 
 @pytest.fixture(scope="session")
 def model(engine_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Mixture of Experts, built once per test run; the servers' logs lie beside it."""
-    directory = tmp_path_factory.mktemp("vllm") / "model-moe"
+    """The tiny Mixture of Experts, built once per test run for both engines; the servers' logs lie beside it."""
+    directory = tmp_path_factory.mktemp("models") / "model-moe"
     built = subprocess.run(
         [engine_python, MODEL_SCRIPT, directory], env=environment(), capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""A real vLLM server recorded under `stagetrace run`, what its client saw, and what the server said of itself."""
+"""A real server recorded under `stagetrace run`, what its client saw, and what the server said of itself."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from engines.server import Server, serve
 from openai import AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from quickstart.load import Request, Result, send
+from quickstart.servers import VLLM, Engine
 
 from stagetrace.analysis.load import Frames, load
 from stagetrace.exporters.session import Manifest, Session
@@ -52,6 +53,7 @@ def record(
     *arguments: str,
     env: Mapping[str, str] | None = None,
     run: Sequence[str] = (),
+    engine: Engine = VLLM,
 ) -> Iterator[Recording]:
     """A server of `model` under `stagetrace run`; the session is complete when the body has been left.
 
@@ -62,7 +64,7 @@ def record(
     rings = directory / "rings"
     with ExitStack() as stack:
         settings = {"STAGETRACE_RING_DIR": str(rings), **(env or {})}
-        server = stack.enter_context(serve(model, *arguments, env=settings, wrapper=wrapper))
+        server = stack.enter_context(serve(model, *arguments, env=settings, wrapper=wrapper, engine=engine))
         yield Recording(path, server)
     assert not list(rings.rglob("*")), "rings were left behind"
 

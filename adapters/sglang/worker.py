@@ -1,0 +1,1 @@
+"""Hooks in a rank: its part of every step."""
