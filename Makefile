@@ -11,7 +11,7 @@ BENCH ?=
 .DEFAULT_GOAL := help
 # The tools and the tests share two cores and one checkout: one at a time, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help quickstart dev engines-env vllm-env sglang-env test test-all lint format types imports unit fuzz fuzz-long backends engines faults bench soak docs clean python
+.PHONY: help quickstart dev engines-env vllm-env sglang-env test test-all lint format types imports unit contracts releases fuzz fuzz-long backends engines faults bench soak docs clean python
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,7 +30,7 @@ vllm-env: python
 sglang-env: python
 	$(PYTHON) tests/environments/make.py sglang-cpu
 
-test: lint types imports unit fuzz backends engines faults ## everything that a change must pass
+test: lint types imports unit contracts fuzz backends engines faults ## everything that a change must pass
 	@echo "== passed"
 
 test-all: ## the same, and the tests over many releases and configurations
@@ -55,6 +55,12 @@ imports: dev ## import-linter: imports point one way
 
 unit: dev ## unit tests
 	$(call pytest,unit)
+
+contracts: dev ## the hook tables against the releases of the engines (make test-all: against their sources)
+	$(call pytest,contracts)
+
+releases: dev ## what the releases in tests/environments/releases.txt have at the hook points; after a new hook point
+	PYTHONPATH=tests $(DEV) -m contracts.facts
 
 fuzz: dev ## every parser of outside input: inputs that once failed, and some thousand more
 	$(call pytest,fuzz)
@@ -84,7 +90,7 @@ bench: dev vllm-env ## what recording and collecting cost, in four programs; doc
 soak: dev ## an hour of 1,000 steps a second: is what the collector holds flat?
 	$(DEV) benchmarks/soak.py $(BENCH)
 
-docs: dev ## the pages that are made from tables: docs/stages.md, docs/speed-of-light.md
+docs: dev ## the pages that are made from tables: stages, speed of light, compatibility
 	$(DEV) docs/generate.py
 
 clean: ## what was built here; environments and sessions stay

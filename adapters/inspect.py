@@ -22,16 +22,18 @@ from importlib.metadata import PackageNotFoundError, entry_points, packages_dist
 from importlib.util import find_spec
 from typing import IO, TYPE_CHECKING, Any, Union
 
-from stagetrace.instrument.hooks import FITS, HookPoint, check
+from stagetrace.instrument.hooks import ABSENT, FITS, HookPoint, Release, absence, check, in_range, release_of, rows_for
 
 from .sglang.hooks import HOOK_POINTS as SGLANG_HOOK_POINTS
+from .sglang.hooks import RELEASES as SGLANG_RELEASES
 from .vllm.hooks import HOOK_POINTS as VLLM_HOOK_POINTS
+from .vllm.hooks import RELEASES as VLLM_RELEASES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import ModuleType
 
-VERSION = 1  # of the JSON object
+VERSION = 2  # of the JSON object
 PLUGIN = "stagetrace"  # our name among an engine's plugins
 MODULE = "stagetrace.adapters.inspect"
 NO_MODULE = "no module"  # what holds the function, or what that needs, is not installed
@@ -40,10 +42,10 @@ _PATIENCE_AT_EXIT_S = 30.0
 _LONGEST_WHY = 1000
 _LAST_WORDS = 15  # lines of standard error that a failure is reported with
 
-# Package -> the group of its plugins, and our hook points.
-ENGINES: dict[str, tuple[str, Sequence[HookPoint]]] = {
-    "vllm": ("vllm.general_plugins", VLLM_HOOK_POINTS),
-    "sglang": ("sglang.srt.plugins", SGLANG_HOOK_POINTS),
+# Package -> the group of its plugins, our hook points, and the releases that they were held against.
+ENGINES: dict[str, tuple[str, Sequence[HookPoint], Sequence[str]]] = {
+    "vllm": ("vllm.general_plugins", VLLM_HOOK_POINTS, VLLM_RELEASES),
+    "sglang": ("sglang.srt.plugins", SGLANG_HOOK_POINTS, SGLANG_RELEASES),
 }
 
 
@@ -77,6 +79,8 @@ class Engine:
     plugin_trouble: str  # why the entry point cannot be loaded; empty when it can
     points: list[Point]
     unusable: list[str]  # targets: see `unusable`
+    lost: list[str]  # targets: see `lost`
+    known: bool  # it is not newer than every release that the hook points were held against
 
 
 @dataclass(frozen=True)
@@ -122,19 +126,43 @@ def unusable(points: Sequence[Point]) -> list[str]:
     return [
         point.target
         for point in points
-        if not point.usable and not (point.status == NO_MODULE and point.gives in given)
+        if not point.usable and point.status != ABSENT and not (point.status == NO_MODULE and point.gives in given)
     ]
 
 
-def _engine(name: str, group: str, points: Sequence[HookPoint], say: Callable[[str], None]) -> Engine:
+def lost(points: Sequence[HookPoint], release: Release) -> list[str]:
+    """The targets that the release has not, and nothing that stands for them: what they give is lost there. Pure."""
+    there = {point.place for point in points if in_range(point, release)}
+    return [point.target for point in rows_for(points, release) if point.place not in there]
+
+
+def _engine(
+    name: str,
+    group: str,
+    table: Sequence[HookPoint],
+    releases: Sequence[str],
+    say: Callable[[str], None],
+) -> Engine:
+    say(name)
+    number = str(getattr(_imported(name), "__version__", None) or _version_of(name))
+    release = release_of(number)
+    points = rows_for(table, release)
     modules: dict[str, _Module] = {}
-    for point in points:
-        if point.module not in modules:
-            say(point.module)
-            modules[point.module] = _imported(point.module)
-    found = [_point(point, modules[point.module]) for point in points]
-    number = getattr(sys.modules.get(name), "__version__", None) or _version_of(name)
-    return Engine(name, str(number), group, *_plugin(group), found, unusable(found))
+    for module in dict.fromkeys(point.module for point in points if in_range(point, release)):
+        say(module)
+        modules[module] = _imported(module)
+    found = [_point(point, modules.get(point.module), release) for point in points]
+    newest = max(map(release_of, releases), default=())
+    return Engine(
+        name=name,
+        version=number,
+        group=group,
+        **_plugin(group),
+        points=found,
+        unusable=unusable(found),
+        lost=lost(points, release),
+        known=bool(release) and release <= newest,
+    )
 
 
 def _version(distribution: str) -> str:
@@ -149,23 +177,26 @@ def _version_of(package: str) -> str:
     return next((_version(each) for each in packages_distributions().get(package, ())), "unknown")
 
 
-def _plugin(group: str) -> tuple[str | None, str]:
+def _plugin(group: str) -> dict[str, Any]:
     """What our entry point names, and why it cannot be loaded. Loading imports a module that does nothing by itself."""
     for point in entry_points(group=group, name=PLUGIN):
         try:
             point.load()
         except Exception as error:
-            return point.value, _reason(error)
-        return point.value, ""
-    return None, ""
+            return {"plugin": point.value, "plugin_trouble": _reason(error)}
+        return {"plugin": point.value, "plugin_trouble": ""}
+    return {"plugin": None, "plugin_trouble": ""}
 
 
-def _point(point: HookPoint, module: _Module) -> Point:
-    if isinstance(module, tuple):
+def _point(point: HookPoint, module: _Module | None, release: Release) -> Point:
+    """`module` is None where nothing is looked for in it."""
+    if module is None or not in_range(point, release):
+        status, why = ABSENT, absence(point)
+    elif isinstance(module, tuple):
         status, why = module
     else:
         try:
-            status, why = check(module, point)
+            status, why = check(module, point, release)
         except Exception as error:
             status, why = "error", _reason(error)
     fits = status in (FITS, "installed")

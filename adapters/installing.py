@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ def install(package: str) -> Hooks:
         from stagetrace.instrument.recorder import RECORDER
 
         points: Sequence[HookPoint] = importlib.import_module(f"{package}.hooks").HOOK_POINTS
-        hooks = Hooks(points, RECORDER, maximum_level())
+        engine = sys.modules.get(package.rpartition(".")[2])
+        hooks = Hooks(points, RECORDER, maximum_level(), str(getattr(engine, "__version__", "")))
         hooks.install()
         watch(RECORDER)
         _installed[package] = hooks

@@ -47,7 +47,9 @@ _RANK = Timeline.RANK.value
 _HELPERS = {timeline: f"{timeline}, helper threads" for timeline in (Timeline.SCHEDULER, Timeline.RANK)}
 _STEP = BY_NAME["step"]
 _RANK_STEP = BY_NAME["rank_step"]
-INSTALLED, WAITING, LEFT_OUT = "installed", "waiting", "left out"  # of a hook (instrument/hooks.py)
+# Of a hook (instrument/hooks.py); one that is unused has nothing in this model to be put on.
+INSTALLED, WAITING, LEFT_OUT, UNUSED = "installed", "waiting", "left out", "unused"
+ABSENT = "not in this version"
 UNATTRIBUTED = "unattributed"
 OBSERVED = "observed time"
 
@@ -547,15 +549,16 @@ def hook_troubles(processes: Sequence[Process]) -> list[HookTrouble]:
     """The hooks that are not installed, with the reason, and in how many processes that is so.
 
     A hook that waits for a module is no trouble in a process that has no use for the module, as long as another
-    process has it installed, or another hook that gives the same (engines choose between modules).
+    process has it installed, or another hook that gives the same (engines choose between modules, and have other
+    functions in other releases).
     """
     hooks = [hook for process in processes for hook in process.hooks]
     given = {_gift(hook) for hook in hooks if hook.get("status") == INSTALLED}
     found = Counter(
         (hook.get("name", ""), hook.get("status", ""), hook.get("why", ""))
         for hook in hooks
-        if hook.get("status") not in (INSTALLED, LEFT_OUT)
-        and not (hook.get("status") == WAITING and _gift(hook) in given)
+        if hook.get("status") not in (INSTALLED, LEFT_OUT, UNUSED)
+        and not (hook.get("status") in (WAITING, ABSENT) and _gift(hook) in given)
     )
     return [HookTrouble(*what, processes=count) for what, count in sorted(found.items())]
 

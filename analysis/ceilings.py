@@ -53,26 +53,39 @@ class Ceilings:
         return found
 
 
-def least_seconds(works: Iterable[Work], collectives: Iterable[Collective], ceilings: Ceilings) -> Numbers | None:
-    """The least time of work whose parts may all overlap: the longest of products, memory and link, in seconds.
+@dataclass(frozen=True, eq=False)
+class LeastTimes:
+    """The least time of work under each roof, in seconds; None where a ceiling is not known that is needed."""
 
-    The roofline (Williams et al., Roofline, 2009) with the link as a third roof. Activations are taken to stay in
-    caches, so that this is a lower bound. None when a ceiling is missing that is needed.
+    compute: Numbers | None
+    memory: Numbers | None
+    link: Numbers | None
+
+    @property
+    def whole(self) -> Numbers | None:
+        """Of work whose parts may all overlap: the longest. None when one is not known."""
+        if self.compute is None or self.memory is None or self.link is None:
+            return None
+        longest: Numbers = np.maximum(np.maximum(self.compute, self.memory), self.link)
+        return longest
+
+
+def least_times(works: Iterable[Work], collectives: Iterable[Collective], ceilings: Ceilings) -> LeastTimes:
+    """The roofline (Williams et al., Roofline, 2009) with the link as a third roof.
+
+    Activations are taken to stay in caches, so that this is a lower bound.
     """
-    compute, moved, link = np.asarray(0.0), np.asarray(0.0), np.asarray(0.0)
+    compute: Numbers | None = np.asarray(0.0)
+    moved = np.asarray(0.0)
     for work in works:
         peak = ceilings.peak(work.arithmetic)
         if peak is None and np.any(work.operations):
-            return None
-        compute = compute + work.operations / (peak or 1.0)
+            compute = None
+        elif compute is not None:
+            compute = compute + work.operations / (peak or 1.0)
         moved = moved + work.bytes
     bandwidth = ceilings.bandwidth_at(moved)
-    if bandwidth is None and np.any(moved):
-        return None
-    memory = moved / (1.0 if bandwidth is None else bandwidth)
-    for each in collectives:
-        if ceilings.link is None and np.any(each.bus_bytes):
-            return None
-        link = link + each.bus_bytes / (ceilings.link or 1.0)
-    longest: Numbers = np.maximum(np.maximum(compute, memory), link)
-    return longest
+    memory = moved / bandwidth if bandwidth is not None else None if np.any(moved) else moved
+    sent = sum((each.bus_bytes for each in collectives), np.asarray(0.0))
+    link = sent / ceilings.link if ceilings.link is not None else None if np.any(sent) else sent
+    return LeastTimes(compute, memory, link)

@@ -18,15 +18,15 @@ from stagetrace.instrument.identity import read_identity
 from stagetrace.instrument.levels import maximum_level
 from stagetrace.instrument.stages import Level
 
-from .breakdown import INSTALLED, LOSS_REASONS, hook_troubles, lost_by_reason
+from .breakdown import ABSENT, INSTALLED, LOSS_REASONS, hook_troubles, lost_by_reason
 from .show import LONGEST_NAME, MISSING, Grid, Part, plain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     from stagetrace.exporters.session import Manifest, Process, Session
 
-JSON_VERSION = 1
+JSON_VERSION = 2
 USABLE, UNUSABLE, UNKNOWN = 0, 1, 2  # exit statuses
 _FAILED = ("missing", "mismatch", "error", "out")  # of a hook: it would record here, and cannot
 _MIB = 1 << 20
@@ -52,6 +52,7 @@ def environment_view(
     variables that leave our plugin out and what to set them to. `status` is the command's exit status.
     """
     engines = inspection["engines"] if inspection else []
+    notes = [note for engine in engines for note in _engine_notes(engine)]
     rings = ring_directory_view()
     variables = {f"{engine['name']}_plugins".upper() for engine in engines} or {"VLLM_PLUGINS"}
     troubles = [message for engine in engines for message in _engine_troubles(engine)]
@@ -71,6 +72,7 @@ def environment_view(
         "version": JSON_VERSION,
         "status": status,
         "troubles": troubles,
+        "notes": notes,  # what is as it has to be
         "stagetrace": version("stagetrace"),
         "python": platform.python_version(),
         "inspection": inspection,
@@ -101,6 +103,22 @@ def _engine_troubles(engine: Mapping[str, Any]) -> list[str]:
             " What to do: a release of stagetrace for this version of the engine, or an issue with this output."
         )
     return found
+
+
+def _engine_notes(engine: Mapping[str, Any]) -> list[str]:
+    """What an engine's version means for what is recorded."""
+    name = f"{engine['name']} {engine['version']}"
+    notes = []
+    if not engine["known"]:
+        notes.append(
+            f"{name} is not a release that the hook points were held against, nor older than one: those that fit are"
+            " used, and what they give is as right as the functions are still the same."
+        )
+    if engine["lost"]:
+        gives = {point["target"]: point["gives"] for point in engine["points"]}
+        lost = "; ".join(f"{gives[target]} ({target.partition(':')[2]})" for target in engine["lost"])
+        notes.append(f"Not to be had from {name}, whose functions are others: {lost}.")
+    return notes
 
 
 def _session_variable(value: str | None) -> dict[str, Any] | None:
@@ -171,8 +189,10 @@ def environment_parts(view: Mapping[str, Any]) -> list[Part]:
     shown: list[Part] = [Grid("stagetrace doctor", ("", ""), [(name, plain(text)) for name, text in rows], text=True)]
     for engine in inspection["engines"] if inspection else ():
         shown += _points(engine)
-    troubles = [_message(trouble) for trouble in view["troubles"]]
-    return shown + (troubles or ["All hook points can be used."])
+    shown += [_message(note) for note in view["notes"]]
+    lost = any(engine["lost"] for engine in inspection["engines"]) if inspection else False
+    fine = "All hook points of this version can be used." if lost else "All hook points can be used."
+    return shown + ([_message(trouble) for trouble in view["troubles"]] or [fine])
 
 
 def _session_text(session: Mapping[str, Any] | None) -> str:
@@ -202,7 +222,7 @@ def _points(engine: Mapping[str, Any]) -> list[Part]:
                 for text in (
                     point["target"].partition(":")[2],
                     "always" if point["level"] == Level.OFF.name.lower() else point["level"],
-                    "yes" if point["found"] else "no",
+                    "yes" if point["found"] else ABSENT if point["status"] == ABSENT else "no",
                     ("matches" if point["matches"] else "differs") if point["found"] else MISSING,
                     point["gives"],
                 )
@@ -213,7 +233,7 @@ def _points(engine: Mapping[str, Any]) -> list[Part]:
         columns = ("hook point", "level", "found", "signature", "gives")
         shown.append(Grid(plain(f"{module} ({process})"), columns, rows, text=True))
     rows = [
-        [plain(text) for text in (point["target"], point["why"], _weight(point, engine["unusable"]))]
+        [plain(text) for text in (point["target"], point["why"], _weight(point, engine))]
         for point in engine["points"]
         if point["why"] and not point["matches"]
     ]
@@ -222,8 +242,12 @@ def _points(engine: Mapping[str, Any]) -> list[Part]:
     return shown
 
 
-def _weight(point: Mapping[str, Any], unusable: Sequence[str]) -> str:
-    return "" if point["target"] in unusable else "not needed: another gives the same"
+def _weight(point: Mapping[str, Any], engine: Mapping[str, Any]) -> str:
+    if point["target"] in engine["unusable"]:
+        return ""
+    if point["target"] in engine["lost"]:
+        return "as this version is"
+    return "not needed: another gives the same"
 
 
 def _message(text: str) -> str:

@@ -363,7 +363,7 @@ def match(name: str, multiprocessors: int | None = None) -> Match:
     found = named if len(named) == 1 else counted
     if len(found) == 1:
         return Match(found[0], f"{name}: figures of {found[0].source}.")
-    measure = "What it can do is not known here, so no share of it is given."
+    measure = "What it can do is not known here, and no share of it is given."
     if named:
         names = " or ".join(device.name for device in named)
         return Match(None, f"{name} is {names}, and nothing says which. {measure}")

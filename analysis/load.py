@@ -26,7 +26,7 @@ _NULLABLE = {
 _REQUEST_KEY = ["handle", "end_ns"]
 _STEP_KEY = ["instance", "step", "end_ns"]
 _WITH_REQUEST = ("states", "members")
-_WITH_STEP = ("segments", "intervals")
+_WITH_STEP = ("segments", "intervals", "experts")
 _CLOCKS_DIFFER_NS = 10_000_000_000  # at most, the file system's clock and the collector's
 NEWEST = 1 << 63  # as a time of commit: the newest part alone
 
@@ -108,7 +108,7 @@ def _committed_since(session: Session, manifest: Manifest, names: Iterable[str],
 def windowed(tables: Mapping[str, pd.DataFrame], since: int) -> dict[str, pd.DataFrame]:
     """Of tables with the keys that load() adds, what ended after `since` (ns, monotonic).
 
-    States and members go with their request, segments and intervals with their step.
+    States and members go with their request, segments, intervals and counts of experts with their step.
     """
     requests = tables["requests"].loc[tables["requests"]["end_ns"] > since]
     ends = tables["steps"][_STEP_KEY].astype("Int64").rename(columns={"end_ns": "step_end_ns"})

@@ -28,9 +28,10 @@ from .breakdown import (
     stage_breakdown,
     step_breakdown,
 )
+from .layers import ATTRIBUTES, EXPERTS, Layers, layer_breakdown
 from .load import load
 from .show import MISSING, Grid, Part, duration_text, number_text, plain, print_parts, rate_text, share_text
-from .speed_of_light import Done, SpeedOfLight, speed_of_light
+from .speed_of_light import DATA_SHEET, Done, RequestLight, SpeedOfLight, speed_of_light
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from stagetrace.exporters.session import Manifest, Session
 
 JSON_VERSION = 1
+MOST_LAYERS = 8  # of experts that are shown; the JSON object has all
 LONGEST_NOTE = 2000
 
 _NO_PROCESS = (
@@ -88,18 +90,23 @@ class Summary:
     requests: Requests
     steps: Steps
     stages: Stages
+    layers: Layers
     light: SpeedOfLight
     health: Health
     message: str | None  # what to do when there is nothing, or not all, to show
 
 
-def summarise(session: Session, last_s: float | None = None, model_config: Path | None = None) -> Summary:
+def summarise(
+    session: Session, last_s: float | None = None, model_config: Path | None = None, calibration: Path | None = None
+) -> Summary:
     """The summary of a session, or of its last `last_s` seconds. Raises SessionError when it cannot be read.
 
-    `model_config`: the model's config.json or its directory, else where the session says it is. Raises ConfigError when
+    `model_config`: the model's config.json or its directory, else where the session says it is. `calibration`: what
+    `stagetrace calibrate` made, else the one that is kept for the device. Raises ConfigError and CalibrationError when
     one that was named cannot be read.
     """
-    frames = load(session, last_s, COLUMNS)
+    columns = COLUMNS | {"segments": [*(COLUMNS["segments"] or ()), *ATTRIBUTES], "experts": EXPERTS}
+    frames = load(session, last_s, columns)
     manifest = frames.manifest
     requests, steps, segments = frames["requests"], frames["steps"], frames["segments"]
     level = Level[manifest.level.upper()] if manifest.level.upper() in Level.__members__ else None
@@ -116,7 +123,8 @@ def summarise(session: Session, last_s: float | None = None, model_config: Path 
         requests=request_breakdown(requests, frames["intervals"], steps),
         steps=step_breakdown(steps),
         stages=stage_breakdown(requests, steps, segments, level),
-        light=speed_of_light(manifest, steps, segments, model_config),
+        layers=layer_breakdown(manifest, steps, segments, frames["experts"]),
+        light=speed_of_light(manifest, steps, segments, requests, session.model_config, model_config, calibration),
         health=health(manifest, session.read_exports().values()),
         message=_message(manifest, len(requests), len(steps), sum(frames.rows.values()), last_s),
     )
@@ -212,6 +220,7 @@ def as_dict(summary: Summary) -> dict[str, Any]:
             }
             for timeline in stages.timelines
         ],
+        "layers": _layers_dict(summary.layers),
         "outside_steps": [
             {
                 "stage": row.stage,
@@ -225,9 +234,10 @@ def as_dict(summary: Summary) -> dict[str, Any]:
         "speed_of_light": {
             "model": summary.light.model,
             "config": summary.light.config,
-            "ceilings": summary.light.ceilings,
+            "ceilings": {kind: each.source for kind, each in summary.light.ceilings.items()},
             "by_phase": {name: _done(each) for name, each in summary.light.phases.items()},
             "by_stage": {name: _done(each) for name, each in summary.light.stages.items()},
+            "requests": None if summary.light.requests is None else vars(summary.light.requests),
             "notes": list(summary.light.notes),
         },
         "segments_left_out": stages.left_out,
@@ -246,6 +256,19 @@ def as_dict(summary: Summary) -> dict[str, Any]:
     }
 
 
+def _layers_dict(layers: Layers) -> dict[str, Any]:
+    with_durations = {
+        name: [vars(row) | {"duration": _distribution(row.duration)} for row in rows]
+        for name, rows in (("stages", layers.stages), ("collectives", layers.collectives))
+    }
+    return {
+        **with_durations,
+        "experts": [vars(load) for load in layers.experts],
+        "not_visible_under_compile": layers.not_visible,
+        "not_in_model": layers.not_in_model,
+    }
+
+
 def _distribution(values: Distribution) -> dict[str, int | None]:
     times = {"mean_ns": values.mean, "p50_ns": values.p50, "p95_ns": values.p95, "p99_ns": values.p99}
     return {"count": values.count} | {name: None if time is None else round(time) for name, time in times.items()}
@@ -258,10 +281,18 @@ def _done(done: Done) -> dict[str, Any]:
         "bytes": done.bytes,
         "bus_bytes": done.bus_bytes,
         "time_ns": done.time_ns,
-        "least_ns": None if done.least_ns is None else round(done.least_ns),
         "operations_per_s": done.operations_per_s,
         "bytes_per_s": done.bytes_per_s,
-        "share": done.share,
+        "against": {
+            kind: {
+                "least_ns": roofs.whole_ns,
+                "share": done.share(kind),
+                "mfu": done.mfu(kind),
+                "mbu": done.mbu(kind),
+                "link_share": done.bus(kind),
+            }
+            for kind, roofs in done.roofs.items()
+        },
     }
 
 
@@ -300,6 +331,7 @@ def parts(summary: Summary) -> list[Part]:
     if summary.steps.count:
         shown += _steps(summary.steps)
     shown += _stages(summary)
+    shown += _layers(summary.layers)
     shown += _light(summary.light)
     shown += _health(summary.health, summary.path)
     return shown
@@ -401,10 +433,83 @@ def _stages(summary: Summary) -> list[Part]:
         shown.append(f"{stages.left_out} segments are of steps that are not complete and are left out of the shares.")
     if summary.steps.count and stages.above_level:
         shown.append(_above_level(summary.level, stages.above_level))
-    if summary.steps.count and stages.no_rows:
-        names = ", ".join(stages.no_rows)
+    known = {*summary.layers.not_visible, *summary.layers.not_in_model}
+    names = ", ".join(name for name in stages.no_rows if name not in known)
+    if summary.steps.count and names:
         shown.append(f"No rows: {names} (they did not happen, or their hook is not there).")
     return shown
+
+
+def _layers(layers: Layers) -> list[Part]:
+    shown: list[Part] = []
+    if layers.stages:
+        columns = ("stage", "kind", "layers", "count", "self time", "of forward", "p50", "p95", "p99", "slowest layer")
+        rows = [
+            [
+                row.stage,
+                row.kind or MISSING,
+                MISSING if row.layers is None else str(row.layers),
+                str(row.count),
+                duration_text(row.self_ns),
+                share_text(row.share),
+                *(duration_text(time) for time in (row.duration.p50, row.duration.p95, row.duration.p99)),
+                MISSING if row.slowest_layer is None else f"{row.slowest_layer}: {duration_text(row.slowest_ns)}",
+            ]
+            for row in layers.stages
+        ]
+        shown.append(Grid("Inside forward, all ranks together", columns, rows))
+    shown += _collectives(layers)
+    if layers.experts:
+        shown.append(_experts(layers))
+    if layers.not_visible and not layers.is_empty:
+        shown.append(
+            f"Not visible under compile: {', '.join(layers.not_visible)}. The compiler has put them into its graphs, so"
+            " their time is forward's own (vLLM's --enforce-eager shows them, at another speed)."
+        )
+    return shown
+
+
+def _collectives(layers: Layers) -> list[Part]:
+    if not layers.collectives:
+        return []
+    rows = [
+        [
+            row.op,
+            plain(row.group),
+            plain(row.algorithm or MISSING),
+            str(row.count),
+            rate_text(row.bytes / row.count, "B"),
+            duration_text(row.total_ns),
+            *(duration_text(time) for time in (row.duration.p50, row.duration.p99)),
+            share_text(
+                None if row.waiting_ns is None else row.waiting_ns / max(row.waiting_ns + (row.moving_ns or 0), 1)
+            ),
+            rate_text(row.bytes_per_s, "B/s"),
+        ]
+        for row in layers.collectives
+    ]
+    columns = ("operation", "group", "by", "count", "size", "total", "p50", "p99", "waiting", "when moving")
+    return [Grid("Collectives, all ranks together", columns, rows)]
+
+
+def _experts(layers: Layers) -> Grid:
+    shown = layers.experts[:MOST_LAYERS]
+    rows = [
+        [
+            str(load.layer),
+            str(load.experts),
+            str(load.tokens),
+            f"{load.imbalance_per_step:.2f}",
+            f"{load.imbalance:.2f}",
+            MISSING if load.rank_imbalance_per_step is None else f"{load.rank_imbalance_per_step:.2f}",
+            ", ".join(f"{expert} ({share_text(share)})" for expert, share in load.hot),
+            str(load.idle),
+        ]
+        for load in shown
+    ]
+    more = f"; the {len(shown)} most uneven of {len(layers.experts)} layers" if len(shown) < len(layers.experts) else ""
+    columns = ("layer", "experts", "tokens", "most/mean in a step", "in all", "by rank", "hottest", "idle")
+    return Grid(f"Tokens by expert{more}", columns, rows)
 
 
 def _above_level(level: str, names: Iterable[str]) -> str:
@@ -447,7 +552,8 @@ def _by_phase(timeline: TimelineBreakdown) -> Grid:
 
 def _light(light: SpeedOfLight) -> list[Part]:
     shown: list[Part] = []
-    against = f"; ceilings: {plain(light.ceilings)}" if light.ceilings else ""
+    kind = light.against
+    against = f"; ceilings: {plain(light.ceilings[kind].source)}" if kind else ""
     for what, rows in (("kind of step", light.phases), ("stage", light.stages)):
         if not rows:
             continue
@@ -458,7 +564,8 @@ def _light(light: SpeedOfLight) -> list[Part]:
                 duration_text(None if done.time_ns is None else done.time_ns / done.count),
                 rate_text(done.operations_per_s, "/s"),
                 rate_text(done.bytes_per_s, "B/s"),
-                share_text(done.share),
+                *(share_text(share(kind) if kind else None) for share in (done.mfu, done.mbu, done.bus, done.share)),
+                *([share_text(done.share(DATA_SHEET))] if len(light.ceilings) > 1 else []),
             ]
             for name, done in rows.items()
         ]
@@ -470,10 +577,26 @@ def _light(light: SpeedOfLight) -> list[Part]:
             "time/step",
             "operations",
             "memory",
+            "MFU",
+            "MBU",
+            "of link",
             "of light",
+            *(["of data sheet"] if len(light.ceilings) > 1 else []),
         )
         shown.append(Grid(f"Speed of light by {what}, of one rank{against}", columns, lines))
+    if light.requests is not None:
+        shown.append(_request_light(light.requests))
     return shown + [plain_sentence(note) for note in light.notes]
+
+
+def _request_light(found: RequestLight) -> Grid:
+    pairs = (("TTFT", found.ttft_ns, found.least_ttft_ns), ("TPOT", found.tpot_ns, found.least_tpot_ns))
+    rows = [
+        [name, duration_text(taken), duration_text(least), share_text(least / taken if taken and least else None)]
+        for name, taken, least in pairs
+    ]
+    title = f"Speed of light of one request alone, medians of {found.count} finished requests"
+    return Grid(title, ("", "measured", "least", "of light"), rows)
 
 
 def plain_sentence(text: str) -> str:

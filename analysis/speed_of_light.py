@@ -7,6 +7,7 @@ shown.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,32 +16,50 @@ import pandas as pd
 from stagetrace.instrument.stages import BY_ID, BY_NAME, Phase
 
 from .architecture import Model
-from .batch import Batch, Numbers
-from .ceilings import Ceilings, least_seconds
+from .batch import Batch, Numbers, Sums
+from .calibration.ceilings import ceilings_of
+from .calibration.results import CalibrationError, find
+from .calibration.results import load as load_calibration
+from .ceilings import Ceilings, least_times
 from .hardware import match
 from .model_config import ConfigError, load_model
-from .model_files import config_path
 from .operations import StepWork, step_work
 from .sharding import Sharding
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable, Sequence
 
     from stagetrace.exporters.session import Manifest, Process
 
+    from .operations import Work
+    from .sharding import Collective
+
+    Chosen = np.ndarray[Any, np.dtype[np.bool_]]
+
+DATA_SHEET, MEASURED = "data sheet", "measured"  # kinds of ceilings
 _STEP_KEY = ["instance", "step"]
 
 
 @dataclass(frozen=True)
+class Roofs:
+    """The least time of some work under each roof of one set of ceilings, summed over steps; None: not known."""
+
+    compute_ns: float | None
+    memory_ns: float | None
+    link_ns: float | None
+    whole_ns: float | None  # of each step the longest of the three
+
+
+@dataclass(frozen=True)
 class Done:
-    """Work that was done in some time, summed over steps; of one rank. None: not recorded, or no ceilings."""
+    """Work that was done in some time, summed over steps; of one rank."""
 
     count: int  # steps
     operations: float
     bytes: float  # weights and cache
     bus_bytes: float
-    time_ns: int | None
-    least_ns: float | None
+    time_ns: int | None  # None: not recorded
+    roofs: dict[str, Roofs]  # by kind of ceilings: DATA_SHEET, MEASURED; those that there are
 
     @property
     def operations_per_s(self) -> float | None:
@@ -52,10 +71,40 @@ class Done:
         """None without a time."""
         return self.bytes / self.time_ns * 1e9 if self.time_ns else None
 
-    @property
-    def share(self) -> float | None:
+    def _share(self, kind: str, least: Callable[[Roofs], float | None]) -> float | None:
+        ns = least(self.roofs[kind]) if kind in self.roofs else None
+        return ns / self.time_ns if self.time_ns and ns is not None else None
+
+    def share(self, kind: str) -> float | None:
         """Of the speed of light: the least time over the time that it took."""
-        return self.least_ns / self.time_ns if self.time_ns and self.least_ns is not None else None
+        return self._share(kind, lambda roofs: roofs.whole_ns)
+
+    def mfu(self, kind: str) -> float | None:
+        """Model FLOPs utilisation (Chowdhery et al., PaLM, 2022, appendix B): of the peak of the arithmetic used."""
+        return self._share(kind, lambda roofs: roofs.compute_ns)
+
+    def mbu(self, kind: str) -> float | None:
+        """Model bandwidth utilisation (Databricks, LLM Inference Performance Engineering, 2023): of the memory's."""
+        return self._share(kind, lambda roofs: roofs.memory_ns)
+
+    def bus(self, kind: str) -> float | None:
+        """Of the link's bandwidth, as nccl-tests counts bytes."""
+        return self._share(kind, lambda roofs: roofs.link_ns)
+
+
+@dataclass(frozen=True)
+class RequestLight:
+    """What one request would take at the speed of light with the device to itself, beside what requests took, in ns.
+
+    TTFT: its prompt, without what a cache had, in one step. TPOT: a step with one token, halfway through its output.
+    Medians over the finished requests with both.
+    """
+
+    count: int
+    ttft_ns: float | None
+    least_ttft_ns: float | None
+    tpot_ns: float | None
+    least_tpot_ns: float | None
 
 
 @dataclass(frozen=True)
@@ -64,52 +113,98 @@ class SpeedOfLight:
 
     model: str | None = None  # model_type
     config: str | None = None  # where it was read
-    ceilings: str | None = None  # where they are from
+    ceilings: dict[str, Ceilings] = field(default_factory=dict)  # by kind
     phases: dict[str, Done] = field(default_factory=dict)
     stages: dict[str, Done] = field(default_factory=dict)
+    requests: RequestLight | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def against(self) -> str | None:
+        """The kind of ceilings to compare with: measured ones where there are any."""
+        return MEASURED if MEASURED in self.ceilings else DATA_SHEET if DATA_SHEET in self.ceilings else None
 
 
 def speed_of_light(
     manifest: Manifest,
     steps: pd.DataFrame,
     segments: pd.DataFrame,
+    requests: pd.DataFrame,
+    kept: Path,
     config: Path | None = None,
-    ceilings: Ceilings | None = None,
+    calibration: Path | None = None,
 ) -> SpeedOfLight:
-    """Of the complete steps in `steps`. `config`: the model's config.json or its directory, else the recorded path.
+    """Of the complete steps in `steps`.
 
-    Raises ConfigError when a config that was named cannot be read; one that was not named is a note.
+    `config`: the model's config.json or its directory, else `kept`, that of the session, else in the directory that was
+    recorded. `calibration`: a file that `stagetrace
+    calibrate` made, else the one that is kept for the device that was recorded. Raises ConfigError and CalibrationError
+    when one that was named cannot be read; one that was not named is a note.
     """
     steps = steps[steps["status"] == "complete"]
     process = _server(manifest)
     if not len(steps) or (process is None and config is None):
         return SpeedOfLight()
     info = process.info if process else {}
-    path = config_path(config if config is not None else str(info.get("model_path", "")))
+    recorded = kept if kept.is_file() else Path(str(info.get("model_path", "")))
+    path = recorded if config is None else config
+    path = path / "config.json" if path.is_dir() else path
     try:
         model = load_model(path, str(info.get("dtype", "auto")), str(info.get("kv_cache_dtype", "auto")))
     except ConfigError as error:
         if config is not None:
             raise
         return SpeedOfLight(notes=(f"no speed of light: {error}. Name it with --model-config.",))
-    notes: list[str] = []
-    if ceilings is None:
-        name = str(info.get("device_name", "") or f"The device ({info.get('device', 'not recorded')})")
-        found = match(name, _whole(info.get("multiprocessors")))
-        ceilings = Ceilings.of(found.device) if found.device else None
-        if ceilings is None:
-            notes.append(found.answer)
-    work, assumed = _work(model, steps, info)
+    ceilings, notes = _ceilings(_device(manifest), calibration)
+    ranks = _ranks(info)
+    work, assumed = _work(model, Batch.of_steps({str(name): column for name, column in steps.items()}), ranks)
     times = own_times(steps)
+    kind = MEASURED if MEASURED in ceilings else DATA_SHEET
     return SpeedOfLight(
         model=model.kind or None,
         config=str(path),
-        ceilings=ceilings.source if ceilings else None,
+        ceilings=ceilings,
         phases=_by_phase(steps, times, work, ceilings),
         stages=_by_stage(steps, segments, work, ceilings),
+        requests=_of_requests(model, ranks, requests, ceilings[kind]) if kind in ceilings else None,
         notes=(*assumed, *notes),
     )
+
+
+def _device(manifest: Manifest) -> dict[str, Any]:
+    """What was recorded of the device: of a worker, as it alone looks at it."""
+    infos = [each.info for each in manifest.processes]
+    return next((info for info in infos if info.get("device_name")), next(iter(infos), {}))
+
+
+def _ceilings(info: dict[str, Any], named: Path | None) -> tuple[dict[str, Ceilings], list[str]]:
+    """Those of the data sheet and those that were measured, as far as there are any; and what is to be said."""
+    name, threads = str(info.get("device_name", "")), _whole(info.get("device_threads"))
+    found: dict[str, Ceilings] = {}
+    notes: list[str] = []
+    sheet = match(name or f"The device ({info.get('device', 'not recorded')})", _whole(info.get("multiprocessors")))
+    if sheet.device:
+        found[DATA_SHEET] = Ceilings.of(sheet.device)
+    path = named or (find(name, threads) if name else None)
+    if path is not None:
+        try:
+            calibration = load_calibration(path)
+        except CalibrationError as error:
+            if named is not None:
+                raise
+            notes.append(f"a calibration is left out: {error}")
+        else:
+            found[MEASURED] = ceilings_of(calibration)
+            if calibration.busy:
+                notes.append(f"the machine was busy when it was calibrated: {calibration.busy}")
+            if name and (calibration.name, calibration.threads) != (name, threads):
+                notes.append(
+                    f"the calibration is of {calibration.name} with {calibration.threads or 'any number of'} threads,"
+                    f" and the session of {name} with {threads or 'any number of'}"
+                )
+    if not found:
+        notes.append(f"{sheet.answer} Measure it: `stagetrace calibrate`.")
+    return found, notes
 
 
 def own_times(steps: pd.DataFrame) -> pd.Series[int]:
@@ -131,23 +226,40 @@ def _whole(value: Any, default: int | None = None) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else default
 
 
-def _work(model: Model, steps: pd.DataFrame, info: dict[str, Any]) -> tuple[StepWork, tuple[str, ...]]:
-    """The work of every step, of all pipeline stages together, and what it rests on."""
+def _ranks(info: dict[str, Any]) -> Sharding:
     names = ("tensor_parallel", "pipeline_parallel", "data_parallel")
     tensor, pipeline, data = (_whole(info.get(name), 1) or 1 for name in names)
-    ranks = Sharding.vllm(tensor, pipeline, data, info.get("expert_parallel") is True)
-    batch = Batch.of_steps({str(name): column for name, column in steps.items()})
-    parts = [step_work(model, batch, ranks, stage=stage) for stage in range(pipeline)]
+    return Sharding.vllm(tensor, pipeline, data, info.get("expert_parallel") is True)
+
+
+def _work(model: Model, batch: Batch, ranks: Sharding) -> tuple[StepWork, tuple[str, ...]]:
+    """The work of every step, of all pipeline stages together, and what it rests on."""
+    parts = [step_work(model, batch, ranks, stage=stage) for stage in range(ranks.pipeline)]
     works = tuple(work for part in parts for work in part.works)
     collectives = tuple(each for part in parts for each in part.collectives)
     assumed = parts[0].assumptions
-    if pipeline > 1:
-        assumed += (f"figures are of all {pipeline} pipeline stages together, one after the other.",)
+    if ranks.pipeline > 1:
+        assumed += (f"figures are of all {ranks.pipeline} pipeline stages together, one after the other.",)
     return StepWork(works, collectives, assumed), assumed
 
 
-def _by_phase(steps: pd.DataFrame, times: pd.Series[int], work: StepWork, ceilings: Ceilings | None) -> dict[str, Done]:
-    least = least_seconds(work.works, work.collectives, ceilings) if ceilings else None
+def _roofs(
+    works: Sequence[Work], collectives: Sequence[Collective], ceilings: dict[str, Ceilings], chosen: Chosen
+) -> dict[str, Roofs]:
+    found = {}
+    for kind, each in ceilings.items():
+        least = least_times(works, collectives, each)
+        compute, memory, link, whole = (
+            None if seconds is None else _sum(seconds, chosen) * 1e9
+            for seconds in (least.compute, least.memory, least.link, least.whole)
+        )
+        found[kind] = Roofs(compute, memory, link, whole)
+    return found
+
+
+def _by_phase(
+    steps: pd.DataFrame, times: pd.Series[int], work: StepWork, ceilings: dict[str, Ceilings]
+) -> dict[str, Done]:
     found = {}
     for phase in Phase:
         chosen = (steps["phase"] == phase.value).to_numpy(dtype=bool)
@@ -158,30 +270,65 @@ def _by_phase(steps: pd.DataFrame, times: pd.Series[int], work: StepWork, ceilin
                 bytes=_sum(work.bytes(), chosen),
                 bus_bytes=_sum(work.bus_bytes(), chosen),
                 time_ns=int(times[chosen].sum()),
-                least_ns=None if least is None else _sum(least, chosen) * 1e9,
+                roofs=_roofs(work.works, work.collectives, ceilings, chosen),
             )
     return found
 
 
 def _by_stage(
-    steps: pd.DataFrame, segments: pd.DataFrame, work: StepWork, ceilings: Ceilings | None
+    steps: pd.DataFrame, segments: pd.DataFrame, work: StepWork, ceilings: dict[str, Ceilings]
 ) -> dict[str, Done]:
     """Over all kinds of step; the time is that of the stage's segments, of one rank, where layers were recorded."""
     recorded = _stage_times(steps, segments)
     every = np.ones(len(steps), dtype=bool)
-    found = {}
-    for stage in work.stages():
-        collectives = [each for each in work.collectives if each.stage == stage]
-        least = least_seconds(work.of(stage), collectives, ceilings) if ceilings else None
-        found[stage] = Done(
+    return {
+        stage: Done(
             count=len(steps),
             operations=_sum(work.operations(stage), every),
             bytes=_sum(work.bytes(stage), every),
             bus_bytes=_sum(work.bus_bytes(stage), every),
             time_ns=recorded.get(stage),
-            least_ns=None if least is None else _sum(least, every) * 1e9,
+            roofs=_roofs(
+                list(work.of(stage)), [each for each in work.collectives if each.stage == stage], ceilings, every
+            ),
         )
-    return found
+        for stage in work.stages()
+    }
+
+
+def _of_requests(model: Model, ranks: Sharding, requests: pd.DataFrame, ceilings: Ceilings) -> RequestLight | None:
+    """Of the finished requests whose tokens and times are known."""
+    own = requests[(requests["status"] == "finished") & ~requests["partial"].astype(bool)]
+    own = own.dropna(subset=["prompt_tokens", "output_tokens", "arrival_ns", "first_token_ns", "last_token_ns"])
+    if not len(own):
+        return None
+    prompt, output = (own[name].to_numpy(dtype=float) for name in ("prompt_tokens", "output_tokens"))
+    cached = own["cached_tokens"].fillna(0).to_numpy(dtype=float)
+    ones = np.ones(len(own))
+
+    def least(prefill: Sums, decode: Sums) -> Numbers | None:
+        work, _ = _work(model, Batch(prefill, decode), ranks)
+        return least_times(work.works, work.collectives, ceilings).whole
+
+    none = Sums(*(np.zeros(len(own)) for _ in range(5)))
+    q = np.maximum(prompt - cached, 1.0)
+    middle = prompt + output / 2
+    first = least(Sums(ones, q, prompt, q * q, q * prompt), none)
+    each = least(none, Sums(ones, ones, middle, ones, middle))
+    several = output > 1
+    ttft = own["first_token_ns"].to_numpy(dtype=float) - own["arrival_ns"].to_numpy(dtype=float)
+    tpot = (own["last_token_ns"].to_numpy(dtype=float) - own["first_token_ns"].to_numpy(dtype=float))[several]
+
+    def median(values: Numbers | None) -> float | None:
+        return float(np.median(values)) if values is not None and len(values) else None
+
+    return RequestLight(
+        count=len(own),
+        ttft_ns=median(ttft),
+        least_ttft_ns=median(None if first is None else np.broadcast_to(first, ttft.shape) * 1e9),
+        tpot_ns=median(tpot / (output[several] - 1)),
+        least_tpot_ns=median(None if each is None else np.broadcast_to(each, output.shape)[several] * 1e9),
+    )
 
 
 def _stage_times(steps: pd.DataFrame, segments: pd.DataFrame) -> dict[str, int]:
@@ -196,5 +343,5 @@ def _stage_times(steps: pd.DataFrame, segments: pd.DataFrame) -> dict[str, int]:
     return {BY_ID[int(str(stage))].name: round(total / ranks[stage]) for stage, total in totals.items()}
 
 
-def _sum(values: Numbers, chosen: np.ndarray[Any, np.dtype[np.bool_]]) -> float:
+def _sum(values: Numbers, chosen: Chosen) -> float:
     return float(np.broadcast_to(values, chosen.shape)[chosen].sum())

@@ -24,6 +24,9 @@ def calibrate(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer sizes and rounds: a first look, in half a minute.")
     ] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A component: memory, gemm, attention, experts or collective; repeatable.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The file. Default: where `stagetrace report` finds it, by the device's name.")
     ] = None,
@@ -46,9 +49,13 @@ def calibrate(
     from rich.progress import Progress
 
     from stagetrace.analysis.calibration import results, show
+    from stagetrace.analysis.calibration.cases import COMPONENTS
     from stagetrace.analysis.calibration.measure import Asked
     from stagetrace.analysis.calibration.run import calibrate as measure
+    from stagetrace.analysis.show import print_parts
 
+    if unknown := set(only or ()) - set(COMPONENTS):
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: name some of {', '.join(COMPONENTS)}")
     try:
         if plot is not None:
             show.check_plot(plot)
@@ -56,7 +63,7 @@ def calibrate(
             task = bar.add_task("starting torch", total=None)
             found = measure(
                 python,
-                Asked(device, quick, threads, ranks),
+                Asked(device, quick, threads, ranks, tuple(only or ())),
                 lambda name, done, of: bar.update(task, description=name, completed=done, total=of),
             )
         path = out or results.directory() / results.file_name(found.name, found.threads)
@@ -70,5 +77,4 @@ def calibrate(
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=1))
     else:
-        show.print_calibration(found, before, Console())
-        typer.echo(f"\n{path}")
+        print_parts([*show.parts(found, before), str(path)], Console())

@@ -31,6 +31,10 @@ def report(
         Path | None,
         typer.Option(help="The model's config.json or its directory, for the speed of light. Default: as recorded."),
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="A file of `stagetrace calibrate`, to compare with. Default: that of the recorded device."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
     """Show where the time of a session went: requests, steps, stages, and what is missing."""
@@ -38,13 +42,15 @@ def report(
     # Imported here: pandas takes longer to import than most commands to run.
     from rich.console import Console
 
+    from stagetrace.analysis.calibration.results import CalibrationError
     from stagetrace.analysis.model_config import ConfigError
     from stagetrace.analysis.report import print_summary, summarise, to_json
     from stagetrace.exporters.session import Session, SessionError
 
     try:
-        summary = summarise(Session.newest() if session is None else Session.open(session), last_s, model_config)
-    except (SessionError, ConfigError) as error:
+        opened = Session.newest() if session is None else Session.open(session)
+        summary = summarise(opened, last_s, model_config, calibration)
+    except (SessionError, ConfigError, CalibrationError) as error:
         typer.echo(f"stagetrace report: {error}", err=True)
         raise typer.Exit(2) from None
     if as_json:

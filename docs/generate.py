@@ -1,4 +1,4 @@
-"""Writes the pages that are made from tables: docs/stages.md, the vocabulary, and docs/speed-of-light.md.
+"""Writes the pages that are made from tables: stages.md, the vocabulary, speed-of-light.md, and compatibility.md.
 
 python docs/generate.py            writes the pages
 python docs/generate.py --check    exits with 1 when a page is not what would be written
@@ -15,6 +15,8 @@ from stagetrace.analysis.hardware import DEVICES, GIGA, TERA, Device
 from stagetrace.analysis.model_config import FAMILIES
 from stagetrace.analysis.operations import CONVENTIONS, FORMULAS
 from stagetrace.analysis.sharding import BUS_FACTORS
+from stagetrace.instrument import stages
+from stagetrace.instrument.hooks import FITS, HookPoint, range_text
 from stagetrace.instrument.stages import (
     MAX_ATTRIBUTES,
     STAGES,
@@ -29,8 +31,13 @@ from stagetrace.instrument.stages import (
     Unit,
 )
 
+# What releases of the engines have is kept beside the tests of it.
+sys.path.insert(0, str(Path(stages.__file__).resolve().parents[1] / "tests"))
+from contracts.facts import Facts, judged, kept, package_of, ranged, tables
+from contracts.sources import locked
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 HERE = Path(__file__).parent
 
@@ -174,6 +181,79 @@ def speed_of_light_page() -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}  # as they call themselves
+
+
+def compatibility_page() -> str:
+    """What can be recorded of which release."""
+    blocks = [
+        "# Compatibility",
+        "<!-- Written by docs/generate.py from adapters/*/hooks.py and tests/contracts/releases: change it there. -->",
+        "Which functions are hooked in which release of an engine, and what is lost where one is not there. It is what"
+        " the sources of these releases say (`make test` holds the hook tables against it, `make test-all` against the"
+        " sources again); vLLM runs under test from 0.28 to 0.32. In releases between two columns that agree, the same"
+        " holds unless the table gives a range. In a newer release than the last column the hooks that fit are"
+        " installed, and `stagetrace doctor` says which they are and what is lost.",
+        "A cell says `yes`, the name of the function that is hooked in that release instead, or `-`: there is none, and"
+        " what it gives is lost.",
+    ]
+    for engine, points in tables().items():
+        blocks += [f"## {ENGINES[engine]}", *compatibility_of(points, releases_of(engine))]
+        others = sorted({package_of(point.target) for point in points} - {engine})
+        for other in others:
+            own = [point for point in points if package_of(point.target) == other]
+            blocks += [f"### {other}, in {ENGINES[engine]}'s processes", *compatibility_of(own, releases_of(other))]
+    return "\n\n".join(blocks) + "\n"
+
+
+def releases_of(package: str) -> list[Facts]:
+    """What is known of a package's releases, the oldest first."""
+    return [kept(release) for release in locked() if release.name == package]
+
+
+def compatibility_of(points: Sequence[HookPoint], releases: list[Facts]) -> list[str]:
+    """The blocks about the hook points that lie in a package: what is lost, and one row for each place."""
+    places: dict[str, list[HookPoint]] = {}
+    for point in points:
+        if package_of(point.target) == releases[0].release.name:
+            places.setdefault(point.place, []).append(point)
+    held = {
+        place: [
+            next((p for p in rows if ranged(p, facts.release) and judged(facts, p)[0] == FITS), None)
+            for facts in releases
+        ]
+        for place, rows in places.items()
+    }
+    lost = []
+    for number, facts in enumerate(releases):
+        gone = [
+            f"{rows[0].gives} ({code(short(place))})" for place, rows in places.items() if held[place][number] is None
+        ]
+        lost += [f"* {facts.release.version}: {'; '.join(gone)}"] if gone else []
+    columns = ("hook point", "in", "level", *(facts.release.version for facts in releases), "gives")
+    rows = [
+        [
+            code(short(place)),
+            code(place.partition(":")[0]),
+            places[place][0].level.name.lower(),
+            *("-" if one is None else "yes" if one.target == place else code(short(one.target)) for one in cells),
+            places[place][0].gives,
+        ]
+        for place, cells in held.items()
+    ]
+    ranges = [f"* {code(point.target)}: {range_text(point)}" for point in points if point.since or point.before]
+    return [
+        *(["Lost:", "\n".join(lost)] if lost else ["Nothing is lost in these releases."]),
+        table(columns, rows),
+        *(["Releases that a row is for:", "\n".join(ranges)] if ranges and lost else []),
+    ]
+
+
+def short(target: str) -> str:
+    """A target without its module."""
+    return target.partition(":")[2]
+
+
 def figures(device: Device) -> list[str]:
     """The figures that a device has."""
     rest = ("memory", "bandwidth", "link_bandwidth")
@@ -237,7 +317,11 @@ def unit(attribute: Attribute) -> str:
     return code(attribute.unit.value)
 
 
-PAGES: dict[str, Callable[[], str]] = {"stages.md": stages_page, "speed-of-light.md": speed_of_light_page}
+PAGES: dict[str, Callable[[], str]] = {
+    "stages.md": stages_page,
+    "speed-of-light.md": speed_of_light_page,
+    "compatibility.md": compatibility_page,
+}
 
 
 def main(arguments: list[str]) -> int:

@@ -26,6 +26,7 @@ from .control import read_switches
 from .discover import Discovery
 from .drain import CONTROL, DETAIL, SLOT, Batch, RingReader
 from .memory import give_back
+from .model_files import config_path
 from .parts import END
 from .retention import Keep, last_to_remove
 from .session import (
@@ -56,6 +57,7 @@ HOLD_SLOTS = 512 * 1024  # of detail, 64 MiB: what is held while the disk takes 
 REPLAY_SLOTS = 20_000_000  # at most, when a session is taken up; what began before them is as if it was not recorded
 TEND_S = 30.0  # between looks at the session's size
 NICE = 10
+LONGEST_CONFIG = 4 << 20  # bytes of a model's config.json
 _BYTES = np.dtype((np.void, SLOT.itemsize))
 
 Tables = dict[str, pa.Table]
@@ -95,7 +97,8 @@ class Collector:
         self._last_commit: dict[int, int] = {}  # of each process
         self._marks: dict[str, RingMark] = {}  # of rings that an earlier collector read
         self._writes_fail = False
-        self._next_tend = 0.0
+        self._model = ""  # whose config.json was looked for
+        self._next_tend = self._next_give_back = 0.0
         self.manifest = Manifest(session=session.identity.session, command=list(command), level=level)
         self._resume()
         self.manifest.host = os.uname().nodename
@@ -359,15 +362,18 @@ class Collector:
         """Keeps the session within its bounds, and the export going."""
         if self.export is not None:
             self.export.tend()
-        if time.monotonic() < self._next_tend:
+        now = time.monotonic()
+        if now >= self._next_give_back:
+            self._next_give_back = now + COMMIT_S
+            give_back()
+        if now < self._next_tend:
             return
-        self._next_tend = time.monotonic() + TEND_S
+        self._next_tend = now + TEND_S
         try:
             self.session.merge(self.manifest.derived)
             self._rotate()
         except (OSError, SessionError, pa.ArrowException) as error:
             log.error("the parts of %s could not be merged or removed: %s", self.session.path, error)
-        give_back()
 
     def _rotate(self) -> None:
         if self.keep == Keep():
@@ -426,6 +432,7 @@ class Collector:
             process.role = str(info.get("role", process.role))
             process.info = info
             process.hooks = list(self.assembler.hooks.get(reader.key, {}).values())
+            self._keep_model_config(str(info.get("model_path", "")))
             names = self.assembler.hook_names.get(reader.key, {})
             process.errors = {names.get(index, str(index)): count for index, count in reader.errors.items()}
             process.ended = reader.ended
@@ -434,6 +441,19 @@ class Collector:
                 losses[reader.key, area.losses.ring] = area.losses
         manifest.losses = list(losses.values())
         manifest.counts.update(self.assembler.counts)
+
+    def _keep_model_config(self, model: str) -> None:
+        """Keeps the model's config.json with the session, once: reports may be made where the model is not."""
+        if not model or self._model == model:
+            return
+        self._model = model
+        try:
+            with open(config_path(model), "rb") as file:
+                content = file.read(LONGEST_CONFIG + 1)
+            if len(content) <= LONGEST_CONFIG:
+                self.session.keep_model_config(content)
+        except OSError as error:
+            log.info("the config.json of %s is not kept with the session: %s", model, error)
 
     def _write_manifest(self) -> None:
         self._describe()

@@ -1,4 +1,4 @@
-"""Gives memory that is free back to the system, so that a process that runs for weeks holds what it needs and no more."""
+"""Gives free memory back to the system: a process that runs for weeks holds what it needs and no more."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     session.json                 identity: id and hash key, created once by whoever comes first (instrument/identity.py)
     manifest.json                what is known of engines, processes, clocks and losses; replaced as a whole
     raw/part-*.parquet           raw records, the session's truth; each commit carries every ring's cursor
-    tables/<name>/part-*.parquet derived tables: requests, states, members, steps, segments, intervals
+    tables/<name>/part-*.parquet derived tables: requests, states, members, steps, segments, intervals, experts
     exports/<name>.json          how far a backend has been sent the tables
     level, switches.jsonl        the level as last switched, and every switch (exporters/control.py)
     collector.log
@@ -166,6 +166,20 @@ INTERVALS_SCHEMA = pa.schema(
     ]
 )
 
+# How many tokens a layer sent to each expert in a step. Several rows of one layer and step, of several ranks too, are
+# of different tokens: they add up.
+EXPERTS_SCHEMA = pa.schema(
+    [
+        pa.field("process", _I64, nullable=False),
+        pa.field("instance", _I64, nullable=False),
+        pa.field("step", _I64, nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),
+        pa.field("layer", pa.int32(), nullable=False),
+        pa.field("tokens", _I64, nullable=False),  # that were routed
+        pa.field("counts", pa.list_(pa.field("element", _I64, nullable=False)), nullable=False),  # by logical expert
+    ]
+)
+
 TABLES: dict[str, pa.Schema] = {
     "requests": REQUESTS_SCHEMA,
     "states": STATES_SCHEMA,
@@ -173,6 +187,7 @@ TABLES: dict[str, pa.Schema] = {
     "steps": STEPS_SCHEMA,
     "segments": SEGMENTS_SCHEMA,
     "intervals": INTERVALS_SCHEMA,
+    "experts": EXPERTS_SCHEMA,
 }
 
 
@@ -388,6 +403,18 @@ class Session:
         aside = path.with_suffix(".json.damaged")
         path.replace(aside)
         return aside
+
+    # The model
+
+    @property
+    def model_config(self) -> Path:
+        """The config.json of the model that was served, as the collector found it; it need not be there."""
+        return self.path / "model" / "config.json"
+
+    def keep_model_config(self, content: bytes) -> None:
+        """Keeps the model's config.json. Raises OSError."""
+        self.model_config.parent.mkdir(mode=0o700, exist_ok=True)
+        replace(self.model_config, content)
 
     # Raw records
 

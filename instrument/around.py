@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import linecache
+import sys
 from dataclasses import dataclass
 from keyword import iskeyword
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,12 @@ TRANSPARENT = {("torch.utils._contextlib", "context_decorator.<locals>.decorate_
 
 # What a handler's functions get under these names; every other name is that of a parameter of the engine's function.
 OURS = {"begin": "_begin", "end": "_end", "result": "_result", "noted": "_noted"}
-_USED = {*OURS.values(), "_original", "_before", "_after", "_off", "_hook", "_recorder", "_now", "Exception"}
+_USED = {
+    *OURS.values(),
+    *("_original", "_before", "_after", "_off", "_hook", "_recorder", "_now", "_compiling", "_capturing", "Exception"),
+}
+# vLLM hashes the files of all that it compiles, and leaves out code of this name: wrappers change no key of its cache.
+_GENERATED = "<string>"
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,30 @@ class Around:
     `begin` and `end`, in ns of the monotonic clock, read before `before` and right after the engine's function;
     `result`, what that returned; `noted`, what `before` returned (None when it failed). Without an exception of the
     engine's, `after` is called even when `before` failed. While the level is below the hook's, neither is, but `off`
-    is, before the engine's function: to forget what must not outlive a time without records.
+    is, before the engine's function: to forget what must not outlive a time without records, or to count what must be
+    counted at every level. It gets parameters of the engine's function alone.
     """
 
     before: Callable[..., Any] | None = None
     after: Callable[..., Any] | None = None
-    off: Callable[[], Any] | None = None
+    off: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
+class Guards:
+    """What a wrapper that a compiler may reach asks first. It then does nothing but call the engine's function."""
+
+    compiling: Callable[[], bool]  # its code is being traced: whatever it did would become part of the graph
+    capturing: Callable[[], bool] | None = None  # a stream is being captured; None: this machine has no such stream
+
+    @classmethod
+    def of_torch(cls) -> Guards | None:
+        """Those of the process's PyTorch; None where it has not been imported, so that there is no compiler."""
+        torch = sys.modules.get("torch")
+        if torch is None:
+            return None
+        cuda = torch.cuda
+        return cls(torch.compiler.is_compiling, cuda.is_current_stream_capturing if cuda.is_available() else None)
 
 
 @dataclass(frozen=True)
@@ -112,16 +136,24 @@ def _undecorated(function: FunctionType) -> FunctionType:
     return function
 
 
-def source(parameters: Parameters, around: Around, asynchronous: bool = False) -> str:
+def source(parameters: Parameters, around: Around, asynchronous: bool = False, guards: Guards | None = None) -> str:
     """The wrapper's source. Raises ValueError when a name is used twice or not there. Pure."""
-    before, after = (_arguments(each, parameters) for each in (around.before, around.after))
+    before, after = (_arguments(each, parameters, OURS) for each in (around.before, around.after))
+    off = _arguments(around.off, parameters, {})
     asked = {*(before or ()), *(after or ())}
     call = f"{'await ' if asynchronous else ''}_original({parameters.passed()})"
     lines = [f"{'async ' if asynchronous else ''}def hooked({parameters.declared()}):"]
+    if guards is not None:
+        lines += ["    if _compiling():", f"        return {call}"]
     lines.append("    if _recorder.level[0] < _hook.threshold:")
-    if around.off is not None:
-        lines += _contained("_off()", "        ")
+    if off is not None:
+        lines += _contained(f"_off({', '.join(off)})", "        ")
     lines.append(f"        return {call}")
+    if guards is not None and guards.capturing is not None:
+        lines += ["    if _capturing():"]
+        if off is not None:
+            lines += _contained(f"_off({', '.join(off)})", "        ")
+        lines += [f"        return {call}"]
     if "_noted" in asked:
         lines.append("    _noted = None")
     if "_begin" in asked:
@@ -142,15 +174,20 @@ def _contained(call: str, indent: str) -> list[str]:
     return [f"{indent}{line}" for line in ("try:", f"    {call}", "except Exception:", "    _hook.failed()")]
 
 
-def _arguments(function: Callable[..., Any] | None, parameters: Parameters) -> list[str] | None:
+def _arguments(
+    function: Callable[..., Any] | None, parameters: Parameters, ours: Mapping[str, str]
+) -> list[str] | None:
     """What a handler's function is called with; None when there is no function."""
     if function is None:
         return None
-    wanted = inspect.signature(function).parameters
+    try:
+        wanted = [*inspect.signature(function).parameters]
+    except ValueError:  # a method of a built-in type, dict.clear say
+        wanted = []
     for name in wanted:
-        if name not in OURS and name not in parameters.names:
+        if name not in ours and name not in parameters.names:
             raise ValueError(f"the hook asks for {name}, which is none of ({', '.join(parameters.names)})")
-    return [OURS.get(name, name) for name in wanted]
+    return [ours.get(name, name) for name in wanted]
 
 
 def wrap(original: FunctionType, around: Around, hook: Hook) -> Callable[..., Any]:
@@ -165,7 +202,8 @@ def wrap(original: FunctionType, around: Around, hook: Hook) -> Callable[..., An
     exact = parameters.writable and set(hook.point.parameters) <= set(parameters.names)
     if not exact:
         parameters = Parameters(hook.point.parameters, rest="args", keywords="kwargs")
-    text = source(parameters, around, inspect.iscoroutinefunction(original))
+    guards = Guards.of_torch() if hook.point.compiled else None
+    text = source(parameters, around, inspect.iscoroutinefunction(original), guards)
     scope: dict[str, Any] = {
         "_original": original,
         "_before": around.before,
@@ -174,16 +212,19 @@ def wrap(original: FunctionType, around: Around, hook: Hook) -> Callable[..., An
         "_hook": hook,
         "_recorder": hook.recorder,
         "_now": now,
+        "_compiling": guards and guards.compiling,
+        "_capturing": guards and guards.capturing,
     }
-    wrapper = _compiled(text, f"<stagetrace hook on {hook.point.target}>", scope)
+    wrapper = _compiled(text, _GENERATED if guards else f"<stagetrace hook on {hook.point.target}>", scope)
     if exact:
         wrapper.__defaults__, wrapper.__kwdefaults__ = inner.__defaults__, inner.__kwdefaults__
     return functools.wraps(original)(wrapper)
 
 
 def _compiled(text: str, name: str, scope: Mapping[str, Any]) -> FunctionType:
-    """The function in a source text, whose lines a traceback can show."""
-    linecache.cache[name] = (len(text), None, text.splitlines(True), name)
+    """The function in a source text, whose lines a traceback can show where the name is its own."""
+    if name != _GENERATED:
+        linecache.cache[name] = (len(text), None, text.splitlines(True), name)
     found = dict(scope)
     exec(compile(text, name, "exec"), found)
     wrapper: FunctionType = found["hooked"]

@@ -36,6 +36,7 @@ _MARGIN = 64  # control slots kept free, so that writers that race past the chec
 STEP_END = records.header_word(records.RecordType.STEP_END)
 _STEP_BEGIN_1 = records.header_word(records.RecordType.STEP_BEGIN, 0, 0, 2)
 _STEP_BEGIN_2 = records.header_word(records.RecordType.STEP_BEGIN, 0, 1, 2)
+_EXPERTS = int(records.RecordType.EXPERTS)  # the header word of a record's part, but for part and parts
 _PART_BYTES = 8 * records.PART_WORDS
 _FIRST_BYTES = 8 * (records.PART_WORDS - 5)  # of the composition, in a step's first slot
 _FIRST_SLOT = struct.Struct(f"<QQQ5q{_FIRST_BYTES}sQ")
@@ -46,9 +47,9 @@ now = time.monotonic_ns
 class Recorder:
     """Writes records into this process's rings. Everything is safe to call when the recorder is closed.
 
-    What writes single records (`segment`, `put`, `step_begin`, `step_end`, `state`, `member`) are functions that stay
-    the same for the process's life: a hook keeps those that it calls. They have the rings in their closures, which is
-    faster than looking them up in an object.
+    What writes single records (`segment`, `put`, `step_begin`, `step_end`, `experts`, `state`, `member`) are functions
+    that stay the same for the process's life: a hook keeps those that it calls. They have the rings in their closures,
+    which is faster than looking them up in an object.
     """
 
     def __init__(self) -> None:
@@ -56,7 +57,7 @@ class Recorder:
         self.ring: Ring | None = None
         self._pid = 0
         self._opened: list[Callable[[], None]] = []
-        self.segment, self.put, self.step_begin, self.step_end, self._aim_detail = _detail_writers()
+        self.segment, self.put, self.step_begin, self.step_end, self.experts, self._aim_detail = _detail_writers()
         self.state, self.member, self._long, self._aim_control = _control_writers()
         self._close()
 
@@ -167,6 +168,7 @@ class DetailWriters(NamedTuple):
     put: Callable[[bytes, int, int, bytes], None]
     step_begin: Callable[[int, int, int, int, Sequence[int]], None]
     step_end: Callable[[int, int, int], None]
+    experts: Callable[[int, int, int, int, int, bytes, int], bool]
     aim: Callable[[memoryview], None]
 
 
@@ -212,7 +214,25 @@ def _detail_writers() -> DetailWriters:
         """Writes a step's end."""
         put(records.HEAD.pack(STEP_END, get_ident()), end, 0, records.TAILS[0].pack(instance, step))
 
-    return DetailWriters(segment, put, step_begin, step_end, aim)
+    def experts(instance: int, step: int, rank: int, layer: int, tokens: int, counts: bytes, width: int) -> bool:
+        """Writes how many of `tokens` a layer sent to each expert; False where there are too many experts for a record.
+
+        `counts` has an unsigned little-endian number of `width` bytes for each expert.
+        """
+        data = records.EXPERTS_HEAD.pack(instance, step, rank, layer, tokens, len(counts) // width, width) + counts
+        parts = -(-len(data) // _PART_BYTES)
+        if parts > _MOST_PARTS:
+            return False
+        first = 0
+        for part in range(parts):
+            number = next(slots)
+            at, number = (number & mask) << _SHIFT, number + 1
+            first = first or number
+            header = _EXPERTS | part << 8 | parts << 16
+            pack_part(memory, at, number, header, first, data[part * _PART_BYTES : (part + 1) * _PART_BYTES], number)
+        return True
+
+    return DetailWriters(segment, put, step_begin, step_end, experts, aim)
 
 
 # Control ring: drops the newest when the collector has not made room

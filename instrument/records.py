@@ -41,6 +41,11 @@ ERRORS_OFFSET = 2048  # u64 each: contained errors by hook, in the order of the 
 MAX_HOOKS = (HEADER_SIZE - ERRORS_OFFSET) // 8
 
 MAX_TEXT = 16 * 1024  # bytes of a text record; longer ones are cut
+MAX_NAME = 128  # bytes of the text of a name
+
+EXPERTS_HEAD = struct.Struct("<7q")
+"""The words of a record of experts before its counts."""
+COUNT_BYTES = (1, 2, 4)  # that a count can have, unsigned
 
 
 class RecordType(IntEnum):
@@ -54,6 +59,7 @@ class RecordType(IntEnum):
     MEMBER = 6  # request, q, kv, instance, step, last, cached; the header word has the change
     SNAPSHOT = 7  # instance, step, count, then the requests in the step
     TEXT = 8  # handle, kind, length in bytes, then the UTF-8 bytes, padded to words
+    EXPERTS = 9  # instance, step, rank, layer, tokens, experts, bytes per count, then a count for each expert, padded
 
 
 class Event(IntEnum):
@@ -83,6 +89,7 @@ class Text(IntEnum):
     TRACE_CONTEXT = 3  # traceparent, a newline, tracestate
     PROCESS = 4  # JSON: what the process is (engine, version, model, flags, rank)
     HOOK = 5  # JSON: a hook point and what became of it
+    NAME = 7  # the name of a thing of the engine's: a group of ranks, an algorithm
 
 
 def header_word(type_: int, stage: int = 0, part: int = 0, parts: int = 1) -> int:

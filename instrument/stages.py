@@ -68,6 +68,47 @@ class IdleReason(IntEnum):
         return self.name.lower().replace("_", " ")
 
 
+class AttentionKind(IntEnum):
+    """What a layer's attention looks at."""
+
+    FULL = 1
+    SLIDING = 2
+    MLA = 3
+    LINEAR = 4
+    MAMBA = 5
+    CROSS = 6
+
+    @property
+    def text(self) -> str:
+        """The kind in words."""
+        return "MLA" if self is AttentionKind.MLA else self.name.lower()
+
+
+class Collective(IntEnum):
+    """Operations of a group of ranks."""
+
+    ALL_REDUCE = 1
+    ALL_GATHER = 2
+    REDUCE_SCATTER = 3
+    ALL_TO_ALL = 4
+    BROADCAST = 5
+    SEND = 6
+    RECEIVE = 7
+    GATHER = 8
+    DISPATCH = 9  # of tokens to the ranks of their experts
+    COMBINE = 10  # of the experts' results
+    BARRIER = 11
+
+    @property
+    def text(self) -> str:
+        """The operation's name."""
+        return self.name.lower()
+
+
+def _choices(values: type[IdleReason] | type[AttentionKind] | type[Collective]) -> str:
+    return ", ".join(f"{each.value} {each.text}" for each in values)
+
+
 @dataclass(frozen=True)
 class Attribute:
     """One integer that a record carries beside its times."""
@@ -92,8 +133,11 @@ class Stage:
     attributes: tuple[Attribute, ...] = ()
 
 
+_ROWS = Attribute("rows", Unit.COUNT, "positions that logits are computed for")
 _RANK = Attribute("rank", Unit.COUNT, "global rank of the worker")
 _TOKENS = Attribute("tokens", Unit.TOKENS, "tokens that the call worked on")
+# A layer's: what the tensor that it is given has, padding included where the engine pads the batch.
+_LAYER_TOKENS = Attribute("tokens", Unit.TOKENS, "tokens that the call worked on, with the engine's padding")
 _LAYER = Attribute("layer", Unit.COUNT, "index of the transformer layer, from 0")
 _BYTES = Attribute("bytes", Unit.BYTES, "size of the tensor on this rank")
 _REQUESTS = Attribute("requests", Unit.COUNT, "requests that the call worked on")
@@ -450,8 +494,8 @@ STAGES: tuple[Stage, ...] = (
         Level.LAYER,
         "token embedding",
         "device time on a GPU",
-        ("forward",),
-        (_TOKENS,),
+        ("prepare", "forward"),
+        (_LAYER_TOKENS,),
     ),
     Stage(
         91,
@@ -464,8 +508,8 @@ STAGES: tuple[Stage, ...] = (
         ("forward",),
         (
             _LAYER,
-            Attribute("kind", Unit.ENUM, "1 full, 2 sliding, 3 MLA, 4 linear, 5 mamba, 6 cross"),
-            _TOKENS,
+            Attribute("kind", Unit.ENUM, _choices(AttentionKind)),
+            _LAYER_TOKENS,
         ),
     ),
     Stage(
@@ -474,10 +518,10 @@ STAGES: tuple[Stage, ...] = (
         Kind.SEGMENT,
         Timeline.RANK,
         Level.LAYER,
-        "one layer's dense feed-forward block",
+        "one layer's dense feed-forward block, with the collective at its end",
         "experts",
         ("forward",),
-        (_LAYER, _TOKENS),
+        (_LAYER, _LAYER_TOKENS),
     ),
     Stage(
         93,
@@ -488,7 +532,7 @@ STAGES: tuple[Stage, ...] = (
         "choosing the experts of every token",
         "the router's matrix product where the engine fuses it elsewhere",
         ("forward",),
-        (_LAYER, _TOKENS),
+        (_LAYER, _LAYER_TOKENS),
     ),
     Stage(
         94,
@@ -499,7 +543,7 @@ STAGES: tuple[Stage, ...] = (
         "sending tokens to the ranks of their experts",
         "the experts' computation",
         ("forward",),
-        (_LAYER, _TOKENS, _BYTES),
+        (_LAYER, _LAYER_TOKENS, _BYTES),
     ),
     Stage(
         95,
@@ -507,10 +551,10 @@ STAGES: tuple[Stage, ...] = (
         Kind.SEGMENT,
         Timeline.RANK,
         Level.LAYER,
-        "the routed experts' matrix products",
+        "the routed experts' matrix products; with the routing where one kernel does both",
         "shared experts",
         ("forward",),
-        (_LAYER, _TOKENS),
+        (_LAYER, _LAYER_TOKENS),
     ),
     Stage(
         96,
@@ -521,7 +565,7 @@ STAGES: tuple[Stage, ...] = (
         "bringing the experts' results back and adding them up",
         "the tensor-parallel all_reduce after it",
         ("forward",),
-        (_LAYER, _TOKENS, _BYTES),
+        (_LAYER, _LAYER_TOKENS, _BYTES),
     ),
     Stage(
         97,
@@ -531,8 +575,8 @@ STAGES: tuple[Stage, ...] = (
         Level.LAYER,
         "the experts that every token passes",
         "routed experts",
-        ("forward",),
-        (_LAYER, _TOKENS),
+        ("expert_combine", "forward"),
+        (_LAYER, _LAYER_TOKENS),
     ),
     Stage(
         98,
@@ -542,8 +586,8 @@ STAGES: tuple[Stage, ...] = (
         Level.LAYER,
         "the last projection, onto the vocabulary",
         "sampling",
-        ("forward",),
-        (_TOKENS,),
+        ("sample", "forward"),
+        (_ROWS,),
     ),
     Stage(
         99,
@@ -554,7 +598,7 @@ STAGES: tuple[Stage, ...] = (
         "a multimodal encoder",
         "fetching or decoding the image, sound or video",
         ("prepare", "forward"),
-        (_TOKENS,),
+        (_LAYER_TOKENS,),
     ),
     Stage(
         100,
@@ -562,17 +606,22 @@ STAGES: tuple[Stage, ...] = (
         Kind.SEGMENT,
         Timeline.RANK,
         Level.LAYER,
-        "one collective operation of a group of ranks",
-        "bytes moving alone: the wait for the last rank to arrive is in it",
-        ("expert_dispatch", "expert_combine", "forward"),
+        "one operation of a group of ranks; what it is made of is not counted again",
+        "bytes moving alone: the wait for the last rank to arrive is in it; on a GPU the host only launches it",
         (
-            Attribute(
-                "op", Unit.ENUM, "1 all_reduce, 2 all_gather, 3 reduce_scatter, 4 all_to_all, 5 broadcast, 6 send"
-            ),
+            *("expert_dispatch", "expert_combine", "shared_experts", "mlp", "embed", "logits", "encode"),
+            *("forward", "sample", "prepare", "bookkeep", "rank_step", "execute"),
+        ),
+        (
+            Attribute("op", Unit.ENUM, _choices(Collective)),
             Attribute("group", Unit.COUNT, "handle of the group's name"),
-            _BYTES,
-            Attribute("algorithm", Unit.COUNT, "handle of the algorithm's name"),
-            Attribute("sequence", Unit.COUNT, "number of this operation in its group, the same on every rank"),
+            Attribute("bytes", Unit.BYTES, "size of what this rank gives; of what it gets where it only receives"),
+            Attribute("algorithm", Unit.COUNT, "handle of the name of what carried it out, 0 where it is not known"),
+            Attribute(
+                "sequence",
+                Unit.COUNT,
+                "number of this operation in its group since the start, the same on every rank; 0 between two ranks",
+            ),
         ),
     ),
     # Now and then
@@ -671,7 +720,7 @@ STAGES: tuple[Stage, ...] = (
         "a gap on a timeline, with its reason",
         "a fault: most often there was no work",
         ("rank_step",),
-        (Attribute("reason", Unit.ENUM, ", ".join(f"{reason.value} {reason.text}" for reason in IdleReason)),),
+        (Attribute("reason", Unit.ENUM, _choices(IdleReason)),),
     ),
 )
 

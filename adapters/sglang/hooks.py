@@ -19,6 +19,9 @@ _DETOKENIZER = "sglang.srt.managers.detokenizer_manager:DetokenizerManager"
 _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
 _FRONT, _CORE = "front end", "scheduler"
 
+# The releases that the table is held against (tests/contracts).
+RELEASES = ("0.5.15", "0.5.18", "0.5.20", "0.5.22", "0.5.23")
+
 HOOK_POINTS: tuple[HookPoint, ...] = (
     HookPoint(
         f"{_TOKENIZER}.__init__", ("self",), Level.OFF, _FRONT, front_end.opens_recorder, "the process is a front end"

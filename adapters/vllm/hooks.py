@@ -1,12 +1,15 @@
-"""The hook points in vLLM: which function, what the handler relies on, from which level on, and what it gives."""
+"""The hook points in vLLM: which function, what the handler relies on, from which level on, and what it gives.
+
+A function that has another name or other leading parameters in some releases has a row for each, with its range.
+"""
 
 from __future__ import annotations
 
 from stagetrace.instrument.hooks import HookPoint
-from stagetrace.instrument.stages import Level
+from stagetrace.instrument.stages import Collective, Level
 
 from ..http import HTTP_POINTS
-from . import front_end, scheduler, worker
+from . import front_end, layers, scheduler, worker
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _OUTPUTS = "vllm.v1.engine.output_processor:OutputProcessor"
@@ -14,7 +17,178 @@ _WORKER = "vllm.v1.worker.gpu_worker:Worker"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 _STEP_TIMING = "vllm.v1.worker.gpu.async_utils:StepTimingCollector"
+# The releases that the table is held against (tests/contracts): what docs/compatibility.md says of them is so.
+RELEASES = ("0.20.2", "0.24.0", "0.28.0", "0.30.0", "0.32.0", "0.33.0")
 _FRONT, _CORE, _RANK = "front end", "engine core", "worker"
+
+_MOE = "vllm.model_executor.layers.fused_moe"
+_KERNEL = f"{_MOE}.modular_kernel:FusedMoEKernelModularImpl"
+_GROUP = "vllm.distributed.parallel_state:GroupCoordinator"
+_COMMUNICATORS = "vllm.distributed.device_communicators"
+
+
+def _in_a_layer(target: str, parameters: tuple[str, ...], stage: str, gives: str = "") -> HookPoint:
+    """A function that all layers share; the last of `parameters` is a tensor with a row for each token."""
+    handler = layers.of_layer(stage, parameters[-1])
+    return HookPoint(target, parameters, Level.LAYER, _RANK, handler, gives or stage, compiled=True)
+
+
+def _of_a_group(function: str, parameters: tuple[str, ...], op: Collective, size: str) -> HookPoint:
+    """An operation of a group of ranks; `size` names what has its bytes: a parameter, or the result."""
+    target, gives = f"{_GROUP}.{function}", f"collective: {op.text} ({function.strip('_')})"
+    return HookPoint(target, parameters, Level.LAYER, _RANK, layers.collective(op, size), gives, compiled=True)
+
+
+_LAYER_POINTS = (
+    HookPoint(
+        f"{_WORKER}.initialize_from_config",
+        ("self",),
+        Level.OFF,
+        _RANK,
+        layers.initialized,
+        "what layers the model has, and hooks on them",
+    ),
+    HookPoint(
+        layers.ATTENTION,
+        ("self", "layer", "query"),
+        Level.LAYER,
+        _RANK,
+        layers.on_objects,
+        "attention",
+        compiled=True,
+        per_object=True,
+    ),
+    HookPoint(
+        layers.MODULE,
+        ("self",),
+        Level.LAYER,
+        _RANK,
+        layers.on_objects,
+        "mlp, shared_experts",
+        compiled=True,
+        per_object=True,
+    ),
+    HookPoint(
+        f"{_MOE}.router.base_router:BaseRouter.set_capture_fn",
+        ("self", "capture_fn"),
+        Level.OFF,
+        _RANK,
+        layers.capture_fn_set,
+        "that counting goes on when another wants the chosen experts",
+    ),
+    HookPoint(
+        layers.CHOSEN,
+        ("self", "capture_fn"),
+        Level.LAYER,
+        _RANK,
+        layers.on_objects,
+        "tokens by expert",
+        per_object=True,
+    ),
+    HookPoint(
+        "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding.forward",
+        ("self", "input_"),
+        Level.LAYER,
+        _RANK,
+        layers.of_model("embed", "input_"),
+        "embed",
+        compiled=True,
+    ),
+    HookPoint(
+        "vllm.model_executor.layers.logits_processor:LogitsProcessor.forward",
+        ("self", "lm_head", "hidden_states"),
+        Level.LAYER,
+        _RANK,
+        layers.of_model("logits", "hidden_states"),
+        "logits",
+        compiled=True,
+    ),
+    HookPoint(
+        f"{_MOE}.runner.moe_runner:MoERunner._forward_impl",
+        ("self",),
+        Level.LAYER,
+        _RANK,
+        layers.moe_begins,
+        "which layer's experts run",
+        compiled=True,
+    ),
+    _in_a_layer(
+        f"{_MOE}.router.fused_moe_router:FusedMoERouter.select_experts", ("self", "hidden_states"), "moe_route"
+    ),
+    _in_a_layer(f"{_KERNEL}._prepare", ("self", "hidden_states"), "expert_dispatch"),
+    _in_a_layer(f"{_KERNEL}._fused_experts", ("self", "in_dtype", "a1q"), "expert_compute"),
+    _in_a_layer(f"{_KERNEL}._finalize", ("self", "output"), "expert_combine"),
+    _in_a_layer(
+        f"{_MOE}.modular_kernel:FusedMoEKernelMonolithicImpl.apply",
+        ("self", "hidden_states"),
+        "expert_compute",
+        "expert_compute, of kernels that route as well",
+    ),
+    *(
+        _of_a_group(function, ("self", tensor), op, tensor)
+        for function, tensor, op in (
+            ("_all_reduce_out_place", "input_", Collective.ALL_REDUCE),
+            ("_all_gather_out_place", "input_", Collective.ALL_GATHER),
+            ("all_gatherv", "input_", Collective.ALL_GATHER),
+            ("_reduce_scatter_out_place", "input_", Collective.REDUCE_SCATTER),
+            ("reduce_scatterv", "input_", Collective.REDUCE_SCATTER),
+            ("reduce_scatterv_into_output", "input_", Collective.REDUCE_SCATTER),
+            ("gather", "input_", Collective.GATHER),
+            ("broadcast", "input_", Collective.BROADCAST),
+            ("dispatch", "hidden_states", Collective.DISPATCH),
+            ("dispatch_router_logits", "hidden_states", Collective.DISPATCH),
+            ("combine", "hidden_states", Collective.COMBINE),
+            ("combine_into_output", "hidden_states", Collective.COMBINE),
+            ("send", "tensor", Collective.SEND),
+            ("send_tensor_dict", "tensor_dict", Collective.SEND),
+            ("isend_tensor_dict", "tensor_dict", Collective.SEND),
+        )
+    ),
+    *(
+        _of_a_group(function, ("self",), op, size)
+        for function, op, size in (
+            ("broadcast_tensor_dict", Collective.BROADCAST, "result"),
+            ("recv", Collective.RECEIVE, "result"),
+            ("recv_tensor_dict", Collective.RECEIVE, "result"),
+            ("barrier", Collective.BARRIER, ""),
+        )
+    ),
+    # What goes past the coordinator of its group.
+    HookPoint(
+        "vllm.v1.worker.dp_utils:_run_ar",
+        ("should_ubatch",),
+        Level.LAYER,
+        _RANK,
+        layers.of_data_parallel(Collective.ALL_REDUCE, "result", "should_ubatch"),
+        "collective: all_reduce of the data-parallel ranks' batch sizes",
+    ),
+    HookPoint(
+        "vllm.v1.worker.gpu.dp_utils:sync_cudagraph_and_dp_padding",
+        ("cudagraph_manager",),
+        Level.LAYER,
+        _RANK,
+        layers.of_data_parallel(Collective.ALL_REDUCE, "", "cudagraph_manager"),
+        "collective: all_reduce of the data-parallel ranks' batch sizes",
+    ),
+    # The ways in which a CUDA communicator carries out an all_reduce: which one it was.
+    *(
+        HookPoint(
+            f"{_COMMUNICATORS}.{target}",
+            ("self",),
+            Level.LAYER,
+            _RANK,
+            layers.carried_out_by(name),
+            "the algorithm of a collective",
+        )
+        for target, name in (
+            ("custom_all_reduce:CustomAllreduce.custom_all_reduce", "custom all_reduce"),
+            ("symm_mem:SymmMemCommunicator.all_reduce", "symmetric memory"),
+            ("pynccl:PyNcclCommunicator.all_reduce", "NCCL"),
+            ("flashinfer_all_reduce:FlashInferAllReduce.all_reduce", "FlashInfer"),
+            ("quick_all_reduce:QuickAllReduce.quick_all_reduce", "QuickReduce"),
+        )
+    ),
+)
 
 HOOK_POINTS: tuple[HookPoint, ...] = (
     HookPoint(
@@ -147,11 +321,12 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
     ),
     # The two runners have different functions at the borders between stages; only V1 brings tokens to the host here.
     *(
-        HookPoint(target, ("self",), Level.STEP, _RANK, worker.model_forward, "where prepare becomes forward")
-        for target in (f"{_RUNNER}._model_forward", f"{_STEP_TIMING}.forward_start")
+        HookPoint(target, ("self",), Level.STEP, _RANK, worker.model_forward, "where prepare becomes forward", since)
+        for target, since in ((f"{_RUNNER}._model_forward", ""), (f"{_STEP_TIMING}.forward_start", "0.28"))
     ),
     HookPoint(
         f"{_RUNNER}._bookkeeping_sync", ("self",), Level.STEP, _RANK, worker.bookkeeping_sync, "where sampling ends"
     ),
     HookPoint(f"{_RUNNER_V2}.sample", ("self",), Level.STEP, _RANK, worker.sample, "where sampling ends"),
+    *_LAYER_POINTS,
 )

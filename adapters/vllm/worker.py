@@ -13,10 +13,13 @@ from stagetrace.instrument.around import Around
 from stagetrace.instrument.records import HEAD, TAILS, RecordType, header_word
 from stagetrace.instrument.stages import BY_NAME, IdleReason
 
+from ..device import device_info
 from . import extract
 from .scheduler import STEP_ATTRIBUTE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from stagetrace.instrument.hooks import Hook
 
 _HEADERS = tuple(
@@ -35,6 +38,9 @@ class _Rank:
         self.rank = 0
         self.instance = 0
         self.step = 0  # 0: none
+        self.tokens = 0  # scheduled in it
+        self.at_start: tuple[Callable[[], None], ...] = ()  # called when a step begins, and when it was launched;
+        self.at_end: tuple[Callable[[], None], ...] = ()  # they raise nothing
         self.begin = 0  # of the rank's step
         self.forwarded = 0  # end of its first half; the second is sampling
         self.forward_begin = 0
@@ -57,7 +63,15 @@ class _Rank:
         self.instance, self.begin = instance, begin
         self.of_rank = _pack_tail(instance, step, self.rank)
         self.of_tokens = _pack_longer_tail(instance, step, self.rank, tokens)
-        self.step = step
+        self.step, self.tokens = step, tokens
+        for call in self.at_start:
+            call()
+
+    def finish(self) -> None:
+        """The step is over."""
+        for call in self.at_end:
+            call()
+        self.step = 0
 
     def forget(self) -> None:
         """There is no step that is recorded."""
@@ -75,7 +89,8 @@ def opens_recorder(hook: Hook) -> Around:
 
         RANK.rank = int(vllm_config.parallel_config.rank)
         info = extract.process_info(vllm_config, __version__)
-        hook.recorder.open("worker", {**info, "rank": RANK.rank})
+        device = device_info(str(info["device"]))
+        hook.recorder.open("worker", {**info, **device, "rank": RANK.rank})
 
     return Around(after=after)
 
@@ -95,7 +110,7 @@ def worker_execute_model(hook: Hook) -> Around:
         rank.forwarded = end
         if result is not None and rank.step:
             put(rank.rank_step, rank.begin, end, rank.of_tokens)
-            rank.step = 0
+            rank.finish()
 
     return Around(before, after, off=rank.forget)
 
@@ -109,7 +124,7 @@ def worker_sample_tokens(hook: Hook) -> Around:
         if step:
             put(rank.idle, rank.forwarded, begin, _pack_tail(rank.instance, step, _WAITING_FOR_SCHEDULER))
             put(rank.rank_step, rank.begin, end, rank.of_tokens)
-            rank.step = 0
+            rank.finish()
 
     return Around(after=after)
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+COMPONENTS = ("memory", "gemm", "attention", "experts", "collective")
+COLLECTIVE = COMPONENTS[-1]
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
@@ -23,7 +25,7 @@ class Unsupported(Exception):
 class Case:
     """One measurement: a call, and how much it does."""
 
-    component: str  # memory, gemm, attention, experts, collective
+    component: str  # of COMPONENTS
     op: str  # read, write, copy; linear; prefill, decode; grouped; all_reduce, ...
     arithmetic: str  # fp32, tf32, bf16, fp16, fp8, int8; empty where nothing is computed
     size: str  # for people: 64 MiB, 1024 x 4096 x 4096, ...
@@ -67,7 +69,7 @@ def _memory(kernel: str, count: int) -> Callable[[Any, Any], Callable[[], object
     def make(torch: Any, device: Any) -> Callable[[], object]:
         source = torch.ones(count // 4, device=device, dtype=torch.float32)
         if kernel == "sum":
-            return lambda: source.sum()
+            return source.sum  # type: ignore[no-any-return]
         if kernel == "dot":
             return lambda: torch.dot(source, source)
         if kernel == "fill_":
@@ -228,7 +230,7 @@ def collectives(ranks: int, accelerator: bool, quick: bool) -> Iterator[Case]:
     for op in COLLECTIVES:
         count = 4 * KIB
         while count <= last:
-            yield Case("collective", op, "", size_text(count), count, 0, _collective(op, count, ranks), ranks=ranks)
+            yield Case(COLLECTIVE, op, "", size_text(count), count, 0, _collective(op, count, ranks), ranks=ranks)
             count *= 16 if quick else 4
 
 

@@ -2,9 +2,10 @@
 
     PYTHON -P -m stagetrace.analysis.calibration.measure '{"device": "cpu", "quick": false, "threads": 0, "ranks": 2}'
 
-Standard library and torch alone. Its standard output has one JSON object a line: {"device": ...} first, {"doing": NAME,
-"done": i, "of": n} as it goes, {"row": ...} or {"skipped": NAME, "why": ...} for each case, {"end": ...} last; whatever
-else is printed goes to standard error. Times are of the device's own clock where it has one (events), else the host's.
+Standard library, torch and our own files alone. Its standard output has one JSON object a line: {"device": ...} first,
+{"doing": NAME, "done": i, "of": n} as it goes, {"row": ...} or {"skipped": NAME, "why": ...} a case, {"end": ...}
+last; whatever else is printed goes to standard error. Times are of the device's own clock where it has one (events),
+else the host's.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from stagetrace.adapters.device import processor_name
+
 from . import cases
-from .cases import GIB, MIB, Case, Unsupported
+from .cases import COLLECTIVE, GIB, MIB, Case, Unsupported
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 MODULE = "stagetrace.analysis.calibration.measure"
 ROUNDS, QUICK_ROUNDS = 5, 3  # over all cases: what disturbs one round is not in all
@@ -31,6 +35,7 @@ SAMPLES = 5  # in a round
 SAMPLE_S = 0.004  # a sample is as many calls as take so long
 LONGEST_CALL_S = 2.0  # a case that would take longer is left out
 MOST_CALLS = 20_000
+RANKS_PATIENCE_S = 900.0
 
 
 @dataclass
@@ -41,6 +46,7 @@ class Asked:
     quick: bool = False
     threads: int = 0  # of the host; 0: torch's own choice
     ranks: int = 1
+    only: tuple[str, ...] = ()  # components; none: all
     rank: int = -1  # of a process of the collectives
     meeting: str = ""  # the file at which these find one another
 
@@ -144,7 +150,7 @@ def device_of(torch: Any, asked: Asked) -> tuple[Any, dict[str, Any]]:
         "host": platform.node(),
     }
     if device.type == "cpu":
-        return device, about | {"name": processor_name(), "processors": os.cpu_count() or 1}
+        return device, about | {"name": processor_name() or platform.machine(), "processors": os.cpu_count() or 1}
     module = torch.get_device_module(device)
     if not module.is_available():
         raise RuntimeError(f"this torch ({torch.__version__}) sees no {device.type} device")
@@ -158,32 +164,21 @@ def device_of(torch: Any, asked: Asked) -> tuple[Any, dict[str, Any]]:
     }
 
 
-def processor_name() -> str:
-    """The processor's model, as Linux says it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def plan(torch: Any, device: Any, quick: bool) -> list[Case]:
-    """The cases of one process."""
+def plan(torch: Any, device: Any, quick: bool, only: Sequence[str] = ()) -> list[Case]:
+    """The cases of one process: of all components, or of some."""
     accelerator = device.type != "cpu"
     if accelerator:
         free = torch.get_device_module(device).mem_get_info(device)[0]
         limit = min(4 * GIB, free // 4)
     else:
         limit = min((256 if quick else 1024) * MIB, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16)
-    return [
+    found = [
         *cases.memory(limit, quick),
         *cases.gemm(accelerator, quick),
         *cases.attention(accelerator, quick),
         *cases.experts(accelerator, quick),
     ]
+    return [case for case in found if not only or case.component in only]
 
 
 class Others:
@@ -240,7 +235,7 @@ def main() -> int:
         others = Others()
         bench = Bench(say)
         _alone(torch, device, asked, bench)
-        if asked.ranks > 1:
+        if asked.ranks > 1 and (not asked.only or COLLECTIVE in asked.only):
             _together(asked, say)
         for row in bench.rows():
             say({"row": row})
@@ -252,7 +247,7 @@ def main() -> int:
 
 def _alone(torch: Any, device: Any, asked: Asked, bench: Bench) -> None:
     clock = Clock(torch, device)
-    planned = plan(torch, device, asked.quick)
+    planned = plan(torch, device, asked.quick, asked.only)
     rounds = QUICK_ROUNDS if asked.quick else ROUNDS
     for round_ in range(rounds):
         for number, case in enumerate(planned):
@@ -284,18 +279,22 @@ def _together(asked: Asked, say: Callable[[dict[str, Any]], None]) -> None:
                     text=True,
                 )
             )
+        spoken = ranks[0].stdout
+        assert spoken is not None
+        overdue = threading.Timer(RANKS_PATIENCE_S, ranks[0].kill)  # a rank that failed leaves the others waiting
+        overdue.start()
         try:
-            assert ranks[0].stdout is not None
-            for line in ranks[0].stdout:
+            for line in spoken:
                 say(json.loads(line))
             ended = [process.wait(60) for process in ranks]
         except subprocess.TimeoutExpired:
             ended = [-1]
         finally:
+            overdue.cancel()
             for process in ranks:
                 process.kill()
                 process.wait()
-            ranks[0].stdout.close()
+            spoken.close()
     if any(ended):
         say({"skipped": f"collectives of {asked.ranks} ranks", "why": "a rank's process failed; its words are above"})
 

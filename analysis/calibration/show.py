@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
-from ..show import duration_text, plain, rate_text, share_text
 from ..sharding import BUS_FACTORS
+from ..show import Grid, duration_text, plain, rate_text, share_text
+from .cases import size_text
 from .ceilings import ceilings_of
 from .results import CalibrationError, changes
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from rich.console import Console
-
+    from ..show import Part
     from .results import Calibration, Row
 
 FORMATS = (".svg", ".png", ".pdf")
@@ -29,35 +27,38 @@ _TITLES = {
 _MOST_CHANGES = 5
 
 
-def print_calibration(found: Calibration, before: Calibration | None, out: Console) -> None:
-    """Tables of all that was measured, what was not, and how it compares with the one before."""
+def parts(found: Calibration, before: Calibration | None) -> list[Part]:
+    """All that was measured, what was not, the ceilings that follow, and how they compare with those before."""
     about = found.device
-    out.print(plain(f"{found.source}; torch {about.get('torch')}, {len(found.rows)} measurements"))
+    shown: list[Part] = [plain(f"{found.source}; torch {about.get('torch')}; {len(found.rows)} measurements")]
     for component, title in _TITLES.items():
         rows = [row for row in found.rows if row.component == component]
         if rows:
-            out.print(_table(title, rows))
+            shown.append(_grid(title, rows))
     for why, names in _by_reason(found.skipped).items():
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        out.print(plain(f"Left out: {shown}: {why}"))
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        shown.append(plain(f"Left out: {some}: {why}", 500))
     ceilings = ceilings_of(found)
-    peaks = ", ".join(f"{name} {rate_text(rate, '/s')}" for name, rate in ceilings.peaks.items())
-    out.print(f"\nCeilings: {peaks or 'no arithmetic'}; memory {_bandwidth(ceilings.bandwidths)}")
+    peaks = ", ".join(f"{plain(name)} {rate_text(rate, '/s')}" for name, rate in ceilings.peaks.items())
+    shown.append(f"Ceilings: {peaks or 'no arithmetic'}; memory {_bandwidth(ceilings.bandwidths)}.")
     if found.busy:
-        out.print(f"[bold]The machine was busy[/bold]: {found.busy}. These ceilings may be too low: measure again.")
+        shown.append(
+            f"THE MACHINE WAS BUSY: {found.busy}. These ceilings may be too low: measure again when it is quiet."
+        )
     if before is not None:
         beyond, both = changes(found, before)
-        out.print(f"Against the one before: of {both} measurements {len(beyond)} differ by more than their spread.")
+        shown.append(f"Against the one before: of {both} measurements {len(beyond)} differ by more than their spread.")
         for change in beyond[:_MOST_CHANGES]:
             words = " ".join(str(word) for word in change.row.name[:-1] if word)
-            out.print(plain(f"  {words}: {change.ratio:.2f} of its rate before"))
+            shown.append(plain(f"  {words}: {change.ratio:.2f} of its rate before"))
+    return shown
 
 
 def _bandwidth(rates: tuple[tuple[float, float], ...]) -> str:
     if not rates:
         return "not measured"
     (small, fast), (large, slow) = rates[0], rates[-1]
-    return f"{rate_text(fast, 'B/s')} at {rate_text(small, 'B')}, {rate_text(slow, 'B/s')} at {rate_text(large, 'B')}"
+    return f"{rate_text(fast, 'B/s')} at {size_text(int(small))}, {rate_text(slow, 'B/s')} at {size_text(int(large))}"
 
 
 def _by_reason(skipped: dict[str, str]) -> dict[str, list[str]]:
@@ -67,25 +68,23 @@ def _by_reason(skipped: dict[str, str]) -> dict[str, list[str]]:
     return found
 
 
-def _table(title: str, rows: list[Row]) -> Table:
-    table = Table(title=title, title_justify="left")
+def _grid(title: str, rows: list[Row]) -> Grid:
     computes = any(row.operations for row in rows)
-    for name in ("what", "size"):
-        table.add_column(name)
-    for name in ("best", "median", "spread", *(["operations"] if computes else []), "memory" if computes else "rate"):
-        table.add_column(name, justify="right")
+    lines = []
     for row in rows:
-        bus = BUS_FACTORS[row.op](row.ranks) if row.component == "collective" else 1.0
-        table.add_row(
-            plain(" ".join(word for word in (row.op, row.arithmetic, row.kernel) if word)),
-            plain(row.size),
-            duration_text(row.best_s * 1e9),
-            duration_text(row.median_s * 1e9),
-            share_text(row.spread),
-            *([rate_text(row.operations_per_s, "/s")] if computes else []),
-            rate_text(row.bytes_per_s * bus, "B/s"),
+        bus = BUS_FACTORS[row.op](row.ranks) if row.component == "collective" and row.op in BUS_FACTORS else 1.0
+        lines.append(
+            [
+                plain(", ".join(word for word in (row.op, row.arithmetic, row.kernel, row.size) if word)),
+                duration_text(row.best_s * 1e9),
+                duration_text(row.median_s * 1e9),
+                share_text(row.spread),
+                *([rate_text(row.operations_per_s, "/s")] if computes else []),
+                rate_text(row.bytes_per_s * bus, "B/s"),
+            ]
         )
-    return table
+    rates = ("operations", "memory") if computes else ("rate",)
+    return Grid(title, ("", "best", "median", "spread", *rates), lines)
 
 
 # Drawing

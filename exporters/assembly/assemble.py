@@ -21,6 +21,7 @@ from stagetrace.instrument.stages import Level
 from ..drain import SLOT, Batch
 from ..session import TABLES
 from .decode import Records, decode
+from .experts import ExpertCounts
 from .instances import Instance
 from .long_records import Parts
 from .membership import Batch as EngineBatch
@@ -79,6 +80,7 @@ class Assembler:
         self._processes = Processes()
         self._held = Held()
         self._found = Found()
+        self._experts = ExpertCounts()
         self._counts: Counter[str] = Counter()
         self._over: Column = np.empty(0, np.int64)  # requests that were over at the last take
 
@@ -176,6 +178,8 @@ class Assembler:
         for record in records.texts:
             if record.kind in (Text.REQUEST_ID, Text.EXTERNAL_ID, Text.TRACE_CONTEXT):
                 self._requests.name(record.handle, record.kind, record.text)
+            elif record.kind == Text.NAME:
+                self._processes.named(process, record.handle, record.text)
             else:
                 self._told(process, record.handle, record.kind, record.text)
         self._changes(records)
@@ -237,6 +241,7 @@ class Assembler:
         begins, ends = records.step_begins, records.step_ends
         settled = source.timelines.settle(records.segments, begins, ends)
         self._keep(settled)
+        self._experts.add(process, records.experts)
         for rows, end in ((records.segments, 2), (ends, 1)):
             if len(rows):
                 source.last_ns = max(source.last_ns, int(rows.words[end].max()))
@@ -472,6 +477,7 @@ class Assembler:
             "steps": steps_table(steps),
             "segments": self._held.table(),
             "intervals": self._found.intervals_table(),
+            "experts": self._experts.table(),
         }
         self._found.clear()
         return {name: tables[name] for name in TABLES}

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from stagetrace.instrument import records
-from stagetrace.instrument.records import PART_WORDS, SLOT_WORDS, Change, Event, RecordType
+from stagetrace.instrument.records import COUNT_BYTES, EXPERTS_HEAD, PART_WORDS, SLOT_WORDS, Change, Event, RecordType
 from stagetrace.instrument.stages import BY_ID, STEP_COMPOSITION, Kind
 
-from .long_records import Column, LongSlots, Parts
+from .long_records import Column, LongSlots, Parts, Whole
 
 if TYPE_CHECKING:
     from ..drain import Slots
@@ -22,11 +22,13 @@ Flags = npt.NDArray[np.bool_]
 
 STEP_WORDS = 5 + len(STEP_COMPOSITION)
 _STEP_PARTS = -(-STEP_WORDS // PART_WORDS)
+_EXPERTS_WORDS = EXPERTS_HEAD.size // 8
+_LARGEST_SMALL = 1 << 31
 _REACH = 1 << 16  # slots; a record whose parts lie further apart is given up
 _TYPES = 16  # of the table below; a type beyond it is none
 
-_LONG_TYPES = (RecordType.STEP_BEGIN, RecordType.SNAPSHOT, RecordType.TEXT)
-_DETAIL_TYPES = (RecordType.SEGMENT, RecordType.STEP_BEGIN, RecordType.STEP_END)
+_LONG_TYPES = (RecordType.STEP_BEGIN, RecordType.SNAPSHOT, RecordType.TEXT, RecordType.EXPERTS)
+_DETAIL_TYPES = (RecordType.SEGMENT, RecordType.STEP_BEGIN, RecordType.STEP_END, RecordType.EXPERTS)
 _TIMED_TYPES = (RecordType.SEGMENT, RecordType.STATE, RecordType.EVENT, RecordType.STEP_END)  # ns: their second word
 
 
@@ -78,6 +80,14 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """How many tokens went to each expert, of several layers and steps of models with the same number of experts."""
+
+    heads: npt.NDArray[np.int64]  # (rows, 5): instance, step, rank, layer, tokens
+    counts: npt.NDArray[np.int64]  # (rows, experts)
+
+
+@dataclass(frozen=True)
 class TextRecord:
     """What a handle stands for."""
 
@@ -103,12 +113,15 @@ class Records:
     segments: Rows = field(default_factory=_none)
     step_begins: Rows = field(default_factory=lambda: _none(STEP_WORDS))
     step_ends: Rows = field(default_factory=_none)
+    experts: list[Experts] = field(default_factory=list)
     corrupt: int = 0
     incomplete: int = 0
 
     def __len__(self) -> int:
         short = (self.states, self.events, self.members, self.segments, self.step_begins, self.step_ends)
-        return sum(map(len, short)) + len(self.snapshots) + len(self.texts)
+        return (
+            sum(map(len, short)) + len(self.snapshots) + len(self.texts) + sum(len(one.heads) for one in self.experts)
+        )
 
 
 def decode(control: Slots, detail: Slots, control_parts: Parts, detail_parts: Parts) -> Records:
@@ -126,7 +139,7 @@ def decode(control: Slots, detail: Slots, control_parts: Parts, detail_parts: Pa
         slots = _Valid(detail, _IN_DETAIL)
         found.corrupt += slots.corrupt
         found.segments, found.step_ends = slots.rows(RecordType.SEGMENT), slots.rows(RecordType.STEP_END)
-        _join_steps(slots.long(), detail_parts, found)
+        _join_detail(slots.long(), detail_parts, found)
         found.incomplete += detail_parts.give_up(_reach(detail))
     return found
 
@@ -168,19 +181,22 @@ class _Valid:
         return LongSlots(self._type[at], self._part[at], self._parts[at], self._number[at], self._words[at])
 
 
-def _join_steps(slots: LongSlots, open_parts: Parts, found: Records) -> None:
-    """Begins of steps; one whose length or times cannot be is counted as corrupt."""
+def _join_detail(slots: LongSlots, open_parts: Parts, found: Records) -> None:
+    """Begins of steps, and counts of experts."""
     starts, rest = slots.side_by_side(open_parts)
+    late = [*slots.one_by_one(np.flatnonzero(rest), open_parts)]
+    of_steps = slots.type[starts] == RecordType.STEP_BEGIN
+    _join_steps(slots, starts[of_steps], [one for one in late if one.type == RecordType.STEP_BEGIN], found)
+    _join_experts(slots, starts[~of_steps], [one for one in late if one.type != RecordType.STEP_BEGIN], found)
+
+
+def _join_steps(slots: LongSlots, starts: Column, put_together: list[Whole], found: Records) -> None:
+    """Begins of steps; one whose length or times cannot be is counted as corrupt."""
     whole = starts[slots.parts[starts] == _STEP_PARTS]
-    found.corrupt += len(starts) - len(whole)
+    late = [record for record in put_together if record.parts == _STEP_PARTS]
+    found.corrupt += len(starts) - len(whole) + len(put_together) - len(late)
     words = slots.pieces(whole, _STEP_PARTS)[:, :STEP_WORDS]
     number = slots.number[whole + _STEP_PARTS - 1]
-    late = []
-    for record in slots.one_by_one(np.flatnonzero(rest), open_parts):
-        if record.parts == _STEP_PARTS:
-            late.append(record)
-        else:
-            found.corrupt += 1
     if late:
         number = np.concatenate([number, np.array([record.number for record in late], np.int64)])
         words = np.concatenate([words, np.stack([record.words[:STEP_WORDS] for record in late])])
@@ -191,6 +207,26 @@ def _join_steps(slots: LongSlots, open_parts: Parts, found: Records) -> None:
     found.step_begins = Rows(
         number[good], np.zeros(np.count_nonzero(good), np.int64), np.ascontiguousarray(words[good].T)
     )
+
+
+def _join_experts(slots: LongSlots, starts: Column, put_together: list[Whole], found: Records) -> None:
+    """Counts of experts, those of one length together; one whose numbers cannot be is counted as corrupt."""
+    pieces = [slots.pieces(starts[slots.parts[starts] == parts], parts) for parts in _distinct(slots.parts[starts])]
+    for words in (*pieces, *(record.words[None, :] for record in put_together)):
+        for experts, width in np.unique(words[:, 5:7], axis=0).tolist():
+            rows = words[(words[:, 5] == experts) & (words[:, 6] == width)]
+            fits = width in COUNT_BYTES and 0 < experts * width <= 8 * (rows.shape[1] - _EXPERTS_WORDS)
+            good = (rows[:, :5] >= 0).all(axis=1) & (rows[:, 2:4] < _LARGEST_SMALL).all(axis=1) & fits
+            found.corrupt += len(rows) - int(np.count_nonzero(good))
+            if not good.any():
+                continue
+            rows = np.ascontiguousarray(rows[good])
+            counts = rows[:, _EXPERTS_WORDS:].copy().view(f"<u{width}")[:, :experts]
+            found.experts.append(Experts(rows[:, :5], counts.astype(np.int64)))
+
+
+def _distinct(values: Column) -> list[int]:
+    return [int(value) for value in np.unique(values)]
 
 
 def _join_control(slots: LongSlots, open_parts: Parts, found: Records) -> None:

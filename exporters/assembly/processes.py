@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from stagetrace.instrument.records import MAX_NAME
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+NAMES = "names"  # what is known of a process: handle, in decimal digits -> name
 _MOST_KEYS = 256
+_MOST_NAMES = 1024
 _MOST_HOOKS = 1024
 _MOST_ROLES = 8
 _LARGEST = 1 << 62
@@ -25,10 +29,18 @@ class Processes:
     def told(self, process: int, data: dict[str, Any]) -> None:
         """A process said what it is, or that it is one thing more (a scheduler that is also a worker)."""
         info = self.info.setdefault(process, {})
+        if isinstance(info.get(NAMES), dict):
+            data = {**data, NAMES: info[NAMES]}
         roles = dict.fromkeys([*str(info.get("role") or "").split("+"), str(data.get("role") or "")])
         if len(info.keys() | data.keys()) <= _MOST_KEYS:
             info.update(data)
         info["role"] = "+".join([role for role in roles if role][:_MOST_ROLES])
+
+    def named(self, process: int, handle: int, name: str) -> None:
+        """A process said what a handle in its records stands for."""
+        names = self.info.setdefault(process, {}).setdefault(NAMES, {})
+        if isinstance(names, dict) and len(names) < _MOST_NAMES:
+            names[str(handle)] = name[:MAX_NAME]
 
     def hooked(self, process: int, index: int, data: Mapping[str, Any]) -> None:
         """A process said what became of a hook point; `index` names it where the record does not."""

@@ -61,7 +61,7 @@ def wrappers(hook):
         owner = getattr(owner, part)
     found, function = 0, vars(owner)[name]
     while function is not None:
-        found += function.__code__.co_filename.startswith("<stagetrace hook on ")
+        found += function.__code__.co_name == "hooked"
         function = getattr(function, "__wrapped__", None)
     return found
 with open(output, "w") as file:

@@ -23,9 +23,17 @@ _MOST_ROUNDS = 12
 
 def stream(data: bytes) -> None:
     """Slots of records in any order, altered, of several processes: through decoding and assembly to the tables."""
-    script = Script(data)
+    _assemble(Script(data), material.slots())
+
+
+def experts(data: bytes) -> None:
+    """The same of a process that recorded names and counts of experts."""
+    _assemble(Script(data), material.slots_with_experts())
+
+
+def _assemble(script: Script, recorded: tuple[Slots, Slots]) -> None:
     assembler = Assembler(material.IDENTITY.key)
-    control, detail = (found.copy() for found in material.slots())
+    control, detail = (found.copy() for found in recorded)
     given = segments = 0
     rows = dict.fromkeys(TABLES, 0)
 
@@ -57,6 +65,7 @@ def stream(data: bytes) -> None:
         if script.flag():
             count(assembler.take(script.number() >> 1))
     count(assembler.finish(script.one_of(("open", "lost"))))
+    assert rows["experts"] <= given
     assert rows["segments"] == segments, f"{segments} segments were recorded, {rows['segments']} are in the table"
     assert assembler.counts["corrupt"] + assembler.counts["incomplete"] <= given
 
@@ -97,7 +106,7 @@ def _alter_records(script: Script, piece: Slots) -> None:
 def text(data: bytes) -> None:
     """Text records of every kind with any content, into the tables and the manifest and out of it again."""
     script = Script(data)
-    kind, handle = script.one_of([*Text, 6]), script.signed() if script.flag() else 5
+    kind, handle = script.one_of([*Text, 9]), script.signed() if script.flag() else 5
     content = script.rest() if script.flag() else _json_text(script, kind)
     control, _ = material.slots()
     written = _text_slots(handle, kind, content, 1)

@@ -27,7 +27,8 @@ CORPUS = HERE / "corpus"
 # Of 100 inputs each target gets so many: to open and show a session takes a hundred times as long as the others.
 SHARES = {
     "ring": 30,
-    "stream": 25,
+    "stream": 20,
+    "experts": 5,
     "text": 4,
     "trace_context": 34,
     "session_files": 3,

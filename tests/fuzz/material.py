@@ -131,6 +131,26 @@ def slots() -> tuple[Slots, Slots]:
 
 
 @functools.cache
+def slots_with_experts() -> tuple[Slots, Slots]:
+    """All slots of a process that recorded names, and one step whose layers have few experts and many."""
+    with tempfile.TemporaryDirectory() as name:
+        recorder = _open(Path(name))
+        assert recorder.ring is not None
+        recorder.text(recorder.handle("tp:0"), Text.NAME, "tp:0")
+        record(recorder, 1)
+        for layer, (count, width) in enumerate(((8, 1), (60, 2), (60, 2), (40, 4), (300, 1))):
+            counts = b"".join(expert.to_bytes(width, "little") for expert in [expert % 200 for expert in range(count)])
+            recorder.experts(INSTANCE, 1, 0, layer, 40, counts, width)
+        reader = reader_of(recorder.ring.path)
+        die(recorder)
+        batch = read_all(reader)
+        control, detail = batch.control.copy(), batch.detail.copy()
+        del batch
+        reader.close()
+    return control, detail
+
+
+@functools.cache
 def session_files() -> dict[str, bytes]:
     """A session by file: collected in two commits, switched once, ended; raw records and every table among them."""
     with tempfile.TemporaryDirectory() as name:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fuzz.assembled import stream, text
+from fuzz.assembled import experts, stream, text
 from fuzz.headers import trace_context
 from fuzz.rings import ring
 from fuzz.stored import session_files, session_tables, session_taken_up
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "ring": ring,
     "stream": stream,
+    "experts": experts,
     "text": text,
     "trace_context": trace_context,
     "session_files": session_files,

@@ -26,6 +26,7 @@ KEPT = sorted(path for path in (HERE / "corpus").glob("*/*") if path.parent.name
 EXAMPLES = {
     "ring": 400,
     "stream": 500,
+    "experts": 200,
     "text": 150,
     "trace_context": 2_000,
     "session_files": 60,

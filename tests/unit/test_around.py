@@ -6,9 +6,12 @@ import asyncio
 import functools
 import inspect
 import itertools
+import linecache
 import pickle
+import sys
 import traceback
-from dataclasses import dataclass
+import types
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -399,3 +402,63 @@ def hooked(first, second=...):
 def test_a_handler_asks_for_what_its_hook_point_says(point: HookPoint):
     """So that `doctor`, which compares the hook point with the engine, tells the truth."""
     source(around_module.Parameters(point.parameters), point.handler(Hook(point, 0, Recorder())))
+
+
+# Where a compiler reaches
+
+
+class Torch(types.ModuleType):
+    """As much of PyTorch as a wrapper asks of it."""
+
+    def __init__(self, cuda: bool):
+        super().__init__("torch")
+        self.is_compiling = self.is_capturing = False
+        self.compiler = types.SimpleNamespace(is_compiling=lambda: self.is_compiling)
+        self.cuda = types.SimpleNamespace(
+            is_available=lambda: cuda, is_current_stream_capturing=lambda: self.is_capturing
+        )
+
+
+def guarded(around: Around, level: Level = Level.OFF) -> Callable[..., Any]:
+    hook = a_hook(level=level)
+    point = replace(hook.point, compiled=True)
+    return wrap(plain_work, around, Hook(point, 0, Recorder()))
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_nothing_is_recorded_while_a_compiler_traces_or_a_stream_is_captured(
+    cuda: bool, monkeypatch: pytest.MonkeyPatch
+):
+    torch = Torch(cuda)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    called = Called()
+    wrapper = guarded(Around(called.note("before"), called.note("after"), called.note("off", "first")))
+    assert wrapper(1) == 3
+    assert [name for name, _ in called.calls] == ["before", "after"]
+    torch.is_compiling = True
+    assert wrapper(1) == 3
+    assert len(called.calls) == 2, "what it does would become part of the graph"
+    torch.is_compiling, torch.is_capturing = False, True
+    assert wrapper(4) == 6
+    assert called.calls[2:] == ([("off", (4,))] if cuda else [("before", ()), ("after", ())])
+
+
+def test_without_pytorch_there_is_nothing_to_ask(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert guarded(Around(after=lambda end: None))(1) == 3
+
+
+def test_a_guarded_wrapper_is_one_of_the_files_that_a_compile_cache_leaves_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "torch", Torch(cuda=False))
+    wrapper = guarded(Around(after=lambda end: None))
+    assert wrapper.__code__.co_filename == "<string>"
+    assert "<string>" not in linecache.cache
+
+
+def test_off_gets_the_engines_arguments_and_no_times():
+    called = Called()
+    wrapper = wrap(plain_work, Around(off=called.note("off", "second")), a_hook(level=Level.LAYER))
+    assert wrapper(1, 5) == 6
+    assert called.calls == [("off", (5,))]
+    with pytest.raises(ValueError, match="the hook asks for begin"):
+        wrap(plain_work, Around(off=called.note("off", "begin")), a_hook())

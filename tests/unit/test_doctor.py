@@ -41,12 +41,13 @@ class FakeEngine:
         self.root = root
         modules: dict[str, dict[str, list[str]]] = {}
         for point in HOOK_POINTS:
-            owner, name = point.target.partition(":")[2].split(".")
+            owner, _, name = point.target.partition(":")[2].rpartition(".")
             parameters = ", ".join((*point.parameters, "*more"))
             functions = modules.setdefault(point.module, {}).setdefault(owner, [])
-            functions.append(f"    def {name}({parameters}): pass\n")
+            functions.append(f"{'    ' if owner else ''}def {name}({parameters}): pass\n")
         for module, classes in modules.items():
-            self.write(module, NOISE + "".join(f"class {name}:\n{''.join(body)}" for name, body in classes.items()))
+            bodies = (("" if not name else f"class {name}:\n") + "".join(body) for name, body in classes.items())
+            self.write(module, NOISE + "".join(bodies))
         self.start("")
 
     def path(self, module: str) -> Path:

@@ -19,7 +19,19 @@ from unit.rings import die, environment, opened, read_all, reader_of, sized, var
 
 from stagetrace.exporters.assembly.assemble import Assembler
 from stagetrace.instrument.around import Around
-from stagetrace.instrument.hooks import ERRORS_UNTIL_OUT, Hook, HookPoint, Hooks
+from stagetrace.instrument.hooks import (
+    ABSENT,
+    ERRORS_UNTIL_OUT,
+    FITS,
+    Hook,
+    HookPoint,
+    Hooks,
+    check,
+    in_range,
+    range_text,
+    release_of,
+    rows_for,
+)
 from stagetrace.instrument.recorder import Recorder, now
 from stagetrace.instrument.records import MAX_HOOKS, RecordType, header_word
 from stagetrace.instrument.stages import BY_NAME, Level
@@ -266,6 +278,105 @@ def test_what_does_not_fit_is_left_alone_and_reported(
     }
 
 
+# Releases
+
+
+@pytest.mark.parametrize(
+    ("version", "release"),
+    [
+        ("0.32.0", (0, 32, 0)),
+        ("0.32.0+cpu", (0, 32, 0)),
+        ("v0.33.0rc1", (0, 33, 0)),
+        ("0.33.1.dev12+g0a1b2c3", (0, 33, 1)),
+        ("0.5.15.post1", (0, 5, 15)),
+        ("1.2", (1, 2)),
+        ("0.1.dev7+g0a1b2c3", ()),  # a checkout without tags
+        ("0.0.0.dev0", ()),
+        ("dev", ()),
+        ("unknown", ()),
+        ("", ()),
+    ],
+)
+def test_release_of(version: str, release: tuple[int, ...]):
+    assert release_of(version) == release
+
+
+RANGES = {
+    "all": ("", "", [True, True, True, True, True]),
+    "from 0.28 on": ("0.28", "", [False, True, True, True, True]),
+    "before 0.28": ("", "0.28", [True, False, False, False, False]),
+    "from 0.28 on, before 0.32": ("0.28", "0.32", [False, True, True, False, False]),
+}
+
+
+@pytest.mark.parametrize("text", RANGES)
+def test_ranges(text: str):
+    since, before, there = RANGES[text]
+    ranged = HookPoint("a:b", (), Level.STEP, "worker", times, "forward", since, before)
+    versions = ("0.27.1", "0.28.0", "0.31.9", "0.32.0rc1", "no release")
+    assert [in_range(ranged, release_of(version)) for version in versions] == there
+    assert range_text(ranged) == text
+
+
+def of_releases(name: str) -> list[HookPoint]:
+    """Rows as a table has them: other leading parameters since 0.28, another name before it, and one that ended."""
+    work = HookPoint(f"{name}:work", ("batch",), Level.STEP, "worker", times, "forward", before="0.28")
+    return [
+        work,
+        HookPoint(f"{name}:work", ("first",), Level.STEP, "worker", times, "forward", since="0.28"),
+        HookPoint(f"{name}:Runner.run", ("self", "batch"), Level.STEP, "worker", times, "sample", since="0.28"),
+        HookPoint(
+            f"{name}:Runner.plan", ("self",), Level.STEP, "worker", times, "sample", "", "0.28", f"{name}:Runner.run"
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("version", "status"),
+    [
+        ("0.28.0", {"work": "installed", "Runner.run": "installed", "Runner.plan": ABSENT}),
+        ("0.27.0", {"work": "mismatch", "Runner.run": ABSENT, "Runner.plan": "missing"}),
+        ("", {"work": "installed", "Runner.run": "installed", "Runner.plan": ABSENT}),
+    ],
+)
+@pytest.mark.parametrize("early", [True, False], ids=["imported", "imported later"])
+def test_a_hook_point_is_only_looked_for_in_its_releases(
+    name: str, pair: tuple[Recorder, RingReader], version: str, status: dict[str, str], early: bool
+):
+    recorder, reader = pair
+    if early:
+        importlib.import_module(name)
+    hooks = Hooks(of_releases(name), recorder, version=version)
+    hooks.install()
+    importlib.import_module(name)
+    assert {hook.point.target.partition(":")[2]: hook.status for hook in hooks.hooks} == status
+    (absent, *_) = [hook.why for hook in hooks.hooks if hook.status == ABSENT]
+    assert absent.startswith("the hook point is for the releases ")
+    assembler = Assembler(bytes(16))
+    assembler.add(read_all(reader))
+    (told,) = assembler.hooks.values()
+    assert {name.partition(":")[2]: hook["status"] for name, hook in told.items()} == status
+
+
+def test_check_says_not_in_this_version_before_it_looks(name: str):
+    module = importlib.import_module(name)
+    old, new, run, plan = of_releases(name)
+    assert check(module, new, (0, 28, 0)) == check(module, new) == (FITS, "")
+    assert check(module, run, (0, 27, 0)) == (ABSENT, "the hook point is for the releases from 0.28 on")
+    assert check(module, plan, (0, 28, 0)) == (ABSENT, "the hook point is for the releases before 0.28")
+    assert check(module, plan, (0, 27, 0))[0] == "missing"
+    assert check(module, old, (0, 27, 0))[0] == "mismatch"
+
+
+def test_of_several_rows_for_one_function_the_one_in_range_counts(name: str):
+    old, new, run, plan = of_releases(name)
+    assert rows_for([old, new, run, plan], (0, 27, 0)) == [old, run, plan]
+    assert rows_for([old, new, run, plan], (0, 28, 0)) == rows_for([old, new, run, plan], ()) == [new, run, plan]
+    ended = HookPoint(f"{name}:work", (), Level.STEP, "worker", times, "forward", before="0.20")
+    gone = HookPoint(f"{name}:work", (), Level.STEP, "worker", times, "forward", since="0.20", before="0.28")
+    assert rows_for([ended, gone], (0, 30)) == [ended]
+
+
 def test_an_inherited_method_is_hooked_on_its_heir_alone(name: str, pair: tuple[Recorder, RingReader]):
     recorder, reader = pair
     module = importlib.import_module(name)
@@ -463,3 +574,77 @@ def test_a_hooks_status_is_json_that_names_it(name: str, pair: tuple[Recorder, R
     batch = read_all(reader)
     ((_, _, text),) = decoded_batch(batch).texts
     assert json.loads(text)["name"] == f"{name}:gone"
+
+
+# On objects, one by one
+
+
+def on_objects(target: str, *parameters: str, level: Level = Level.LAYER) -> HookPoint:
+    return HookPoint(target, parameters, level, "worker", times, "forward", per_object=True)
+
+
+def numbered(recorder: Recorder, number: int) -> Around:
+    segment = recorder.segment
+
+    def after(batch: Any, begin: int, end: int) -> None:
+        segment(FORWARD, begin, end, 0, number, batch)
+
+    return Around(after=after)
+
+
+def test_each_object_has_a_handler_of_its_own(name: str, pair: tuple[Recorder, RingReader]):
+    recorder, reader = pair
+    module = importlib.import_module(name)
+    (hook,) = hooked(recorder, on_objects(f"{name}:Runner.run", "self", "batch", level=Level.STEP))
+    assert hook.status == "waiting"
+    one, two, plain = module.Runner(), module.Special(), module.Runner()
+    for number, runner in ((1, one), (2, two), (2, two)):  # the last finds it done
+        assert hook.on(runner, "run", numbered(recorder, number))
+    hook.told_objects()
+    assert (hook.status, hook.why) == ("installed", "on 2 objects")
+    assert (
+        one.run(7) == (one, 7, False) and two.run(8, flag=True) == (two, 8, True) and plain.run(9) == (plain, 9, False)
+    )
+    assert [(words[6], words[7]) for words in segments(reader)] == [(1, 7), (2, 8)]
+    assert "run" not in vars(plain) and module.Runner.run.__qualname__ == "Runner.run"
+
+
+def test_their_errors_are_those_of_one_hook(name: str, pair: tuple[Recorder, RingReader]):
+    recorder, reader = pair
+    module = importlib.import_module(name)
+    (hook,) = hooked(recorder, on_objects(f"{name}:Runner.run", "self", "batch", level=Level.STEP))
+    runners = [module.Runner() for _ in range(3)]
+    for runner in runners:
+        assert hook.on(runner, "run", fails(hook))
+    for _ in range(ERRORS_UNTIL_OUT):
+        for runner in runners:
+            assert runner.run(1) == (runner, 1, False)
+    assert (hook.errors, hook.status) == (ERRORS_UNTIL_OUT, "out")
+    assert not hook.on(module.Runner(), "run", fails(hook))
+    hook.told_objects()
+    assert hook.status == "out"
+    assert not segments(reader)
+
+
+def test_what_is_no_method_of_the_object_is_left_alone(name: str, pair: tuple[Recorder, RingReader]):
+    recorder, _ = pair
+    module = importlib.import_module(name)
+    (hook,) = hooked(recorder, on_objects(f"{name}:Runner.run", "self"))
+    runner = module.Runner()
+    before = dict(vars(runner))
+    for attribute in ("still", "made", "size", "missing"):
+        assert not hook.on(runner, attribute, times(hook))
+    with pytest.raises(ValueError, match="the hook asks for nothing_such"):
+        hook.on(runner, "run", Around(lambda nothing_such: None))
+    assert vars(runner) == before and not hook.objects
+
+
+def test_above_the_maximum_level_no_object_is_hooked(name: str, pair: tuple[Recorder, RingReader]):
+    recorder, _ = pair
+    module = importlib.import_module(name)
+    hooks = Hooks([on_objects(f"{name}:Runner.run", "self"), point(f"{name}:work")], recorder, Level.STEP)
+    hooks.install()
+    hook, other = hooks.hooks
+    assert hook.status == "left out"
+    assert not hook.on(module.Runner(), "run", times(hook))
+    assert other.others[f"{name}:Runner.run"] is hook

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stagetrace.analysis.model_files import config_path
+from stagetrace.exporters.model_files import config_path
 
 
 def snapshot(cache: Path, revision: str, name: str = "models--org--model") -> Path:

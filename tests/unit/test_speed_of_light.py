@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -13,12 +14,13 @@ from unit.sessions import SessionBuilder
 from unit.test_report import shown
 
 from stagetrace.analysis.batch import Batch
+from stagetrace.analysis.ceilings import Ceilings, least_times
 from stagetrace.analysis.hardware import match
 from stagetrace.analysis.model_config import ConfigError, describe
 from stagetrace.analysis.operations import step_work
 from stagetrace.analysis.report import as_dict, summarise
 from stagetrace.analysis.sharding import Sharding
-from stagetrace.analysis.ceilings import Ceilings, least_seconds
+from stagetrace.analysis.speed_of_light import DATA_SHEET
 from stagetrace.cli.report import report
 
 if TYPE_CHECKING:
@@ -61,13 +63,15 @@ def test_work_is_that_of_the_steps(tmp_path: Path):
     assert light.phases["decode"].bytes_per_s == pytest.approx(2 * float(decode.bytes()) / 0.08)
     whole = sum(each.operations for each in light.phases.values())
     assert sum(each.operations for each in light.stages.values()) == pytest.approx(whole)
-    assert light.stages["attention"].time_ns is None and light.stages["attention"].share is None
+    assert light.stages["attention"].time_ns is None and light.stages["attention"].share(DATA_SHEET) is None
 
 
 def test_without_a_known_device_there_are_rates_and_a_way_on(tmp_path: Path):
     summary = summarise(built(tmp_path / "s", device="cpu").write())
-    assert summary.light.ceilings is None
-    assert summary.light.phases["prefill"].share is None and summary.light.phases["prefill"].operations_per_s
+    assert summary.light.ceilings == {}
+    assert (
+        summary.light.phases["prefill"].share(DATA_SHEET) is None and summary.light.phases["prefill"].operations_per_s
+    )
     text = shown(summary)
     assert "The device (cpu) is not in the table of data sheets. What it can do is not known" in text
     assert "Speed of light by kind of step, of one rank\n" in text
@@ -76,10 +80,15 @@ def test_without_a_known_device_there_are_rates_and_a_way_on(tmp_path: Path):
 def test_with_a_known_device_there_is_a_share(tmp_path: Path):
     summary = summarise(built(tmp_path / "s", device_name=H100).write())
     decode = summary.light.phases["decode"]
-    assert decode.least_ns == pytest.approx(decode.bytes / 3.35e12 * 1e9)  # decode is bound by memory
-    assert decode.share == pytest.approx(decode.bytes / 3.35e12 / 0.08)
+    least = decode.roofs[DATA_SHEET]
+    assert least.whole_ns == least.memory_ns == pytest.approx(decode.bytes / 3.35e12 * 1e9)  # decode is bound by memory
+    assert decode.share(DATA_SHEET) == decode.mbu(DATA_SHEET) == pytest.approx(decode.bytes / 3.35e12 / 0.08)
+    assert decode.mfu(DATA_SHEET) == pytest.approx(decode.operations / 989.5e12 / 0.08)
+    assert decode.bus(DATA_SHEET) == 0
     prefill = summary.light.phases["prefill"]
-    assert prefill.least_ns == pytest.approx(max(prefill.operations / 989.5e12, prefill.bytes / 3.35e12) * 1e9)
+    assert prefill.roofs[DATA_SHEET].whole_ns == pytest.approx(
+        max(prefill.operations / 989.5e12, prefill.bytes / 3.35e12) * 1e9
+    )
     assert "ceilings: NVIDIA, NVIDIA H100 Tensor Core GPU Datasheet, 2024" in shown(summary)
 
 
@@ -146,7 +155,7 @@ def test_steps_without_sums_are_nothing(tmp_path: Path):
     builder.rows["steps"] = []
     builder.step(9, 0, 1_000)
     light = summarise(builder.write()).light
-    assert light.phases["decode"].operations == 0 and light.phases["decode"].share == 0
+    assert light.phases["decode"].operations == 0 and light.phases["decode"].share(DATA_SHEET) == 0
 
 
 def test_arithmetic_that_a_device_lacks_is_done_in_a_wider_one():
@@ -162,11 +171,43 @@ def test_arithmetic_that_a_device_lacks_is_done_in_a_wider_one():
 def test_a_missing_ceiling_gives_no_time():
     work = step_work(describe(MIXTRAL_8X7B), Batch.of_requests(decode=DECODE), Sharding.vllm(2))
     whole = Ceilings("", {"bf16": 1e12}, 1e12, 1e11)
-    assert least_seconds(work.works, work.collectives, whole) is not None
+    assert least_times(work.works, work.collectives, whole).whole is not None
     for missing in (
         Ceilings("", {}, 1e12, 1e11),
         Ceilings("", {"bf16": 1e12}, None, 1e11),
         Ceilings("", {"bf16": 1.0}, 1.0, None),
     ):
-        assert least_seconds(work.works, work.collectives, missing) is None
-    assert least_seconds(work.works, [], Ceilings("", {"bf16": 1e12}, 1e12, None)) is not None
+        found = least_times(work.works, work.collectives, missing)
+        assert found.whole is None and [found.compute, found.memory, found.link].count(None) == 1
+    assert least_times(work.works, [], Ceilings("", {"bf16": 1e12}, 1e12, None)).whole is not None
+
+
+def test_a_measured_bandwidth_is_that_of_the_working_set():
+    measured = Ceilings("", {}, 2.0, None, ((1_000.0, 16.0), (1_000_000.0, 2.0)))
+    found = measured.bandwidth_at(np.array([0.0, 1.0, 1_000.0, 10**4.5, 1e6, 1e9]))
+    assert found is not None
+    assert np.asarray(found).tolist() == pytest.approx([16, 16, 16, 9, 2, 2])
+
+
+def test_one_request_alone_is_beside_what_requests_took(tmp_path: Path):
+    builder = built(tmp_path / "s", device_name=H100)
+    for number, output in enumerate((11, 11, 1)):
+        builder.request(
+            number,
+            90_000_000,
+            prompt_tokens=100,
+            cached_tokens=20,
+            output_tokens=output,
+            arrival_ns=0,
+            first_token_ns=50_000_000,
+            last_token_ns=50_000_000 + (output - 1) * 1_000_000,
+        )
+    found = summarise(builder.write()).light.requests
+    assert found is not None and found.count == 3
+    model = describe(MIXTRAL_8X7B)
+    prefill = step_work(model, Batch.of_requests([(80, 100)]), Sharding.vllm())
+    assert found.ttft_ns == 50_000_000 and found.tpot_ns == 1_000_000
+    assert found.least_ttft_ns == pytest.approx(
+        max(float(prefill.operations()) / 989.5e12, float(prefill.bytes()) / 3.35e12) * 1e9
+    )
+    assert found.least_tpot_ns is not None and found.least_tpot_ns < found.least_ttft_ns

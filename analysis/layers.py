@@ -1,0 +1,321 @@
+"""What happened inside the forward pass, where layers were recorded: stages by kind, collectives, tokens by expert.
+
+All of it is of complete steps. Times are nanoseconds of the host's clock. What every number means is in
+docs/numbers.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from stagetrace.instrument.stages import BY_NAME, STAGES, AttentionKind, Collective, Level
+
+from .breakdown import Distribution, distribution
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from stagetrace.exporters.session import Manifest, Process
+
+# The columns that are read beside those of the breakdown.
+ATTRIBUTES = ["a0", "a1", "a2", "a3", "a4"]
+EXPERTS = ["instance", "step", "rank", "layer", "tokens", "counts"]
+HOT = 3  # experts named of a layer
+
+_STEP_KEY = ["instance", "step"]
+_LAYER_STAGES = {stage.id: stage for stage in STAGES if stage.level is Level.LAYER}
+_COLLECTIVE = BY_NAME["collective"]
+_ATTENTION = BY_NAME["attention"]
+_FORWARD, _SAMPLE = BY_NAME["forward"].id, BY_NAME["sample"].id
+_WITH_LAYER = {stage.id for stage in _LAYER_STAGES.values() if stage.attributes and stage.attributes[0].name == "layer"}
+# Groups of an engine instance of its own have the same names in the others: the operations of two are not the same.
+_OVER_INSTANCES = ("dp", "ep", "world", "eplb", "etdp", "inner_dp")
+
+
+@dataclass(frozen=True)
+class LayerStage:
+    """One stage of the layer level, of all ranks and steps; attention by its kind."""
+
+    stage: str
+    kind: str | None
+    layers: int | None  # how many there are with it
+    count: int
+    self_ns: int
+    share: float | None  # of the time in forward
+    duration: Distribution
+    slowest_layer: int | None  # by mean duration
+    slowest_ns: float | None  # that mean
+
+
+@dataclass(frozen=True)
+class CollectiveTime:
+    """One operation of one group of ranks, of all steps."""
+
+    op: str
+    group: str
+    algorithm: str | None
+    ranks: int  # that were recorded
+    count: int  # of segments: each rank's counts
+    bytes: int  # of all of them
+    duration: Distribution
+    total_ns: int
+    compared: int  # segments whose operation was recorded on another rank as well
+    waiting_ns: int | None  # of these, until the last of the recorded ranks had come
+    moving_ns: int | None  # of these, after that
+    bytes_per_s: float | None  # of these, while moving
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """How a layer's tokens were spread over its experts, and over the ranks that have them."""
+
+    layer: int
+    experts: int
+    tokens: int  # sum over experts: a token counts once for each expert that it was sent to
+    imbalance: float  # the most over the mean, of the sums over all steps
+    imbalance_per_step: float  # of single steps, weighted by their tokens
+    rank_imbalance_per_step: float | None  # the same by rank; None where every rank has a part of every expert
+    hot: list[tuple[int, float]]  # experts with the most tokens, and their share of them
+    idle: int  # experts without a token
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What was recorded inside forward passes."""
+
+    stages: list[LayerStage]
+    collectives: list[CollectiveTime]
+    experts: list[ExpertLoad]
+    not_visible: list[str]  # stages that the model has and a compiler has put into its graphs
+    not_in_model: list[str]  # stages that no worker's model has
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no layer was recorded."""
+        return not (self.stages or self.collectives or self.experts)
+
+
+def layer_breakdown(manifest: Manifest, steps: pd.DataFrame, segments: pd.DataFrame, experts: pd.DataFrame) -> Layers:
+    """The layer level of a session; `segments` with ATTRIBUTES, `experts` with EXPERTS."""
+    complete = steps.loc[steps["status"] == "complete", _STEP_KEY].drop_duplicates()
+    rows = segments[segments["stage"].isin([*_LAYER_STAGES, _FORWARD, _SAMPLE])].merge(complete, on=_STEP_KEY)
+    rows = rows.assign(duration=rows["end_ns"] - rows["begin_ns"])
+    names = names_of(manifest.processes)
+    not_visible, not_in_model = invisible(manifest.processes)
+    return Layers(
+        stages=_stages(rows),
+        collectives=_collectives(rows[rows["stage"] == _COLLECTIVE.id], names),
+        experts=expert_loads(experts.merge(complete, on=_STEP_KEY), experts_by_rank(manifest.processes)),
+        not_visible=not_visible,
+        not_in_model=not_in_model,
+    )
+
+
+def _workers(processes: Iterable[Process]) -> list[dict[str, Any]]:
+    return [process.info for process in processes if isinstance(process.info.get("visible"), list)]
+
+
+def invisible(processes: Iterable[Process]) -> tuple[list[str], list[str]]:
+    """The layer's stages that a compiler hides, and those that no model has, as far as the workers say."""
+    workers = _workers(processes)
+    if not workers:
+        return [], []
+    visible = {str(name) for info in workers for name in info["visible"]}
+    hidden = {str(name) for info in workers for name in _list(info.get("not_visible_under_compile"))} - visible
+    has = visible | hidden | {"logits"}
+    if any(info.get("world_size") != 1 or info.get("data_parallel") != 1 for info in workers):
+        has.add("collective")
+    named = [stage.name for stage in _LAYER_STAGES.values()]
+    return [name for name in named if name in hidden], [name for name in named if name not in has]
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def names_of(processes: Iterable[Process]) -> dict[int, str]:
+    """What the handles in the records stand for, as far as it was told."""
+    found = {}
+    for process in processes:
+        names = process.info.get("names")
+        for handle, name in names.items() if isinstance(names, dict) else ():
+            if str(handle).isdecimal():
+                found[int(handle)] = str(name)
+    return found
+
+
+# Stages
+
+
+def _stages(rows: pd.DataFrame) -> list[LayerStage]:
+    layered = rows[rows["stage"].isin(_LAYER_STAGES)]
+    if not len(layered):
+        return []
+    kinds = layered["a1"].where(layered["stage"] == _ATTENTION.id, 0).fillna(0).astype("int64")
+    forward = int(rows.loc[rows["stage"] == _FORWARD, "duration"].sum())
+    found = []
+    for _, part in layered.assign(kind=kinds).groupby(["stage", "kind"], sort=True):
+        stage, kind = (int(part[column].iloc[0]) for column in ("stage", "kind"))
+        layers = part["a0"] if stage in _WITH_LAYER else None
+        means = part.groupby(layers)["duration"].mean() if layers is not None else pd.Series(dtype="float64")
+        several = len(means) > 1
+        self_ns = int(part["self_ns"].sum())
+        found.append(
+            LayerStage(
+                stage=_LAYER_STAGES[stage].name,
+                kind=_text(AttentionKind, kind) if kind else None,
+                layers=len(means) if layers is not None else None,
+                count=len(part),
+                self_ns=self_ns,
+                share=self_ns / forward if forward else None,
+                duration=distribution(part["duration"]),
+                slowest_layer=int(means.index[int(means.argmax())]) if several else None,
+                slowest_ns=float(means.max()) if several else None,
+            )
+        )
+    return found
+
+
+def _text(kinds: type[AttentionKind] | type[Collective], number: int) -> str:
+    try:
+        return kinds(number).text
+    except ValueError:  # of a newer vocabulary
+        return f"kind {number}"
+
+
+# Collectives
+
+
+def _collectives(rows: pd.DataFrame, names: Mapping[int, str]) -> list[CollectiveTime]:
+    if not len(rows):
+        return []
+    rows = with_waiting(rows, names)
+    found = []
+    for _, part in rows.groupby(["a0", "a1", "a3"], sort=True):
+        op, group, algorithm = (int(part[column].iloc[0]) for column in ("a0", "a1", "a3"))
+        compared = part[part["waiting"].notna()]
+        waiting = int(compared["waiting"].sum()) if len(compared) else None
+        moving = int(compared["duration"].sum()) - waiting if waiting is not None else None
+        found.append(
+            CollectiveTime(
+                op=_text(Collective, op),
+                group=names.get(group, f"group {group:016x}"),
+                algorithm=names.get(algorithm),
+                ranks=int(part["process"].nunique()),
+                count=len(part),
+                bytes=int(part["a2"].sum()),
+                duration=distribution(part["duration"]),
+                total_ns=int(part["duration"].sum()),
+                compared=len(compared),
+                waiting_ns=waiting,
+                moving_ns=moving,
+                bytes_per_s=int(compared["a2"].sum()) * 1e9 / moving if moving else None,
+            )
+        )
+    return sorted(found, key=lambda one: -one.total_ns)
+
+
+def with_waiting(rows: pd.DataFrame, names: Mapping[int, str]) -> pd.DataFrame:
+    """Collectives with `waiting`: ns until the last of the recorded ranks had come; null where there is but one.
+
+    Two segments are of the same operation when group and number are the same, and the engine instance unless the group
+    is of several. What waits longer than its own duration waited for all of it: it needs not be
+    there when the other comes (a send that the host only launches).
+    """
+    over = {handle for handle, name in names.items() if name.startswith(_OVER_INSTANCES)}
+    instance = rows["instance"].where(~rows["a1"].isin(over), 0)
+    rows = rows.assign(of=instance)
+    numbered = rows[(rows["a4"] > 0).fillna(False).to_numpy(dtype=bool)]
+    grouped = numbered.groupby(["of", "a1", "a4"])
+    last = grouped["begin_ns"].transform("max")
+    ranks = grouped["process"].transform("nunique")
+    since = last - numbered["begin_ns"]
+    waiting = since.where(since < numbered["duration"], numbered["duration"]).where(ranks > 1)
+    return rows.assign(waiting=waiting.astype("Int64"))
+
+
+# Experts
+
+
+def experts_by_rank(processes: Iterable[Process]) -> list[list[int]] | None:
+    """The experts on each expert-parallel rank; None where every rank has all of them, or that is not known."""
+    found: dict[int, list[int]] = {}
+    size = 0
+    for info in _workers(processes):
+        size, rank = info.get("expert_parallel_size", 0), info.get("expert_parallel_rank")
+        local = numbers(info.get("local_experts"))
+        if not isinstance(size, int) or not isinstance(rank, int) or size < 2 or not local:
+            return None
+        found[rank] = local
+    if len(found) != size or not size:
+        return None
+    return [found[rank] for rank in sorted(found)]
+
+
+def numbers(text: object, most: int = 1 << 16) -> list[int]:
+    """The integers in words such as 0-3,8; none where the text is something else, or there are more than `most`."""
+    found: list[int] = []
+    for word in text.split(",") if isinstance(text, str) else ():
+        first, dash, last = word.partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal()) or len(first + last) > 12:
+            return []
+        if int(last) - int(first) >= most - len(found):
+            return []
+        found += range(int(first), int(last) + 1)
+    return found
+
+
+def expert_loads(experts: pd.DataFrame, by_rank: Sequence[Sequence[int]] | None) -> list[ExpertLoad]:
+    """The load of every layer's experts, the most uneven (by step) first."""
+    loads = []
+    for layer in sorted(experts["layer"].unique().tolist()):
+        part = experts[experts["layer"] == layer]
+        size = max(map(len, part["counts"]))
+        counts = np.zeros((len(part), size), np.int64)
+        for row, values in enumerate(part["counts"]):
+            counts[row, : len(values)] = values
+        per_step = _sums(part, counts)
+        total = per_step.sum(axis=0)
+        if total.sum() <= 0:
+            continue
+        order = np.argsort(-total, kind="stable")[:HOT]
+        loads.append(
+            ExpertLoad(
+                layer=int(layer),
+                experts=size,
+                tokens=int(total.sum()),
+                imbalance=float(total.max() / total.mean()),
+                imbalance_per_step=imbalance(per_step),
+                rank_imbalance_per_step=_rank_imbalance(per_step, by_rank),
+                hot=[(int(expert), float(total[expert] / total.sum())) for expert in order],
+                idle=int((total == 0).sum()),
+            )
+        )
+    return sorted(loads, key=lambda load: (-load.imbalance_per_step, load.layer))
+
+
+def _sums(part: pd.DataFrame, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Counts by step, of all ranks together. Steps of several instances at a time are steps of their own."""
+    _, step = np.unique(part[_STEP_KEY].to_numpy(dtype=np.int64), axis=0, return_inverse=True)
+    summed = np.zeros((int(step.max()) + 1, counts.shape[1]), np.int64)
+    np.add.at(summed, step.ravel(), counts)
+    return summed
+
+
+def imbalance(counts: npt.NDArray[np.int64]) -> float:
+    """The most over the mean of each row, weighted by the rows' sums: 1 is even, the number of columns the worst."""
+    sums = counts.sum(axis=1)
+    busy = sums > 0
+    return float(counts[busy].max(axis=1).sum() * counts.shape[1] / sums[busy].sum()) if busy.any() else 1.0
+
+
+def _rank_imbalance(per_step: npt.NDArray[np.int64], by_rank: Sequence[Sequence[int]] | None) -> float | None:
+    if by_rank is None or any(expert >= per_step.shape[1] for local in by_rank for expert in local):
+        return None
+    return imbalance(np.stack([per_step[:, [*local]].sum(axis=1) for local in by_rank], axis=1))
