@@ -344,7 +344,7 @@ STAGES: tuple[Stage, ...] = (
         Level.STEP,
         "sending outputs to the front end",
         "the front end's own work",
-        ("between",),
+        ("between", "update"),
     ),
     Stage(
         36,

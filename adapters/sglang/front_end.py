@@ -82,7 +82,7 @@ def _sent(recorder: Recorder, manager: Any, requests: Sequence[Any]) -> None:
     time_ns = now()
     for request in requests:
         rid = request.rid
-        if extract.is_health_check(rid):
+        if rid.startswith(extract.HEALTH_CHECK):
             continue
         prompt = extract.prompt_tokens(request)
         # With n > 1 SGLang first fills its cache with the prompt: by a request of its own, with the first one's times.
@@ -145,7 +145,9 @@ def dispatch(hook: Hook) -> Around:
 
 def _ends(rid: str, request: Any) -> bool:
     """Whether the end of a request is to be written: somebody waits for it."""
-    return request is not None and not getattr(request, GONE_ATTRIBUTE, False) and not extract.is_health_check(rid)
+    return (
+        request is not None and not getattr(request, GONE_ATTRIBUTE, False) and not rid.startswith(extract.HEALTH_CHECK)
+    )
 
 
 def handle_batch_output(hook: Hook) -> Around:

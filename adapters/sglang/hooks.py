@@ -11,18 +11,19 @@ from stagetrace.instrument.hooks import HookPoint
 from stagetrace.instrument.stages import Level
 
 from ..http import HTTP_POINTS
-from . import front_end, scheduler
+from . import front_end, scheduler, worker
 
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
 _CONTROLLER = "sglang.srt.managers.data_parallel_controller:DataParallelController"
 _DETOKENIZER = "sglang.srt.managers.detokenizer_manager:DetokenizerManager"
 _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
-_FRONT, _CORE = "front end", "scheduler"
+_RUNNER = "sglang.srt.model_executor.model_runner:ModelRunner"
+_FRONT, _CORE, _RANK = "front end", "scheduler", "rank"
 
 # The releases that the table is held against (tests/contracts).
 RELEASES = ("0.5.15", "0.5.18", "0.5.20", "0.5.22", "0.5.23")
 
-HOOK_POINTS: tuple[HookPoint, ...] = (
+_FRONT_POINTS = (
     HookPoint(
         f"{_TOKENIZER}.__init__", ("self",), Level.OFF, _FRONT, front_end.opens_recorder, "the process is a front end"
     ),
@@ -81,6 +82,7 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
         _FRONT,
         front_end.request_failed,
         "requests that were refused",
+        since="0.5.22",
     ),
     HookPoint(
         f"{_TOKENIZER}._tokenize_texts",
@@ -126,6 +128,9 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
         front_end.detokenize,
         "detokenize",
     ),
+)
+
+_SCHEDULER_POINTS = (
     HookPoint(
         f"{_SCHEDULER}.__init__",
         ("self", "server_args", "port_args"),
@@ -134,4 +139,127 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
         scheduler.opens_recorder,
         "the process is a scheduler and a rank",
     ),
+    HookPoint(
+        f"{_SCHEDULER}._add_request_to_queue",
+        ("self", "req"),
+        Level.REQUEST,
+        _CORE,
+        scheduler.add_request,
+        "queue begins",
+    ),
+    HookPoint(
+        "sglang.srt.constrained.grammar_manager:GrammarManager.process_req_with_grammar",
+        ("self", "req"),
+        Level.REQUEST,
+        _CORE,
+        scheduler.wait_for_grammar,
+        "queue begins, of requests whose grammar is compiled",
+    ),
+    HookPoint(
+        f"{_SCHEDULER}.get_next_batch_to_run",
+        ("self",),
+        Level.REQUEST,
+        _CORE,
+        scheduler.schedule,
+        "schedule",
+    ),
+    HookPoint(
+        "sglang.srt.disaggregation.prefill:SchedulerDisaggregationPrefillMixin.get_next_disagg_prefill_batch_to_run",
+        ("self",),
+        Level.REQUEST,
+        _CORE,
+        scheduler.schedule,
+        "schedule, on a server that only prefills",
+    ),
+    HookPoint(
+        "sglang.srt.disaggregation.decode:SchedulerDisaggregationDecodeMixin.get_next_disagg_decode_batch_to_run",
+        ("self",),
+        Level.REQUEST,
+        _CORE,
+        scheduler.schedule,
+        "schedule, on a server that only decodes",
+    ),
+    HookPoint(
+        "sglang.srt.managers.scheduler_components.dp_attn:SchedulerDPAttnAdapter.prepare_mlp_sync_batch",
+        ("self",),
+        Level.STEP,
+        _CORE,
+        scheduler.dp_sync,
+        "dp_sync",
+    ),
+    HookPoint(
+        f"{_SCHEDULER}.run_batch",
+        ("self", "batch"),
+        Level.REQUEST,
+        _CORE,
+        scheduler.run_batch,
+        "step begins, its composition, prefill begins, chunks, rank_step",
+    ),
+    HookPoint(
+        f"{_SCHEDULER}.launch_batch_sample_if_needed",
+        ("self", "batch_result", "cur_batch"),
+        Level.STEP,
+        _CORE,
+        scheduler.launch_sample,
+        "rank_step of sampling that waits for the last step's tokens",
+    ),
+    HookPoint(
+        f"{_SCHEDULER}.process_batch_result",
+        ("self", "batch"),
+        Level.REQUEST,
+        _CORE,
+        scheduler.process_result,
+        "step ends, decode begins, last token",
+    ),
+    HookPoint(
+        "sglang.srt.observability.req_time_stats:SchedulerReqTimeStats.set_completion_time",
+        ("self",),
+        Level.REQUEST,
+        _CORE,
+        scheduler.completed,
+        "that a request of the batch ended",
+    ),
+    HookPoint(
+        "sglang.srt.managers.schedule_batch:Req.reset_for_retract",
+        ("self",),
+        Level.REQUEST,
+        _CORE,
+        scheduler.retract,
+        "preemption",
+    ),
+    HookPoint(
+        f"{_SCHEDULER}.send_abort_output",
+        ("self", "abort_req", "req"),
+        Level.REQUEST,
+        _CORE,
+        scheduler.abort_output,
+        "end of a request outside a batch",
+    ),
+    HookPoint(
+        "sglang.srt.managers.scheduler_components.output_streamer:SchedulerOutputStreamer.stream_output",
+        ("self", "reqs"),
+        Level.STEP,
+        _CORE,
+        scheduler.stream_output,
+        "emit",
+    ),
+    HookPoint(
+        "sglang.srt.sampling.sampling_batch_info:SamplingBatchInfo.update_regex_vocab_mask",
+        ("self",),
+        Level.STEP,
+        _CORE,
+        scheduler.grammar_mask,
+        "grammar",
+    ),
 )
+
+_RANK_POINTS = (
+    HookPoint(
+        f"{_RUNNER}.forward", ("self", "forward_batch"), Level.STEP, _RANK, worker.forward, "prepare, forward, draft"
+    ),
+    HookPoint(
+        f"{_RUNNER}.sample", ("self", "logits_output", "forward_batch"), Level.STEP, _RANK, worker.sample, "sample"
+    ),
+)
+
+HOOK_POINTS: tuple[HookPoint, ...] = (*_FRONT_POINTS, *_SCHEDULER_POINTS, *_RANK_POINTS)

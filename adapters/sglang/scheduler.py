@@ -1,19 +1,316 @@
 """Hooks in the scheduler: steps, what is in them, and the states that requests take in it.
 
-Every rank runs a scheduler of its own, and all of one replica come to the same schedule. So the first rank alone writes
-what the scheduler does; the others write their part of each step (worker.py).
+Every rank runs a scheduler of its own, and all of one replica come to the same schedule: `forward_ct`, which counts the
+batches that were run, is a step's number on all of them. So the first rank alone writes what the scheduler does; the
+others write their part of each step.
+
+With overlap the result of a step is taken in after the next one was launched. A batch then comes as a copy, whose
+`forward_iter` says which step it was.
 """
 
 from __future__ import annotations
 
+from _thread import get_ident
 from typing import TYPE_CHECKING, Any
 
+from stagetrace.adapters.members import Members
 from stagetrace.instrument.around import Around
+from stagetrace.instrument.recorder import now
+from stagetrace.instrument.records import HEAD, TAILS, Change, Event, RecordType, header_word
+from stagetrace.instrument.stages import BY_NAME, Finish, IdleReason, Level
 
 from . import extract
+from .worker import RANK
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from stagetrace.instrument.hooks import Hook
+    from stagetrace.instrument.recorder import Recorder
+
+_MOST_IN_FLIGHT = 64  # steps whose result never came are forgotten beyond this
+_STEP_LEVEL = int(Level.STEP)  # looking into an enum costs as much as a clock read
+_pack_head, _pack_tail = HEAD.pack, TAILS[0].pack
+_OF_NO_STEP = _pack_tail(0, 0)
+_NO_WORK = TAILS[1].pack(0, 0, IdleReason.NO_WORK)
+_OTHER_RANK = TAILS[1].pack(0, 0, IdleReason.WAITING_FOR_RANK)
+_NO_BATCH = (None, 0, 0)
+
+_HEADERS = (
+    *(
+        header_word(RecordType.SEGMENT, BY_NAME[name].id)
+        for name in ("schedule", "execute", "update", "between", "idle", "dp_sync")
+    ),
+    header_word(RecordType.STEP_END),
+)
+_GRAMMAR = header_word(RecordType.SEGMENT, BY_NAME["grammar"].id)
+_EMIT = header_word(RecordType.SEGMENT, BY_NAME["emit"].id)
+_QUEUE = header_word(RecordType.STATE, BY_NAME["queue"].id)
+_PREFILL = header_word(RecordType.STATE, BY_NAME["prefill"].id)
+_DECODE = header_word(RecordType.STATE, BY_NAME["decode"].id)
+_PREEMPTED = header_word(RecordType.STATE, BY_NAME["preempted"].id)
+_FINISHED = header_word(RecordType.EVENT, Event.FINISHED)
+_CHUNK = header_word(RecordType.MEMBER, Change.CHUNK)
+
+
+class Tracker:
+    """What is known of the first rank's scheduler between its calls; used on its thread alone.
+
+    What it keeps is of live requests and of steps in flight: nothing that grows.
+    """
+
+    def __init__(self, recorder: Recorder, instance: int, pipeline: bool = False):
+        self.recorder = recorder
+        self.instance = instance
+        self.step = 0  # that was run last
+        self.pipeline = pipeline  # between its own work it waits for the other stages
+        self.live: dict[str, int] = {}  # request -> handle, 0 for a health check, from queue to end
+        self.waiting: set[str] = set()  # of these: not scheduled yet, or not again
+        self.prefilling: set[str] = set()
+        self.batch: list[Any] = []  # the requests of the last step, as the engine has them
+        self.members = Members(recorder, instance)
+        self.in_flight: dict[int, Sequence[Any]] = {}  # step -> requests whose prefill it completes
+        self.chosen: tuple[Any, int, int] = _NO_BATCH  # batch that was scheduled and not run yet; begin, end
+        self.synced: tuple[int, int] = (0, 0)  # begin and end of the last agreement of data-parallel ranks
+        self.ended = 0  # requests that ended since the last look
+        self.last_end = 0  # end of the last segment on this timeline
+        self.idle = False  # no request was left then
+        self.woken = 0  # when the first request came after that, if it is known
+        self.preempted = 0  # since the last step
+        self.context = -1  # sum of the last step's contexts, if that was decode alone
+        self.epoch = recorder.epoch[0]
+        self.run_on(0)
+
+    def run_on(self, thread: int) -> None:
+        """The scheduler runs on this thread: makes the heads of its records."""
+        self.thread = thread
+        heads = (_pack_head(header, thread) for header in _HEADERS)
+        self.schedule, self.execute, self.update, self.between, self.idling, self.dp_sync, self.step_end = heads
+
+    def resume(self, scheduler: Any) -> None:
+        """The level was switched: what happened since the last record is not known, so it is taken from the engine."""
+        self.epoch = self.recorder.epoch[0]
+        last, chunked = scheduler.last_batch, scheduler.chunked_req
+        queued = [*scheduler.waiting_queue, *scheduler.grammar_manager.grammar_queue]
+        begun = [*scheduler.running_batch.reqs, *(last.reqs if last else ()), *([chunked] if chunked else ())]
+        self.live = {each.rid: self._handle(each) for each in (*queued, *begun) if not each.finished()}
+        self.waiting = {each.rid for each in queued}
+        self.prefilling = {chunked.rid} if chunked else set()
+        self.in_flight = {}
+        self.batch = []
+        self.members.forget()
+        self.context = -1
+        self.last_end = self.preempted = self.ended = self.woken = 0
+
+    def _handle(self, request: Any) -> int:
+        return 0 if extract.is_health_check(request) else self.recorder.handle(request.rid)
+
+    # Requests
+
+    def queued(self, request: Any, since: float) -> None:
+        """A request was taken in, at `since` on SGLang's clock."""
+        if request.rid in self.live:
+            return  # it comes back: after a retraction, or when its grammar is compiled
+        time_ns = extract.time_ns(since) or now()
+        handle = self.live[request.rid] = self._handle(request)
+        self.waiting.add(request.rid)
+        if handle:
+            if self.idle and not self.woken:
+                self.woken = extract.time_ns(request.time_stats.scheduler_recv_time) or time_ns
+            self.recorder.state(_QUEUE, time_ns, handle, self.instance, 0, len(request.origin_input_ids))
+
+    def preempt(self, request: Any) -> None:
+        """A request was thrown out of the running batch."""
+        handle = self.live.get(request.rid)
+        if handle is None:
+            return
+        self.preempted += 1
+        self.waiting.add(request.rid)
+        self.prefilling.discard(request.rid)
+        if handle:
+            self.recorder.state(_PREEMPTED, now(), handle, self.instance, self.step, len(request.output_ids))
+
+    def free(self, request: Any, time_ns: int, step: int, finish: Finish) -> None:
+        """A request ended."""
+        handle = self.live.pop(request.rid, None)
+        self.waiting.discard(request.rid)
+        self.prefilling.discard(request.rid)
+        if handle:
+            self.recorder.state(
+                _FINISHED,
+                time_ns,
+                handle,
+                self.instance,
+                step,
+                int(finish),
+                extract.output_tokens(request),
+                len(request.origin_input_ids),
+                request.retraction_count,
+            )
+
+    # Steps
+
+    def launch(self, scheduler: Any, batch: Any, step: int, begin: int) -> bool:
+        """A batch is about to be run, at `begin`; says whether it is a step that is recorded."""
+        recorder = self.recorder
+        if recorder.epoch[0] != self.epoch:
+            self.resume(scheduler)
+        thread = get_ident()
+        if thread != self.thread:
+            self.run_on(thread)
+        chosen, scheduled, end = self.chosen
+        self.chosen = _NO_BATCH
+        if chosen is not batch:  # its scheduling was not seen
+            scheduled = end = begin
+        if not extract.is_step(batch):
+            for request in batch.reqs:
+                self.waiting.discard(request.rid)
+            return False
+        deep = recorder.level[0] >= _STEP_LEVEL
+        chunks: Sequence[tuple[int, int, int]] = ()
+        first_tokens: Sequence[Any] = ()
+        requests = batch.reqs
+        decodes = len(requests)
+        context = -1
+        if batch.forward_mode.is_extend():
+            chunks, first_tokens, decodes, context = self._prefill(batch, step, scheduled, deep)
+        self.step = step
+        in_flight = self.in_flight
+        if len(in_flight) >= _MOST_IN_FLIGHT:
+            in_flight.clear()
+        in_flight[step] = first_tokens
+        if not deep:
+            self.members.forget()
+            self.preempted = 0
+            self.idle = False
+            self.last_end = end
+            return False
+        # Steady decode: the requests are those of the last step (which costs comparing pointers), with a token each.
+        steady = requests == self.batch
+        if not steady:
+            self.batch = requests[:]  # the engine changes its list in place
+        if not steady or self.members.due(step):
+            live = self.live
+            self.members.record(step, [h for h in [live.get(each.rid, 0) for each in requests] if h])
+        if context < 0:
+            context = self.context + decodes if steady and self.context >= 0 else extract.decode_context(batch)
+        self.context = -1 if chunks else context
+        running = scheduler.running_batch
+        words = extract.composition(
+            chunks,
+            decodes,
+            context,
+            len(scheduler.waiting_queue),
+            len(requests) + (len(running.reqs) if running is not batch else 0),
+            extract.kv_usage(scheduler),
+            self.preempted,
+        )
+        put, last_end = recorder.put, self.last_end
+        tail = _pack_tail(self.instance, step)
+        recorder.step_begin(scheduled, end, self.instance, step, words)
+        if last_end and last_end < scheduled:
+            if self.idle:
+                woken = min(max(self.woken or scheduled, last_end), scheduled)
+                put(self.idling, last_end, woken, _NO_WORK)
+                last_end = woken
+            put(self.between, last_end, scheduled, _OF_NO_STEP)
+        put(self.schedule, scheduled, end, tail)
+        synced, done = self.synced
+        if synced >= scheduled:
+            put(self.dp_sync, synced, done, tail)
+        if self.pipeline and end < begin:
+            put(self.idling, max(end, last_end), begin, _OTHER_RANK)
+        self.idle = False
+        self.woken = self.preempted = 0
+        return True
+
+    def _prefill(
+        self, batch: Any, step: int, begin: int, deep: bool
+    ) -> tuple[list[tuple[int, int, int]], list[Any], int, int]:
+        """Records the requests in prefill.
+
+        Gives (q, kv, cached) of each, who completes its prefill in this step, and of the others, which are in decode,
+        their number and the sum of their contexts.
+        """
+        recorder, instance, live, waiting, prefilling = (
+            self.recorder,
+            self.instance,
+            self.live,
+            self.waiting,
+            self.prefilling,
+        )
+        chunks, complete = [], []
+        decodes = context = 0
+        chunked = batch.chunked_req
+        for request, q, before in zip(batch.reqs, batch.extend_lens, batch.prefix_lens, strict=True):
+            rid, kv = request.rid, before + q
+            handle = live.get(rid)
+            if handle is None:  # it came while nothing was recorded
+                handle = live[rid] = self._handle(request)
+            cached = 0
+            if rid in waiting:
+                waiting.discard(rid)
+                prefilling.add(rid)
+                cached = before
+                if handle:
+                    stats = request.time_stats
+                    entered = extract.time_ns(stats.last_forward_entry_time)
+                    again = 1 if request.retraction_count else 0
+                    recorder.state(_PREFILL, max(entered, begin), handle, instance, step, cached, again)
+            elif rid not in prefilling:
+                decodes += 1
+                context += kv
+                continue
+            last = request is not chunked
+            chunks.append((q, kv, cached))
+            if last:
+                complete.append(request)
+                prefilling.discard(rid)
+            if deep and handle:
+                recorder.member(_CHUNK, handle, q, kv, instance, step, int(last), cached)
+        return chunks, complete, decodes, context
+
+    def executed(self, step: int, begin: int, end: int) -> None:
+        """The batch was handed to the rank, which ran or launched it."""
+        self.recorder.put(self.execute, begin, end, _pack_tail(self.instance, step))
+        self.last_end = end
+
+    def updated(self, scheduler: Any, batch: Any, begin: int, end: int) -> None:
+        """The result of a step was taken in."""
+        step = batch.forward_iter
+        first_tokens = self.in_flight.pop(step, None)
+        if first_tokens:
+            for request in first_tokens:
+                handle = self.live.get(request.rid)
+                if handle and not request.is_retracted:
+                    self.recorder.state(_DECODE, end, handle, self.instance, step, 1)
+        if self.ended:
+            self.ended = 0
+            for request in batch.reqs:
+                if request.finished() and request.rid in self.live:
+                    self.free(request, end, step, extract.finish_of(request.finished_reason))
+        if first_tokens is None:
+            return  # it was no step, or it began while nothing was recorded
+        recorder = self.recorder
+        if recorder.level[0] >= _STEP_LEVEL and recorder.epoch[0] == self.epoch:
+            put, tail = recorder.put, _pack_tail(self.instance, step)
+            if self.pipeline and self.last_end:
+                put(self.idling, self.last_end, begin, _OTHER_RANK)
+            put(self.update, begin, end, tail)
+            put(self.step_end, end, 0, tail)
+        if not self.live:
+            self.idle = True
+            self.batch = []  # holds no request beyond its life
+        self.last_end = end
+
+
+class _Here:
+    """The tracker of this process: there is one if it is a first rank."""
+
+    tracker: Tracker | None = None
+
+
+# Handlers
 
 
 def opens_recorder(hook: Hook) -> Around:
@@ -25,17 +322,167 @@ def opens_recorder(hook: Hook) -> Around:
 
         parallel = get_parallel()
         dp_rank = int(parallel.dp_rank or 0)
-        instance = extract.instance_of(port_args, dp_rank)
-        rank = int(parallel.pp_rank * parallel.tp_size + parallel.tp_rank)
+        RANK.instance, RANK.rank = extract.instance_of(port_args, dp_rank), extract.rank_of(parallel)
         info = extract.process_info(server_args, self.model_config, parallel, __version__)
         info["data_parallel_rank"] = dp_rank
-        if is_first(parallel):
-            hook.recorder.open("engine_core", {**info, "instance": instance})
-        hook.recorder.open("worker", {**info, "rank": rank})
+        if extract.is_first(parallel):
+            hook.recorder.open("engine_core", {**info, "instance": RANK.instance})
+            _Here.tracker = Tracker(hook.recorder, RANK.instance, parallel.pp_size > 1)
+        hook.recorder.open("worker", {**info, "rank": RANK.rank})
 
     return Around(after=after)
 
 
-def is_first(parallel: Any) -> bool:
-    """Whether this rank is the one that receives the requests of its data-parallel rank."""
-    return not (parallel.pp_rank or parallel.attn_tp_rank or parallel.attn_cp_rank)
+def add_request(hook: Hook) -> Around:
+    """Scheduler._add_request_to_queue: a request enters the queue, for the first time or again."""
+
+    def after(self: Any, req: Any) -> None:
+        tracker = _Here.tracker
+        if tracker is not None and not req.finished() and req.time_stats.wait_queue_entry_time:
+            tracker.queued(req, req.time_stats.wait_queue_entry_time)
+
+    return Around(after=after)
+
+
+def wait_for_grammar(hook: Hook) -> Around:
+    """GrammarManager.process_req_with_grammar: a request waits for its grammar, which is part of its queue time."""
+
+    def after(req: Any, result: Any) -> None:
+        tracker = _Here.tracker
+        if tracker is not None and result:
+            tracker.queued(req, req.time_stats.scheduler_recv_time)
+
+    return Around(after=after)
+
+
+def retract(hook: Hook) -> Around:
+    """Req.reset_for_retract: a request gives up its KV and will be computed again."""
+
+    def after(self: Any) -> None:
+        if _Here.tracker is not None:
+            _Here.tracker.preempt(self)
+
+    return Around(after=after)
+
+
+def abort_output(hook: Hook) -> Around:
+    """Scheduler.send_abort_output: a request ends outside a batch: aborted while it waited, or thrown out for good."""
+
+    def after(req: Any) -> None:
+        tracker = _Here.tracker
+        if tracker is not None:
+            tracker.free(req, now(), 0, Finish.ABORT)
+
+    return Around(after=after)
+
+
+def completed(hook: Hook) -> Around:
+    """SchedulerReqTimeStats.set_completion_time: a request of the batch whose result is taken in has ended."""
+
+    def after() -> None:
+        if _Here.tracker is not None:
+            _Here.tracker.ended += 1
+
+    return Around(after=after)
+
+
+def schedule(hook: Hook) -> Around:
+    """Scheduler.get_next_batch_to_run: a batch was chosen, or none. Its step's number is known when it is run."""
+
+    def after(result: Any, begin: int, end: int) -> None:
+        tracker = _Here.tracker
+        if tracker is not None:
+            batch = getattr(result, "batch_to_run", result)
+            if batch is not None:
+                tracker.chosen = (batch, begin, end)
+
+    return Around(after=after)
+
+
+def dp_sync(hook: Hook) -> Around:
+    """SchedulerDPAttnAdapter.prepare_mlp_sync_batch: the data-parallel ranks tell each other what they will run."""
+
+    def after(begin: int, end: int) -> None:
+        if _Here.tracker is not None:
+            _Here.tracker.synced = (begin, end)
+
+    return Around(after=after)
+
+
+def run_batch(hook: Hook) -> Around:
+    """Scheduler.run_batch: a step begins on every rank, and the rank does its part or launches it."""
+    recorder, rank = hook.recorder, RANK
+
+    def before(self: Any, batch: Any, begin: int) -> None:
+        rank.step = 0
+        step, tracker = self.forward_ct + 1, _Here.tracker
+        if tracker is not None:
+            recorded = tracker.launch(self, batch, step, begin)
+        else:
+            recorded = recorder.level[0] >= _STEP_LEVEL and extract.is_step(batch)
+        if recorded:
+            rank.start(step, _tokens(batch), now())
+
+    def after(end: int) -> None:
+        _hand_back(recorder, end)
+
+    return Around(before, after, off=rank.forget)
+
+
+def launch_sample(hook: Hook) -> Around:
+    """Scheduler.launch_batch_sample_if_needed: sampling that had to wait for the last step's tokens (a grammar)."""
+    recorder, rank = hook.recorder, RANK
+
+    def before(batch_result: Any, cur_batch: Any, begin: int) -> None:
+        rank.step = 0
+        if batch_result is not None and batch_result.delay_sample_func is not None and extract.is_step(cur_batch):
+            rank.start(cur_batch.forward_iter, _tokens(cur_batch), begin)
+
+    def after(end: int) -> None:
+        _hand_back(recorder, end)
+
+    return Around(before, after, off=rank.forget)
+
+
+def _hand_back(recorder: Recorder, end: int) -> None:
+    step, tracker = RANK.step, _Here.tracker
+    if step:
+        RANK.end(recorder.put, end)
+        if tracker is not None:
+            tracker.executed(step, RANK.begin, end)
+
+
+def _tokens(batch: Any) -> int:
+    return int(batch.extend_num_tokens) if batch.forward_mode.is_extend() else len(batch.reqs)
+
+
+def process_result(hook: Hook) -> Around:
+    """Scheduler.process_batch_result: the step ends. On a device the wait for it is in here."""
+
+    def after(self: Any, batch: Any, begin: int, end: int) -> None:
+        if _Here.tracker is not None:
+            _Here.tracker.updated(self, batch, begin, end)
+
+    return Around(after=after)
+
+
+def stream_output(hook: Hook) -> Around:
+    """SchedulerOutputStreamer.stream_output: outputs go to the detokenizer."""
+    segment = hook.recorder.segment
+
+    def after(begin: int, end: int) -> None:
+        if _Here.tracker is not None:
+            segment(_EMIT, begin, end, 0, 0)
+
+    return Around(after=after)
+
+
+def grammar_mask(hook: Hook) -> Around:
+    """SamplingBatchInfo.update_regex_vocab_mask; recorded where there was a mask to fill."""
+    segment = hook.recorder.segment
+
+    def after(self: Any, begin: int, end: int) -> None:
+        if RANK.step and self.grammars:
+            segment(_GRAMMAR, begin, end, 0, 0)
+
+    return Around(after=after)
