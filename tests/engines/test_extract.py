@@ -12,8 +12,8 @@ from engines.server import environment
 from stagetrace.adapters.vllm.hooks import HOOK_POINTS
 
 
-def run(engine_python: Path, script: str) -> Any:
-    command = [engine_python, Path(__file__).with_name(script)]
+def run(engine_python: Path, script: str, *arguments: str) -> Any:
+    command = [engine_python, Path(__file__).with_name(script), *arguments]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -32,7 +32,7 @@ HIDDEN = {
 
 def test_wrappers_have_the_parameters_of_vllms_functions(engine_python: Path) -> None:
     """Under torch.inference_mode too: that they hand on no `*args, **kwargs` is what the benchmarks measure."""
-    found = run(engine_python, "wrappers.py")
+    found = run(engine_python, "wrappers.py", "vllm")
     assert len(found) == len(HOOK_POINTS)
     assert {target for target, (ours, theirs) in found.items() if ours != theirs} == HIDDEN
     for point in HOOK_POINTS:

@@ -1,18 +1,20 @@
-"""Run by the engine's Python: wraps every function that is hooked, as it is in the vLLM that is installed.
+"""Run by the engine's Python: wraps every function that is hooked, as it is in the engine that is installed.
 
-Prints one JSON object: target -> the wrapper's parameters and those of vLLM's own function, as it is called.
+Its argument is the adapter, vllm or sglang. Prints one JSON object: target -> the wrapper's parameters and those of the
+engine's own function, as it is called.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import sys
 
-from stagetrace.adapters.vllm.hooks import HOOK_POINTS
 from stagetrace.instrument.around import _undecorated, parameters_of, wrap
 from stagetrace.instrument.hooks import FITS, Hook, _find, check
 from stagetrace.instrument.recorder import Recorder
 
+HOOK_POINTS = importlib.import_module(f"stagetrace.adapters.{sys.argv[1]}.hooks").HOOK_POINTS
 found = {}
 for index, point in enumerate(HOOK_POINTS):
     module = importlib.import_module(point.module)

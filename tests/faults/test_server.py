@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from engines.raising import RAISES
 from engines.recording import STAGETRACE, ask
 from engines.server import Server, environment, serve
 from faults.accounts import Book, books
@@ -44,19 +45,6 @@ OVERFLOW_S = 120.0
 MINUTE_S = 60.0
 ROLES = ("front_end", "engine_core", "worker")
 WAYS = ("worker killed", "told to end")
-# What every hook does before and after the engine's function raises, but for those that open a ring.
-RAISES = """
-from dataclasses import replace
-from stagetrace.instrument import hooks
-install = hooks.wrap
-def raises():
-    raise RuntimeError("made to fail")
-def wrap(original, around, hook):
-    if hook.point.level:
-        around = replace(around, before=around.before and raises, after=around.after and raises)
-    return install(original, around, hook)
-hooks.wrap = wrap
-"""
 
 
 @dataclass
