@@ -176,11 +176,6 @@ def is_first(parallel: Any) -> bool:
 # In the front end
 
 
-def nanoseconds(seconds: float) -> int:
-    """A time of SGLang's time_stats as ours: perf_counter and monotonic_ns are one clock on Linux."""
-    return int(seconds * 1e9)
-
-
 def finish_of_reason(reason: Mapping[str, Any]) -> Finish:
     """stages.Finish of a finish reason as it travels to the front end: an abort with an error's status is an error."""
     finish = _FINISH_BY_TYPE.get(str(reason.get("type")), Finish.UNKNOWN)
@@ -244,7 +239,7 @@ def first_output_ns(state: Any, begin: int) -> int:
     """
     if state is None or not getattr(state.obj, "stream", False):
         return begin
-    return max(nanoseconds(state.time_stats.first_token_time), begin)
+    return max(time_ns(state.time_stats.first_token_time), begin)
 
 
 def finished(output: Any, index: int) -> tuple[int, int, int, int]:

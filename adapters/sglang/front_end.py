@@ -72,7 +72,7 @@ def request_arrived(
     by_http = exchange is not None and not internal
     if by_http and exchange is not None:
         exchange.handles.append(handle)
-    arrival_ns = min(extract.nanoseconds(state.time_stats.created_time), time_ns)
+    arrival_ns = min(extract.time_ns(state.time_stats.created_time), time_ns)
     recorder.state(_REQUEST_TOKENIZE, arrival_ns, handle, 0, 0, prompt, most, int(by_http))
     return handle
 
@@ -180,7 +180,7 @@ def handle_batch_output(hook: Hook) -> Around:
         for index, request in last:
             rid = recv_obj.rids[index]
             words = extract.finished(recv_obj, index)
-            end_ns = extract.nanoseconds(request.time_stats.finished_time)
+            end_ns = extract.time_ns(request.time_stats.finished_time)
             state(_LAST_OUTPUT, max(end_ns, begin), recorder.handle(rid), 0, 0, *words)
 
     return Around(before, after, off=waiting.clear)
@@ -197,7 +197,7 @@ def handle_abort(hook: Hook) -> Around:
         if not _ends(recv_obj.rid, noted):
             return
         _Outputs.waiting.pop(recv_obj.rid, None)
-        end_ns = extract.nanoseconds(noted.time_stats.finished_time)
+        end_ns = extract.time_ns(noted.time_stats.finished_time)
         finish = extract.finish_of_reason(recv_obj.finished_reason or {"type": "abort"})
         recorder.state(_LAST_OUTPUT, end_ns, recorder.handle(recv_obj.rid), 0, 0, int(finish), len(noted.output_ids))
 

@@ -211,9 +211,9 @@ def test_a_request_from_arrival_to_its_end(tmp_path: Path) -> None:
         assert dispatch[1] == 7
         assert last[1:5] == (Finish.LENGTH, 5, 7, 2)
         times = state.time_stats
-        assert tokenize[0] == extract.nanoseconds(times.created_time)
-        assert first[0] == extract.nanoseconds(times.first_token_time)
-        assert last[0] == extract.nanoseconds(times.finished_time)
+        assert tokenize[0] == extract.time_ns(times.created_time)
+        assert first[0] == extract.time_ns(times.first_token_time)
+        assert last[0] == extract.time_ns(times.finished_time)
         assert tokenize[0] <= dispatch[0] <= first[0] <= last[0]
         assert at.texts == {
             (handle, Text.REQUEST_ID): "r1",
