@@ -2,6 +2,7 @@
 
 On the CPU a layer's choice is counted at once. On a device it is added to a buffer there, with operations that a stream
 can capture into a graph as well; after a step the buffer is copied without waiting, and written when the copy is there.
+That way has been tried with tensors of the CPU alone, not on a device, nor in a graph.
 PyTorch is the engine's: it is imported by the time that anything here runs.
 """
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from .rank import RankStep
 
+_FEW = 64  # choices that are counted one by one
 _MOST_COPIES = 8  # of the buffer on their way; where there are more, a step's counts are left out
 _CODES = {1: "B", 2: "H", 4: "I"}
 
@@ -37,7 +39,7 @@ class HostCounts:
     """Counts of choices that lie in the CPU's memory."""
 
     def __init__(self, hook: Hook, rank: RankStep, experts: int):
-        self._hook = hook
+        self._write = hook.recorder.experts
         self._rank = rank
         self._experts = experts
         self._bincount = sys.modules["torch"].bincount
@@ -50,17 +52,29 @@ class HostCounts:
             return
         if padding is not None:
             chosen = chosen[~padding]
-        width = width_for(chosen.numel())
-        counts = self._bincount(chosen.reshape(-1), minlength=self._experts).tolist()
-        self._hook.recorder.experts(
-            rank.instance, step, rank.rank, layer, chosen.shape[0], packed(counts, width), width
-        )
+        most = chosen.numel()
+        if most <= _FEW:  # an operation of PyTorch's costs more
+            counts = [0] * self._experts
+            for of_token in chosen.tolist():
+                for expert in of_token:
+                    if expert >= 0:
+                        counts[expert] += 1
+        else:
+            flat = chosen.reshape(-1)
+            try:
+                found = self._bincount(flat, minlength=self._experts)
+            except RuntimeError:  # a negative number: a choice that is none
+                found = self._bincount(flat[flat >= 0], minlength=self._experts)
+            counts = found.tolist()
+        width = width_for(most)
+        self._write(rank.instance, step, rank.rank, layer, chosen.shape[0], packed(counts, width), width)
 
 
 class DeviceCounts:
-    """Counts of choices that lie in a device's memory: int32 (layers, experts), for the step that runs.
+    """Counts of choices that lie in a device's memory: int32 (layers, 1 + experts), for the step that runs.
 
-    No operation here waits for the device. Not tried on one yet.
+    Column 0 takes what is no expert's number: out of range would be an error on the device, which ends the engine.
+    No operation here waits for the device.
     """
 
     def __init__(self, hook: Hook, rank: RankStep, layers: Sequence[int], experts: int, device: Any):
@@ -68,27 +82,39 @@ class DeviceCounts:
         self._torch = torch
         self._hook = hook
         self._rank = rank
-        self._rows = {layer: row for row, layer in enumerate(layers)}
+        self._layers = [*layers]
         self._experts = experts
-        # The last column counts the tokens; what is no expert's number is counted as nobody's.
-        self._counts = torch.zeros(len(layers), experts + 1, dtype=torch.int32, device=device)
-        self._free = [torch.zeros(self._counts.shape, dtype=torch.int32, pin_memory=True) for _ in range(_MOST_COPIES)]
+        self._counts = torch.zeros(len(layers), 1 + experts, dtype=torch.int32, device=device)
+        self._rows = dict(zip(layers, self._counts, strict=True))
+        self._per_token = 1
+        # How much a choice counts: 1, or 0 in a token that is padding; made by the first layer for those behind it.
+        self._weights: tuple[Any, Any, int] | None = None
+        pinned = str(getattr(device, "type", device)) != "cpu"
+        self._free = [
+            torch.zeros(self._counts.shape, dtype=torch.int32, pin_memory=pinned) for _ in range(_MOST_COPIES)
+        ]
         self._copies: deque[tuple[int, int, Any, Any]] = deque()  # instance, step, buffer, event
         self.left_out = 0  # steps for which no buffer was free
 
     def count(self, layer: int, chosen: Any, padding: Any) -> None:
         """Adds a layer's choices, on the stream that runs; into a graph, where that is captured."""
-        torch, row = self._torch, self._counts[self._rows[layer]]
-        flat = chosen.reshape(-1).long()
-        there = (flat >= 0) & (flat < self._experts)
+        tokens, self._per_token = chosen.shape
+        index = chosen.clamp(-1, self._experts - 1).reshape(-1).add_(1)
+        if index.dtype not in (self._torch.int32, self._torch.int64):
+            index = index.to(self._torch.int64)
+        self._rows[layer].index_add_(0, index, self._weights_of(layer, tokens, padding))
+
+    def _weights_of(self, layer: int, tokens: int, padding: Any) -> Any:
+        known = self._weights
+        if known is not None and known[0] is padding and known[2] == tokens and layer != self._layers[0]:
+            return known[1]
+        torch = self._torch
         if padding is None:
-            row[self._experts] += chosen.shape[0]
+            weights = torch.ones(tokens * self._per_token, dtype=torch.int32, device=self._counts.device)
         else:
-            real = ~padding
-            there &= real.repeat_interleave(chosen.shape[1], output_size=flat.shape[0])
-            row[self._experts : self._experts + 1].add_(real.sum(dtype=torch.int32))
-        # Out of range would be an error on the device, which ends the engine.
-        row.scatter_add_(0, flat.clamp(0, self._experts - 1), there.to(torch.int32))
+            weights = (~padding).to(torch.int32)[:, None].expand(tokens, self._per_token).reshape(-1)
+        self._weights = (padding, weights, tokens)
+        return weights
 
     def begin(self) -> None:
         """A step begins: what dummy runs have added is forgotten, and what has been copied meanwhile is written."""
@@ -98,6 +124,7 @@ class DeviceCounts:
     def end(self) -> None:
         """The step has been launched: its counts are copied as soon as the device has them."""
         rank = self._rank
+        self._weights = None
         if not rank.step:
             return
         if not self._free:
@@ -113,11 +140,11 @@ class DeviceCounts:
         """Writes the counts of steps whose copy is there."""
         while self._copies and self._copies[0][3].query():
             instance, step, buffer, _ = self._copies.popleft()
-            for layer, row in self._rows.items():
-                *counts, tokens = buffer[row].tolist()
-                if tokens:
+            for layer, (_, *counts) in zip(self._layers, buffer.tolist(), strict=True):
+                chosen = sum(counts)
+                if chosen:
                     width = width_for(max(counts))
-                    record = packed(counts, width)
+                    tokens, record = chosen // self._per_token, packed(counts, width)
                     self._hook.recorder.experts(instance, step, self._rank.rank, layer, tokens, record, width)
             self._free.append(buffer)
 

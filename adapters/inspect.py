@@ -133,7 +133,7 @@ def unusable(points: Sequence[Point]) -> list[str]:
 def lost(points: Sequence[HookPoint], release: Release) -> list[str]:
     """The targets that the release has not, and nothing that stands for them: what they give is lost there. Pure."""
     there = {point.place for point in points if in_range(point, release)}
-    return [point.target for point in rows_for(points, release) if point.place not in there]
+    return [point.target for point in rows_for(points, release) if point.missed and point.place not in there]
 
 
 def _engine(

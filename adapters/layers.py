@@ -25,16 +25,11 @@ class Within:
     """
 
     def __init__(self) -> None:
-        self._layers: dict[int, int] = {}
+        self.by_thread: dict[int, int] = {}
 
     def enter(self, layer: int) -> None:
         """This thread goes on with a layer."""
-        self._layers[get_ident()] = layer
-
-    @property
-    def layer(self) -> int:
-        """The layer that this thread is in; -1 where that is not known."""
-        return self._layers.get(get_ident(), -1)
+        self.by_thread[get_ident()] = layer
 
 
 def asking_for(function: Callable[..., Any], *names: str) -> Callable[..., Any]:
@@ -75,19 +70,19 @@ def timed(recorder: Recorder, rank: RankStep, stage: str, tensor: str, *words: i
 
 
 def timed_within(recorder: Recorder, rank: RankStep, within: Within, stage: str, tensor: str) -> Around:
-    """The same of a function that all layers share: the layer is the one that the thread was in when it was called."""
+    """The same of a function that all layers share: the layer is the one that the thread is in, -1 for none."""
     header = header_word(RecordType.SEGMENT, BY_NAME[stage].id)
-    segment = recorder.segment
-    with_bytes = len(BY_NAME[stage].attributes) > 2
+    segment, layer_of = recorder.segment, within.by_thread.get
 
-    def before() -> int:
-        return within.layer
-
-    def after(given: Any, noted: int | None, begin: int, end: int) -> None:
+    def alone(given: Any, begin: int, end: int) -> None:
         step = rank.step
         if step:
-            layer = -1 if noted is None else noted
-            size = given.nbytes if with_bytes else 0
-            segment(header, begin, end, rank.instance, step, layer, given.shape[0], size)
+            segment(header, begin, end, rank.instance, step, layer_of(get_ident(), -1), given.shape[0])
 
-    return Around(before, asking_for(after, tensor, "noted", "begin", "end"))
+    def with_bytes(given: Any, begin: int, end: int) -> None:
+        step = rank.step
+        if step:
+            segment(header, begin, end, rank.instance, step, layer_of(get_ident(), -1), given.shape[0], given.nbytes)
+
+    after = with_bytes if len(BY_NAME[stage].attributes) > 2 else alone
+    return Around(after=asking_for(after, tensor, "begin", "end"))

@@ -246,8 +246,8 @@ def _weight(point: Mapping[str, Any], engine: Mapping[str, Any]) -> str:
     if point["target"] in engine["unusable"]:
         return ""
     if point["target"] in engine["lost"]:
-        return "as this version is"
-    return "not needed: another gives the same"
+        return "lost in this version"
+    return "not needed: another gives the same" if point["status"] != ABSENT else "not needed in this version"
 
 
 def _message(text: str) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from stagetrace.exporters.session import names_of
 from stagetrace.instrument.stages import BY_NAME, STAGES, AttentionKind, Collective, Level
 
 from .breakdown import Distribution, distribution
@@ -136,17 +137,6 @@ def invisible(processes: Iterable[Process]) -> tuple[list[str], list[str]]:
 
 def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
-
-
-def names_of(processes: Iterable[Process]) -> dict[int, str]:
-    """What the handles in the records stand for, as far as it was told."""
-    found = {}
-    for process in processes:
-        names = process.info.get("names")
-        for handle, name in names.items() if isinstance(names, dict) else ():
-            if str(handle).isdecimal():
-                found[int(handle)] = str(name)
-    return found
 
 
 # Stages

@@ -1,6 +1,7 @@
 """What recording costs a real engine under load: the hooks' own time, CPU time, and what the client notices.
 
-    .venv/bin/python benchmarks/engine_overhead.py [--json] [--quick] [--collector] [--native] [--torch-profiler]
+    .venv/bin/python benchmarks/engine_overhead.py [--json] [--quick] [--level layer] [--collector] [--native]
+                                                   [--torch-profiler]
 
 A vLLM server of the quickstart's tiny model runs under `stagetrace run` and a steady load; recording is switched on and
 off, window by window, in that one run. With --collector there are also windows that record while the collector is
@@ -51,7 +52,7 @@ CATCH_UP_S = 1.5  # that a collector which was stopped gets before that
 GOALS_PCT = {"step": 0.5, "layer": 2.0}  # of a step of GOAL_STEP_MS
 GOAL_STEP_MS = 3.0
 END_TIMEOUT_S = 90.0
-LEVELS = ("off", "request", "step")  # layer has no hooks yet
+LEVELS = ("off", "request", "step", "layer")
 SCHEDULER_CASES = {"request": "decode_request", "step": "decode"}  # of step_cost
 RINGS = ("control", "detail")
 KEYS = ("steps", "step_ms", "detail_slots_per_step", "timed_slots_per_step", "control_slots_per_step")
@@ -198,11 +199,11 @@ class Recorded:
     session: Session
 
 
-def measure_recording(directory: Path, plan: Plan, stop: bool) -> Recorded:
+def measure_recording(directory: Path, plan: Plan, stop: bool, level: Level) -> Recorded:
     """stagetrace armed against disarmed, in one run of a server; with `stop`, also with its collector stopped."""
     path = directory / "session"
     stagetrace = Path(sys.executable).parent / "stagetrace"
-    wrapper = (str(stagetrace), "run", "--no-report", "--session", str(path), "--")
+    wrapper = (str(stagetrace), "run", "--no-report", "--level", level.name.lower(), "--session", str(path), "--")
     with running(directory, wrapper) as (process, port):
         session = Session.open(path)
         processes = processes_of(session, process.pid)
@@ -219,7 +220,7 @@ def measure_recording(directory: Path, plan: Plan, stop: bool) -> Recorded:
         def switch(kind: str) -> None:
             nonlocal stopped
             let_go()
-            set_level(session, Level.OFF if kind == WITHOUT else Level.STEP)
+            set_level(session, Level.OFF if kind == WITHOUT else level)
             if kind == STOPPED:
                 os.kill(collector, signal.SIGSTOP)
                 stopped = True
@@ -230,7 +231,7 @@ def measure_recording(directory: Path, plan: Plan, stop: bool) -> Recorded:
                 time.sleep(WARM_UP_S)
                 windows = alternate(plan.pairs, plan.window_s, switch, processes, kinds)
                 let_go()
-                set_level(session, Level.STEP)
+                set_level(session, level)
         finally:
             let_go()
     seen = checked(load.seen)
@@ -296,11 +297,12 @@ def measure_torch_profiler(directory: Path, plan: Plan) -> dict[str, Difference]
     return differences(windows, checked(load.seen))[0]
 
 
-def hook_costs() -> tuple[dict[str, Any], dict[str, Any]]:
-    """What record_cost and step_cost find on this machine, now."""
+def hook_costs() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What record_cost, step_cost and layer_cost find on this machine, now."""
     programs = {
         "record_cost.py": ["--quick"],
         "step_cost.py": ["--cases", *SCHEDULER_CASES.values(), "--batches", str(WIDTH), "--rounds", "20"],
+        "layer_cost.py": ["--quick"],
     }
     found = []
     for program, options in programs.items():
@@ -309,13 +311,14 @@ def hook_costs() -> tuple[dict[str, Any], dict[str, Any]]:
         if done.returncode:
             raise Failed(f"{program} failed:\n{done.stderr}")
         found.append(json.loads(done.stdout.splitlines()[-1]))
-    return found[0], found[1]
+    return found[0], found[1], found[2]
 
 
-def self_times(session: Session, record: dict[str, Any], step: dict[str, Any]) -> dict[str, Any]:
+def self_times(session: Session, record: dict[str, Any], step: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
     """The hooks' own time on a step, in µs by level, from what they cost and how often they were called.
 
-    `session` says how long a step was and how many records it had; the two programs say what the calls cost.
+    `session` says how long a step was and how many records it had; the programs say what the calls cost. The layer
+    level is that of layer_cost's step, whose calls are those of the model here.
     """
     steps = session.read_table("steps", ["begin_ns", "end_ns", "status"]).to_pandas()
     steps = steps[steps.status == "complete"]
@@ -344,6 +347,7 @@ def self_times(session: Session, record: dict[str, Any], step: dict[str, Any]) -
         "off": (rank_off + scheduler_off) / 1e3,
         "request": scheduler["request"] + (rank_off + control) / 1e3,
         "step": scheduler["step"] + (rank + control) / 1e3,
+        "layer": scheduler["step"] + (rank + control + layer["nanoseconds"]["a step, recording"]) / 1e3,
     }
 
 
@@ -370,6 +374,9 @@ def main() -> int:
     parser.add_argument(
         "--collector", action="store_true", help="measure with the collector stopped as well (half as long again)"
     )
+    parser.add_argument(
+        "--level", choices=("step", "layer"), default="step", help="what is recorded in the windows that record (step)"
+    )
     parser.add_argument("--native", action="store_true", help="measure vLLM's own tracing as well (four more runs)")
     parser.add_argument("--torch-profiler", action="store_true", help="measure torch.profiler as well (one more run)")
     options = parser.parse_args()
@@ -393,11 +400,11 @@ def run(options: argparse.Namespace) -> int:
         built = subprocess.run(build, env=servers.VLLM.environment(), capture_output=True, text=True, check=False)
         if built.returncode:
             raise Failed(f"the model could not be built:\n{built.stderr}")
-        record, step = hook_costs()
+        costs = hook_costs()
         say(f"a server under stagetrace, {plan.pairs} pairs of windows of {plan.window_s} s, recording and not")
-        recorded = measure_recording(directory, plan, options.collector)
+        recorded = measure_recording(directory, plan, options.collector, Level[options.level.upper()])
         client, cpu = recorded.client, recorded.cpu
-        own = self_times(recorded.session, record, step)
+        own = self_times(recorded.session, *costs)
         if options.collector:
             others |= {"collector_stopped": recorded.stopped, "collector": recorded.collector}
         if options.native:
@@ -429,7 +436,7 @@ def run(options: argparse.Namespace) -> int:
     columns = ["process", "not recording", "recording (95 % interval)"]
     out.print(measure.table("\nCPU time for each output token", columns, rows))
     columns = ["as the client saw it", "without", "change (95 % interval)"]
-    out.print(measure.table("\nRecording at level step", columns, rows_of(client)))
+    out.print(measure.table(f"\nRecording at level {options.level}", columns, rows_of(client)))
     titles = {
         "collector_stopped": "The same with the collector stopped",
         "collector": "The collector running against stopped, recording in both",
@@ -443,8 +450,9 @@ def run(options: argparse.Namespace) -> int:
             {
                 "benchmark": "engine_overhead",
                 "machine": machine,
-                "hook_self_time_pct": {**percent, "layer": None},  # there is no hook of that level yet
-                "hook_self_time_pct_of_3ms": {**of_goal, "layer": None},
+                "level": options.level,
+                "hook_self_time_pct": percent,
+                "hook_self_time_pct_of_3ms": of_goal,
                 "hook_self_time_us": {level: own[level] for level in percent},
                 **{key: own[key] for key in KEYS},
                 "cpu": {one: found.json("cpu") for one, found in cpu.items()},

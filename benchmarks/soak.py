@@ -3,10 +3,11 @@
     .venv/bin/python benchmarks/soak.py [--minutes 60] [--steps-per-second 1000] [--directory DIR] [--json] [--quick]
 
 synthetic.py records at level step, with requests that come and go; a real `stagetrace collect` takes it. Watched are
-resident memory, descriptors and threads of both, and the session's size and files. A figure is flat when the trend over
-the second half of the time, with its 95 % interval, changes it by less than 1 %, a count by less than one. At the end
-every step that was recorded must be in the session or among the losses. The exit status is 1 when something grows or a
-step is unaccounted.
+resident memory, descriptors and threads of both, and the session's size and files. What a commit needs comes and goes,
+so memory is the least of each interval, which grows with a leak as every other figure of it would; the most is shown.
+A figure is flat when the trend over the second half of the time, with its 95 % interval, changes it by less than 1 %,
+a count by less than one. At the end every step that was recorded must be in the session or among the losses. The exit
+status is 1 when something grows or a step is unaccounted.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ from stagetrace.exporters.session import Session
 MINUTES, QUICK_MINUTES = 60.0, 20 / 60
 STEPS_PER_SECOND = 1_000.0
 SAMPLES = 240
+LOOKS = 10  # at the memory, in each of them
 ROWS = 12  # of the table over time
 FLAT_SHARE, FLAT_COUNT = 0.01, 1.0  # of the mean, over the second half; of a count of things
 PATIENCE_S = 120.0
 GIB_PER_HOUR = 6  # of disk, at most, at 1,000 steps a second
 COUNTED = ("rss", "descriptors", "threads")
+SHOWN = ("rss", "most", "descriptors", "threads")
 _FLAT, _GROWS, _FALLS, _UNKNOWN = "flat", "GROWS", "falls", "not resolved: run longer"
 
 
@@ -82,10 +85,9 @@ def trend(seconds: measure.Values, values: measure.Values, tolerance: float | No
 
 
 def look(name: str, process: psutil.Process) -> dict[str, float]:
-    """What a process holds at this moment; memory in MiB."""
+    """What a process holds at this moment, but its memory."""
     with process.oneshot():
         held = {
-            "rss": process.memory_info().rss / 2**20,
             "descriptors": process.num_fds(),
             "threads": process.num_threads(),
             "cpu_s": sum(process.cpu_times()[:2]),
@@ -110,13 +112,16 @@ def watch(session: Path, processes: dict[str, subprocess.Popen[bytes]], seconds:
     begin = time.monotonic()
     samples: list[dict[str, float]] = []
     for number in range(SAMPLES):
-        time.sleep(max(0.0, begin + (number + 1) * seconds / SAMPLES - time.monotonic()))
-        for name, process in processes.items():
-            if process.poll() is not None:
-                raise RuntimeError(f"the {name} ended early, with exit status {process.returncode}")
+        memory: dict[str, list[float]] = {name: [] for name in watched}
+        for glance in range(1, LOOKS + 1):
+            time.sleep(max(0.0, begin + (number + glance / LOOKS) * seconds / SAMPLES - time.monotonic()))
+            for name, process in processes.items():
+                if process.poll() is not None:
+                    raise RuntimeError(f"the {name} ended early, with exit status {process.returncode}")
+                memory[name].append(watched[name].memory_info().rss / 2**20)
         sample = {"seconds": time.monotonic() - begin, **on_disk(session)}
         for name, one in watched.items():
-            sample |= look(name, one)
+            sample |= look(name, one) | {f"{name}_rss": min(memory[name]), f"{name}_most": max(memory[name])}
         samples.append(sample)
     return {name: np.array([sample[name] for sample in samples]) for name in samples[0]}
 
@@ -184,12 +189,13 @@ def account(session: Session) -> dict[str, Any]:
 def tables(samples: dict[str, measure.Values], trends: dict[str, Trend]) -> list[Any]:
     """The table over time and the one of the trends."""
     at = np.unique(np.linspace(0, len(samples["seconds"]) - 1, ROWS).round().astype(int))
-    columns = ["minute", *(f"{who} {what}" for who in ("collector", "writer") for what in ("MiB", "fds", "threads"))]
-    shown = ["seconds", *(f"{who}_{what}" for who in ("collector", "writer") for what in COUNTED)]
+    whats = ("MiB", "most MiB", "fds", "threads")
+    columns = ["minute", *(f"{who} {what}" for who in ("collector", "writer") for what in whats)]
+    shown = ["seconds", *(f"{who}_{what}" for who in ("collector", "writer") for what in SHOWN)]
     rows = [
         [
             f"{samples['seconds'][row] / 60:.1f}",
-            *(f"{samples[name][row]:.{1 if name.endswith('rss') else 0}f}" for name in shown[1:]),
+            *(f"{samples[name][row]:.{1 if name.endswith(('rss', 'most')) else 0}f}" for name in shown[1:]),
             f"{samples['session_mib'][row]:.1f}",
             f"{samples['session_files'][row]:.0f}",
         ]

@@ -83,6 +83,7 @@ UNITS = {
     Unit.NANOSECONDS: "nanoseconds",
     Unit.PPM: "millionths",
     Unit.ENUM: "one of the values that its meaning lists",
+    Unit.HANDLE: "an integer that stands for a name, which a record of its own tells; spans have the name",
 }
 # One table each; a stage is in the first that takes it.
 SECTIONS = {
@@ -182,6 +183,7 @@ def speed_of_light_page() -> str:
 
 
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}  # as they call themselves
+LOST = "lost"
 
 
 def compatibility_page() -> str:
@@ -194,8 +196,9 @@ def compatibility_page() -> str:
         " sources again); vLLM runs under test from 0.28 to 0.32. In releases between two columns that agree, the same"
         " holds unless the table gives a range. In a newer release than the last column the hooks that fit are"
         " installed, and `stagetrace doctor` says which they are and what is lost.",
-        "A cell says `yes`, the name of the function that is hooked in that release instead, or `-`: there is none, and"
-        " what it gives is lost.",
+        "A cell says `yes`; or the name of the function that is hooked in that release instead; or `none`: the release"
+        " does nothing of the kind; or `lost`: it does, in a function that is not hooked, and what the hook point gives"
+        " is not to be had.",
     ]
     for engine, points in tables().items():
         blocks += [f"## {ENGINES[engine]}", *compatibility_of(points, releases_of(engine))]
@@ -212,41 +215,42 @@ def releases_of(package: str) -> list[Facts]:
 
 
 def compatibility_of(points: Sequence[HookPoint], releases: list[Facts]) -> list[str]:
-    """The blocks about the hook points that lie in a package: what is lost, and one row for each place."""
+    """The blocks about the hook points that lie in a package: one row for each place, and what is lost."""
     places: dict[str, list[HookPoint]] = {}
     for point in points:
         if package_of(point.target) == releases[0].release.name:
             places.setdefault(point.place, []).append(point)
-    held = {
-        place: [
-            next((p for p in rows if ranged(p, facts.release) and judged(facts, p)[0] == FITS), None)
-            for facts in releases
-        ]
-        for place, rows in places.items()
-    }
-    lost = []
-    for number, facts in enumerate(releases):
-        gone = [
-            f"{rows[0].gives} ({code(short(place))})" for place, rows in places.items() if held[place][number] is None
-        ]
-        lost += [f"* {facts.release.version}: {'; '.join(gone)}"] if gone else []
     columns = ("hook point", "in", "level", *(facts.release.version for facts in releases), "gives")
-    rows = [
-        [
-            code(short(place)),
-            code(place.partition(":")[0]),
-            places[place][0].level.name.lower(),
-            *("-" if one is None else "yes" if one.target == place else code(short(one.target)) for one in cells),
-            places[place][0].gives,
-        ]
-        for place, cells in held.items()
+    rows = []
+    for place, candidates in places.items():
+        point = next(one for one in candidates if one.target == place)
+        cells = [held(place, candidates, facts) for facts in releases]
+        rows.append([code(short(place)), code(point.module), point.level.name.lower(), *cells, point.gives])
+    lost = [
+        f"* {facts.release.version}: " + "; ".join(f"{row[-1]} ({row[0]})" for row in rows if row[number] == LOST)
+        for number, facts in enumerate(releases, 3)
+        if any(row[number] == LOST for row in rows)
     ]
-    ranges = [f"* {code(point.target)}: {range_text(point)}" for point in points if point.since or point.before]
+    ranges = [
+        f"* {code(point.target)}: {range_text(point)}"
+        for candidates in places.values()
+        for point in candidates
+        if point.since or point.before
+    ]
     return [
-        *(["Lost:", "\n".join(lost)] if lost else ["Nothing is lost in these releases."]),
         table(columns, rows),
-        *(["Releases that a row is for:", "\n".join(ranges)] if ranges and lost else []),
+        *(["What is lost:", "\n".join(lost)] if lost else ["Nothing is lost in these releases."]),
+        *(["Hook points that are for some releases:", "\n".join(ranges)] if ranges else []),
     ]
+
+
+def held(place: str, candidates: Sequence[HookPoint], facts: Facts) -> str:
+    """What a release has at a place: the cell."""
+    ranged_here = [point for point in candidates if ranged(point, facts.release)]
+    for point in ranged_here:
+        if judged(facts, point)[0] == FITS:
+            return "yes" if point.target == place else code(short(point.target))
+    return LOST if ranged_here or any(point.missed for point in candidates) else "none"
 
 
 def short(target: str) -> str:

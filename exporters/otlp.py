@@ -13,6 +13,7 @@ from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from .gather import Gather
+from .session import names_of
 from .spans import LINK_LIMIT, Clock, Source, Spans, model_of, resource_attributes, rows_of, spans_of_rows
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ class OtlpSink:
             self._resource(resource_attributes(manifest)),
             {process.key: self._resource(resource_attributes(manifest, process)) for process in manifest.processes},
             model_of(manifest),
+            names_of(manifest.processes),
         )
 
     def _resource(self, attributes: dict[str, str | int]) -> Resource:

@@ -33,7 +33,7 @@ from stagetrace.instrument.stages import MAX_ATTRIBUTES, STEP_COMPOSITION
 from .parts import BLOCK, END, Part, list_parts, merge_block, read_part, remove_within, write_part
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 MANIFEST_VERSION = 2
 ANCHOR_NS = 1_000_000  # by which wall and monotonic clock drift apart before that is noted
@@ -214,6 +214,17 @@ class Process:
     info: dict[str, Any] = field(default_factory=dict)  # engine, version, model, flags, ranks
     hooks: list[dict[str, str]] = field(default_factory=list)  # name, status (installed, missing, ...), why, gives
     errors: dict[str, int] = field(default_factory=dict)  # contained errors of ours, by hook
+
+
+def names_of(processes: Iterable[Process]) -> dict[int, str]:
+    """What the handles in processes' records stand for, as far as they said."""
+    found = {}
+    for process in processes:
+        names = process.info.get("names")
+        for handle, name in names.items() if isinstance(names, dict) else ():
+            if str(handle).isdecimal():
+                found[int(handle)] = str(name)
+    return found
 
 
 @dataclass

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 from uuid import NAMESPACE_URL, uuid5
@@ -35,6 +35,7 @@ from stagetrace.instrument.stages import (
     Level,
     Stage,
     Timeline,
+    Unit,
 )
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ class Source:
     service: Resource  # of requests, which pass through several processes, and of processes that are not known
     processes: Mapping[int, Resource]  # by the process's key in the session
     model: str | None = None
+    names: Mapping[int, str] = field(default_factory=dict)  # what handles in segments stand for
 
     def resource(self, process: int) -> Resource:
         """The resource of one process's spans."""
@@ -248,7 +250,7 @@ def _segment_span(row: Row, root: Row, trace: _Trace, known: _Segments, source: 
         "stagetrace.engine_instance": hex_instance(root["instance"]),
         "stagetrace.self_ns": row["self_ns"],
         "thread.id": row["thread"],
-        **_stage_attributes(row, stage),
+        **_stage_attributes(row, stage, source.names),
     }
     return _span(
         name,
@@ -447,7 +449,7 @@ def _state_spans(
             "stagetrace.stage": stage.name,
             "stagetrace.step": row["step"],
             "stagetrace.engine_instance": hex_instance(row["instance"]),
-            **_stage_attributes(row, stage),
+            **_stage_attributes(row, stage, source.names),
         }
         spans.append(
             _span(
@@ -487,8 +489,16 @@ def _within(root: SpanContext, span_id: int) -> SpanContext:
     return SpanContext(root.trace_id, span_id, False, root.trace_flags, root.trace_state)
 
 
-def _stage_attributes(row: Row, stage: Stage) -> dict[str, Any]:
-    return {f"stagetrace.{attribute.name}": row[f"a{i}"] for i, attribute in enumerate(stage.attributes)}
+def _stage_attributes(row: Row, stage: Stage, names: Mapping[int, str]) -> dict[str, Any]:
+    found = {}
+    for i, attribute in enumerate(stage.attributes):
+        value = row[f"a{i}"]
+        if value is not None and attribute.unit is Unit.HANDLE:
+            value = names.get(value) or (hex_instance(value) if value else None)
+        elif value is not None:
+            value = attribute.text(value) or value
+        found[f"stagetrace.{attribute.name}"] = value
+    return found
 
 
 def _span(

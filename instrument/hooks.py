@@ -58,6 +58,7 @@ class HookPoint:
     since: str = ""  # the first release of the engine that has it so, as "0.28"; empty: all the way back
     before: str = ""  # the first one that no longer has it so; empty: all to come
     stands_for: str = ""  # the target that has its place in other releases; empty: its own
+    missed: bool = True  # what it gives is lost outside of its range; False: the engine does nothing of the kind there
     compiled: bool = False  # a compiler may reach it: it records nothing while it is traced, or a stream captured
     per_object: bool = False
 
@@ -199,7 +200,8 @@ def check(module: ModuleType, point: HookPoint, release: Release = ()) -> tuple[
 
 def absence(point: HookPoint) -> str:
     """Why a hook point is ABSENT."""
-    return f"the hook point is for the releases {range_text(point)}"
+    otherwise = "" if point.missed else "; others have nothing of the kind"
+    return f"the hook point is for the releases {range_text(point)}{otherwise}"
 
 
 def compare(found: tuple[str, ...], wanted: tuple[str, ...]) -> tuple[str, str]:
@@ -245,7 +247,7 @@ class Hooks(importlib.abc.MetaPathFinder):
                 hook.set("left out", f"it records at level {hook.point.level.name.lower()}, above the maximum level")
                 continue
             if not in_range(hook.point, self.release):
-                hook.set(ABSENT, absence(hook.point))
+                hook.set(ABSENT if hook.point.missed else "left out", absence(hook.point))
                 continue
             waiting = self._waiting.setdefault(hook.point.module, [])
             if hook not in waiting:

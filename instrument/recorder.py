@@ -37,6 +37,7 @@ STEP_END = records.header_word(records.RecordType.STEP_END)
 _STEP_BEGIN_1 = records.header_word(records.RecordType.STEP_BEGIN, 0, 0, 2)
 _STEP_BEGIN_2 = records.header_word(records.RecordType.STEP_BEGIN, 0, 1, 2)
 _EXPERTS = int(records.RecordType.EXPERTS)  # the header word of a record's part, but for part and parts
+_EXPERTS_ALONE = records.header_word(records.RecordType.EXPERTS)
 _PART_BYTES = 8 * records.PART_WORDS
 _FIRST_BYTES = 8 * (records.PART_WORDS - 5)  # of the composition, in a step's first slot
 _FIRST_SLOT = struct.Struct(f"<QQQ5q{_FIRST_BYTES}sQ")
@@ -220,6 +221,11 @@ def _detail_writers() -> DetailWriters:
         `counts` has an unsigned little-endian number of `width` bytes for each expert.
         """
         data = records.EXPERTS_HEAD.pack(instance, step, rank, layer, tokens, len(counts) // width, width) + counts
+        if len(data) <= _PART_BYTES:
+            number = next(slots)
+            at, number = (number & mask) << _SHIFT, number + 1
+            pack_part(memory, at, number, _EXPERTS_ALONE, number, data, number)
+            return True
         parts = -(-len(data) // _PART_BYTES)
         if parts > _MOST_PARTS:
             return False

@@ -51,6 +51,7 @@ class Unit(StrEnum):
     NANOSECONDS = "ns"
     PPM = "1e-6"
     ENUM = "enum"
+    HANDLE = "handle"  # of a name that a text record tells
 
 
 class IdleReason(IntEnum):
@@ -105,10 +106,6 @@ class Collective(IntEnum):
         return self.name.lower()
 
 
-def _choices(values: type[IdleReason] | type[AttentionKind] | type[Collective]) -> str:
-    return ", ".join(f"{each.value} {each.text}" for each in values)
-
-
 @dataclass(frozen=True)
 class Attribute:
     """One integer that a record carries beside its times."""
@@ -116,6 +113,17 @@ class Attribute:
     name: str
     unit: Unit
     means: str
+    choices: type[IdleReason] | type[AttentionKind] | type[Collective] | None = None
+
+    def text(self, value: int) -> str | None:
+        """What a value stands for in words; None where it is a number, or one of a newer vocabulary."""
+        if self.choices is None or value not in [*self.choices]:
+            return None
+        return self.choices(value).text
+
+
+def _one_of(name: str, choices: type[IdleReason] | type[AttentionKind] | type[Collective]) -> Attribute:
+    return Attribute(name, Unit.ENUM, ", ".join(f"{each.value} {each.text}" for each in choices), choices)
 
 
 @dataclass(frozen=True)
@@ -508,7 +516,7 @@ STAGES: tuple[Stage, ...] = (
         ("forward",),
         (
             _LAYER,
-            Attribute("kind", Unit.ENUM, _choices(AttentionKind)),
+            _one_of("kind", AttentionKind),
             _LAYER_TOKENS,
         ),
     ),
@@ -598,7 +606,7 @@ STAGES: tuple[Stage, ...] = (
         "a multimodal encoder",
         "fetching or decoding the image, sound or video",
         ("prepare", "forward"),
-        (_LAYER_TOKENS,),
+        (Attribute("inputs", Unit.COUNT, "images, sounds or videos"),),
     ),
     Stage(
         100,
@@ -613,10 +621,10 @@ STAGES: tuple[Stage, ...] = (
             *("forward", "sample", "prepare", "bookkeep", "rank_step", "execute"),
         ),
         (
-            Attribute("op", Unit.ENUM, _choices(Collective)),
-            Attribute("group", Unit.COUNT, "handle of the group's name"),
+            _one_of("op", Collective),
+            Attribute("group", Unit.HANDLE, "the group of ranks, by name"),
             Attribute("bytes", Unit.BYTES, "size of what this rank gives; of what it gets where it only receives"),
-            Attribute("algorithm", Unit.COUNT, "handle of the name of what carried it out, 0 where it is not known"),
+            Attribute("algorithm", Unit.HANDLE, "what carried it out, by name; 0 where that is not known"),
             Attribute(
                 "sequence",
                 Unit.COUNT,
@@ -720,7 +728,7 @@ STAGES: tuple[Stage, ...] = (
         "a gap on a timeline, with its reason",
         "a fault: most often there was no work",
         ("rank_step",),
-        (Attribute("reason", Unit.ENUM, _choices(IdleReason)),),
+        (_one_of("reason", IdleReason),),
     ),
 )
 

@@ -24,6 +24,8 @@ _FRONT, _CORE, _RANK = "front end", "engine core", "worker"
 _MOE = "vllm.model_executor.layers.fused_moe"
 _KERNEL = f"{_MOE}.modular_kernel:FusedMoEKernelModularImpl"
 _GROUP = "vllm.distributed.parallel_state:GroupCoordinator"
+# Operations that a group did not have before; what they do was done by others of the table.
+_GROUP_SINCE = {"reduce_scatterv_into_output": "0.32", "combine_into_output": "0.32"}
 _COMMUNICATORS = "vllm.distributed.device_communicators"
 
 
@@ -36,7 +38,8 @@ def _in_a_layer(target: str, parameters: tuple[str, ...], stage: str, gives: str
 def _of_a_group(function: str, parameters: tuple[str, ...], op: Collective, size: str) -> HookPoint:
     """An operation of a group of ranks; `size` names what has its bytes: a parameter, or the result."""
     target, gives = f"{_GROUP}.{function}", f"collective: {op.text} ({function.strip('_')})"
-    return HookPoint(target, parameters, Level.LAYER, _RANK, layers.collective(op, size), gives, compiled=True)
+    handler, since = layers.collective(op, size), _GROUP_SINCE.get(function, "")
+    return HookPoint(target, parameters, Level.LAYER, _RANK, handler, gives, since, missed=False, compiled=True)
 
 
 _LAYER_POINTS = (
@@ -102,6 +105,14 @@ _LAYER_POINTS = (
         layers.of_model("logits", "hidden_states"),
         "logits",
         compiled=True,
+    ),
+    HookPoint(
+        f"{_RUNNER}._execute_mm_encoder",
+        ("self", "scheduler_output"),
+        Level.LAYER,
+        _RANK,
+        layers.encoder,
+        "encode",
     ),
     HookPoint(
         f"{_MOE}.runner.moe_runner:MoERunner._forward_impl",

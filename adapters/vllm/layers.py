@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
+from _thread import get_ident
 from typing import TYPE_CHECKING, Any
 
 from stagetrace.adapters.collectives import Collectives, Group
@@ -18,8 +20,8 @@ from stagetrace.adapters.layers import Within, timed, timed_within
 from stagetrace.adapters.rank import layer_index, ranges
 from stagetrace.instrument.around import Around
 from stagetrace.instrument.recorder import RECORDER
-from stagetrace.instrument.records import Text
-from stagetrace.instrument.stages import AttentionKind, Collective
+from stagetrace.instrument.records import RecordType, Text, header_word
+from stagetrace.instrument.stages import BY_NAME, AttentionKind, Collective
 
 from .worker import RANK
 
@@ -41,6 +43,8 @@ _CALLED = (
     "_forward",
 )
 _TOKENS = ("query", "q", "hidden_states", "projected_states", "mixed_qkv", "mixed_qkvz", "qkvz", "x")
+
+_ENCODE = header_word(RecordType.SEGMENT, BY_NAME["encode"].id)
 
 WITHIN = Within()
 COLLECTIVES = Collectives(RECORDER, RANK)
@@ -219,6 +223,8 @@ def _attach_experts(
     from vllm.distributed.parallel_state import get_tp_group
 
     alone = bool(getattr(config, "is_sequence_parallel", False)) or get_tp_group().rank_in_group == 0
+    if getattr(runners[0][1], "do_naive_dispatch_combine", False):  # tokens are gathered before they are routed
+        alone = alone and runner.parallel_config.data_parallel_rank == 0
     if not (visible and alone) or hook.status == "left out":
         return told
     counts: HostCounts | DeviceCounts
@@ -269,13 +275,11 @@ def capture_fn_set(_: Hook) -> Around:
 
 def padding_of(tokens: int) -> Any:
     """Which of so many tokens are padding, by the engine's own mask; None where none is, or that is not known."""
-    from vllm import forward_context
-
-    context = forward_context._forward_context
-    mask = None if context is None else getattr(context, "is_padding", None)
-    if mask is None or mask.shape[0] != tokens or RANK.tokens == tokens:
+    if RANK.tokens == tokens and RANK.step:
         return None
-    return mask
+    context = sys.modules["vllm.forward_context"]._forward_context
+    mask = None if context is None else getattr(context, "is_padding", None)
+    return None if mask is None or mask.shape[0] != tokens else mask
 
 
 # Functions that all layers share
@@ -284,12 +288,13 @@ def padding_of(tokens: int) -> Any:
 def moe_begins(_: Hook) -> Around:
     """MoERunner._forward_impl: what follows on this thread is this layer's MoE."""
 
+    by_thread = WITHIN.by_thread
+
     def before(self: Any) -> None:
-        layer = vars(self).get(_MARK)
+        layer = self.__dict__.get(_MARK)
         if layer is None:
-            layer = layer_index(self.layer_name)
-            vars(self)[_MARK] = layer
-        WITHIN.enter(layer)
+            layer = self.__dict__[_MARK] = layer_index(self.layer_name)
+        by_thread[get_ident()] = layer
 
     return Around(before)
 
@@ -297,6 +302,18 @@ def moe_begins(_: Hook) -> Around:
 def of_layer(stage: str, tensor: str) -> Callable[[Hook], Around]:
     """A handler of a stage of the layer that is being run."""
     return lambda hook: timed_within(hook.recorder, RANK, WITHIN, stage, tensor)
+
+
+def encoder(hook: Hook) -> Around:
+    """GPUModelRunner._execute_mm_encoder; recorded where there was something to encode."""
+    segment = hook.recorder.segment
+
+    def after(scheduler_output: Any, begin: int, end: int) -> None:
+        given = scheduler_output.scheduled_encoder_inputs
+        if given and RANK.step:
+            segment(_ENCODE, begin, end, RANK.instance, RANK.step, sum(map(len, given.values())))
+
+    return Around(after=after)
 
 
 def of_model(stage: str, tensor: str) -> Callable[[Hook], Around]:

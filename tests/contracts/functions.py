@@ -130,7 +130,7 @@ class Code:
                     elif isinstance(node, ast.ClassDef):
                         found = Class(one.module, f"{one.name}.{name}", node)
                     elif isinstance(node, ast.Name) and node.id != name:  # `forward = other`
-                        found = self._get(one, node.id)
+                        found = self._get(one, node.id) or self._named(one.module, node.id)
                     else:
                         found = f"{one.module}:{one.name}.{name}", node
                     if found is not None:

@@ -137,7 +137,7 @@ def ask_pip(name: str, version: str) -> tuple[str, str]:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--report", str(report)]
         command += ["--no-deps", "--ignore-installed", "--only-binary", ":all:", "--python-version", "3.11"]
         done = subprocess.run(
-            [*command, *platforms, "--target", directory, f"{name}=={version}"],
+            [*command, *platforms, "--target", directory, f"{name}==={version}"],
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,

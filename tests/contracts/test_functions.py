@@ -98,6 +98,7 @@ class Runner(Mixin, Deep[str]):
     def __init_subclass__(cls): ...
     renamed = run
     called = staticmethod(work)
+    outer: object = later
     if number:
         def sometimes(self, batch): ...
     else:
@@ -177,6 +178,7 @@ FOUND = {
     "managed": ("first",),
     "chosen": ("first",),
     "Runner.run": ("self", "batch", "flag"),
+    "Runner.outer": ("first",),
     "Runner.both": ("self", "of_mixin"),
     "Runner.deep": ("self", "batch"),
     "Runner.Inner.deep": ("self", "x"),

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import subprocess
+import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
 from engines.server import LIVE, environment
 from quickstart.servers import MODEL_SCRIPT, VLLM, Engine, tail
+
+from stagetrace.analysis.calibration.results import Calibration, load
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -36,6 +40,27 @@ def model(engine_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     )
     assert built.returncode == 0, built.stdout + built.stderr
     return directory
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a quick calibration with one thread and two ranks gave, what it printed, and where it is."""
+
+    found: Calibration
+    said: str
+    path: Path
+
+
+@pytest.fixture(scope="session")
+def calibrated(engine_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
+    """A calibration of this machine's processor, made once per test run."""
+    path = tmp_path_factory.mktemp("calibration") / "c.json"
+    components = [word for name in ("memory", "gemm", "experts", "collective") for word in ("--only", name)]
+    command = [sys.executable, "-m", "stagetrace.cli.main", "calibrate", "--python", str(engine_python), "--quick"]
+    command += ["--threads", "1", "--ranks", "2", "--out", str(path), "--plot", str(path.with_suffix(".svg"))]
+    found = subprocess.run([*command, *components], capture_output=True, text=True, check=False, timeout=500)
+    assert found.returncode == 0, found.stderr
+    return Calibrated(load(path), found.stdout, path)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -29,6 +29,15 @@ def test_step_cost(engine_python: Path) -> None:
     assert isinstance(found["speculation_us_per_request"], float)
 
 
+def test_layer_cost(engine_python: Path) -> None:
+    found = object_of("layer_cost.py", "--python", str(engine_python))
+    own = found["nanoseconds"]
+    for name in ("attention", "moe_route", "expert_dispatch", "embed", "collective", "a step"):
+        assert 0 < own[f"{name}, level step"] < own[f"{name}, recording"]
+    # Embedding, logits, and by layer: attention, route, dispatch, compute, combine, and counts in a slot.
+    assert found["step_slots"] == 2 + 4 * (5 + 1)
+
+
 @pytest.mark.usefixtures("engine_python")
 def test_engine_overhead() -> None:
     found = object_of("engine_overhead.py", "--collector")
@@ -36,7 +45,7 @@ def test_engine_overhead() -> None:
     own = found["hook_self_time_pct"]
     assert 0 < own["off"] < own["step"]
     assert own["request"] < own["step"]
-    assert own["layer"] is None
+    assert own["layer"] > own["step"]
     # The steps that were timed are those of the server: they write as much.
     assert found["detail_slots_per_step"] == pytest.approx(found["timed_slots_per_step"], abs=0.5)
     assert {"engine core", "worker", "front end", "collector"} <= set(found["cpu"])

@@ -26,6 +26,7 @@ def test_composition_of_vllms_own_batches(engine_python: Path) -> None:
 # What decorators of vLLM's own hide: there the wrapper names the leading parameters and takes whatever else comes.
 HIDDEN = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.__init__",  # once in a process's life
+    "vllm.v1.worker.gpu_worker:Worker.initialize_from_config",  # also
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens",
 }
 

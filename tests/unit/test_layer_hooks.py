@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -106,19 +107,23 @@ def test_a_call_is_one_segment_with_its_layer_and_tokens(pair: tuple[Recorder, R
     ]
 
 
-def test_the_layer_is_that_of_the_thread_when_the_call_began(pair: tuple[Recorder, RingReader]):
+def test_the_layer_is_that_of_the_thread(pair: tuple[Recorder, RingReader]):
     recorder, reader = pair
     within = Within()
-    assert within.layer == -1
+    rank: Any = Rank()
 
-    def goes_on(x: Tensor) -> Tensor:
-        within.enter(8)  # the other half of the batch, on its way through this layer
+    def work(x: Tensor) -> Tensor:
+        other = threading.Thread(target=within.enter, args=(8,))  # the other half of the batch
+        other.start()
+        other.join()
         return x
 
-    work = hooked(recorder, goes_on, timed_within(recorder, Rank(), within, "expert_dispatch", "x"))  # type: ignore[arg-type]
-    within.enter(7)
-    work(Tensor(5, 40))
-    assert segments(reader) == [(BY_NAME["expert_dispatch"].id, 1, 7, 5, 40, 0, 0, 0, 0, 0)]
+    hooked_work = hooked(recorder, work, timed_within(recorder, rank, within, "expert_dispatch", "x"))
+    for layer in (-1, 7):
+        if layer >= 0:
+            within.enter(layer)
+        hooked_work(Tensor(5, 40))
+    assert [words[2:5] for words in segments(reader)] == [(-1, 5, 40), (7, 5, 40)]
 
 
 # Collectives

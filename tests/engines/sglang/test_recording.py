@@ -153,8 +153,10 @@ def test_accounting(recorded: Recorded) -> None:
         rows = segments[segments["stage"] == BY_NAME[name].id]
         assert set(rows["parent_stage"].fillna(0)) == parents, name
         assert set(rows["step"]) <= set(steps["step"]), name
-    for name in ("schedule", "update", "prepare", "forward", "sample"):
+    for name in ("schedule", "update", "prepare", "forward"):
         assert (segments["stage"] == BY_NAME[name].id).sum() == len(steps), name
+    # For n = 2 SGLang first computes the prompt alone, without a token.
+    assert 0 <= len(steps) - (segments["stage"] == BY_NAME["sample"].id).sum() <= 2
 
 
 def test_steps_overlap(recorded: Recorded) -> None:
@@ -206,12 +208,12 @@ def test_steps_tell_prefill_and_decode_apart(recorded: Recorded) -> None:
 def test_work_is_that_of_the_requests(recorded: Recorded) -> None:
     """Pairs of a token and one that it sees, once from the sums of steps, once from the lengths of requests alone.
 
-    A request computes all its tokens but those that were cached and the last that it generated; with overlap one that
+    A request computes all its tokens but those that were cached and the last that it generated. With overlap one that
     is aborted, or that a grammar ends, has a step more than the tokens that it got.
     """
     requests, steps = recorded.frames["requests"], recorded.frames["steps"]
     batch = Batch.of_steps({str(name): column for name, column in steps.items()})
-    computed = requests["prompt_tokens"] + requests["output_tokens"] - 1
+    computed = requests["prompt_tokens"] + (requests["output_tokens"] - 1).clip(lower=0)
     cached = requests["cached_tokens"].fillna(0)
     surplus = int(batch.tokens.sum()) - int((computed - cached).sum())
     pairs = int((computed * (computed + 1) // 2 - cached * (cached + 1) // 2).sum())

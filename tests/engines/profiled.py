@@ -1,0 +1,56 @@
+"""Run by the engine's Python: a long prefill under torch.profiler, with ranges opened around what the hooks are on.
+
+Prints JSON: name of a range -> how often, and how long together in µs.
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+from vllm import LLM, SamplingParams
+from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernelModularImpl
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+
+def ranged(name: str, function: Any) -> Any:
+    """The function in a range of the profiler's."""
+
+    def inside(*given: Any, **named: Any) -> Any:
+        with record_function(name):
+            return function(*given, **named)
+
+    return inside
+
+
+def main() -> None:
+    llm = LLM(
+        model=sys.argv[1],
+        enforce_eager=True,
+        max_model_len=4096,
+        max_num_batched_tokens=2048,
+        enable_prefix_caching=False,
+        distributed_executor_backend="uni",
+    )
+    for layer in llm.llm_engine.vllm_config.compilation_config.static_forward_context.values():
+        if hasattr(layer, "impl"):
+            layer.impl.forward = ranged("attention", layer.impl.forward)
+    for name, owner, function in (
+        ("expert_compute", FusedMoEKernelModularImpl, "_fused_experts"),
+        ("rank", GPUModelRunner, "execute_model"),
+    ):
+        setattr(owner, function, ranged(name, getattr(owner, function)))
+    tokens = [{"prompt_token_ids": [7 + (number * 31 + at) % 900 for at in range(2000)]} for number in range(3)]
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        llm.generate(tokens, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+    found = {
+        event.key: [event.count, event.cpu_time_total]
+        for event in profiler.key_averages()
+        if event.key in ("attention", "expert_compute", "rank")
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,336 @@
+"""Level layer on a real vLLM: attention, MLP and MoE by layer, tokens by expert, collectives; eager and compiled."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from engines.recording import STAGETRACE, Recording, ask, record
+from engines.server import environment, serve
+from quickstart.load import Request, Result, run_load
+from quickstart.servers import MODEL_SCRIPT
+
+from stagetrace.analysis.load import load
+from stagetrace.analysis.report import summarise
+from stagetrace.exporters.session import Session, names_of
+from stagetrace.instrument.hooks import ERRORS_UNTIL_OUT
+from stagetrace.instrument.stages import BY_ID, BY_NAME, AttentionKind, Collective, Level
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from stagetrace.analysis.load import Frames
+
+LAYERS, EXPERTS, TOP_K, HIDDEN, TYPE_BYTES = 4, 8, 2, 256, 2  # of the tiny model (examples/quickstart/model.py)
+AT_LAYER = ("--level", "layer", "--no-report")
+COUNTING = Path(__file__).with_name("counting.py")
+QUESTIONS = [Request(({"role": "user", "content": f"question {number}"},), max_tokens=12) for number in range(4)]
+# Every hook of the layer level fails, before the engine's function and after it, and so does counting.
+RAISES = """
+from dataclasses import replace
+from stagetrace.adapters import experts
+from stagetrace.instrument import hooks
+from stagetrace.instrument.stages import Level
+install = hooks.wrap
+def raises(*given):
+    raise RuntimeError("made to fail")
+def wrap(original, around, hook):
+    if hook.point.level == Level.LAYER:
+        around = replace(around, before=lambda: raises(), after=lambda: raises())
+    return install(original, around, hook)
+hooks.wrap = wrap
+experts.HostCounts.count = raises
+"""
+
+
+@dataclass
+class Recorded:
+    """What the tests look at."""
+
+    recording: Recording
+    frames: Frames
+    results: list[Result]
+
+    def segments(self, stage: str) -> pd.DataFrame:
+        """The segments of a stage."""
+        segments = self.frames["segments"]
+        return segments[segments["stage"] == BY_NAME[stage].id]
+
+
+def recorded(model: Path, directory: Path, *arguments: str, requests: int = 12, **env: str) -> Recorded:
+    """A server at level layer, asked the questions one by one and then under load."""
+    with record(model, directory, *arguments, env=env, run=AT_LAYER) as recording:
+        server = recording.server
+        results = ask(server, *QUESTIONS)
+        results += asyncio.run(run_load(server.base_url, server.model, requests=requests, seed=5, concurrency=(4,)))
+    assert [result.error for result in results] == [None] * len(results)
+    return Recorded(recording, recording.frames(), results)
+
+
+def assert_whole(one: Recorded) -> None:
+    """Nothing was lost, cut or failed, and every step is complete."""
+    manifest = one.recording.manifest
+    assert manifest.counts["accounting_conflict"] == 0
+    assert sum(losses.lost for losses in manifest.losses) == 0
+    assert not any(process.errors for process in manifest.processes)
+    assert not [hook for process in manifest.processes for hook in process.hooks if hook["status"] in ("out", "error")]
+    assert set(one.frames["steps"]["status"]) == {"complete"}
+
+
+def assert_nested(one: Recorded) -> None:
+    """Every segment of a layer is in a step, and inside forward or inside another of a layer."""
+    segments = one.frames["segments"]
+    level = segments["stage"].map(lambda stage: BY_ID[stage].level)
+    layers = segments[level == Level.LAYER]
+    assert layers["step"].notna().all()
+    parents = segments.set_index(["process", "sequence"])["stage"]
+    found = {int(parents[key]) for key in zip(layers["process"], layers["parent"], strict=True)}
+    outer = {stage for stage in found if BY_ID[stage].level != Level.LAYER}
+    assert outer == {BY_NAME["forward"].id}
+    forward = one.segments("forward")
+    inside = layers[layers["parent_stage"] == BY_NAME["forward"].id]
+    spent = (inside["end_ns"] - inside["begin_ns"]).sum()
+    assert spent + forward["self_ns"].sum() == (forward["end_ns"] - forward["begin_ns"]).sum()
+
+
+def by_step(rows: pd.DataFrame) -> pd.Series[int]:
+    return rows.groupby(["instance", "step"]).size()
+
+
+def scheduled(one: Recorded) -> pd.Series[int]:
+    """Tokens by step."""
+    steps = one.frames["steps"].set_index(["instance", "step"])
+    return steps["prefill_tokens"] + steps["decode_tokens"]
+
+
+# Counting
+
+
+def test_counts_are_those_of_a_plain_count(engine_python: Path) -> None:
+    """Few choices and many, of both kinds of integers, with padding, and with choices that are none."""
+    done = subprocess.run(
+        [engine_python, COUNTING], env=environment(), capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    for case in json.loads(done.stdout.splitlines()[-1]):
+        host, *device = case["counted"]
+        assert host == [7, 1, 3, 5, case["tokens"], case["plain"]]
+        assert [words[3] for words in device] == ([4, 5] if sum(case["plain"]) else [])
+        for words in device:
+            assert words[:3] == [7, 1, 3] and words[5] == case["plain"]
+            assert case["tokens"] - case["holes"] <= words[4] <= case["tokens"]
+
+
+# Mixture of Experts, eager
+
+
+@pytest.fixture(scope="module")
+def moe(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    return recorded(model, tmp_path_factory.mktemp("layers-moe"), "--enforce-eager", "--max-num-batched-tokens", "256")
+
+
+def test_accounting(moe: Recorded) -> None:
+    assert_whole(moe)
+    assert_nested(moe)
+
+
+@pytest.mark.parametrize(
+    "stage", ["attention", "moe_route", "expert_dispatch", "expert_compute", "expert_combine", "embed", "logits"]
+)
+def test_each_stage_once_a_layer_and_step(moe: Recorded, stage: str) -> None:
+    rows, tokens = moe.segments(stage), scheduled(moe)
+    with_layer = BY_NAME[stage].attributes[0].name == "layer"
+    counts = by_step(rows)
+    assert len(counts) == len(tokens) and (counts == (LAYERS if with_layer else 1)).all()
+    if with_layer:
+        assert (rows.groupby(["instance", "step"])["a0"].agg(tuple) == tuple(range(LAYERS))).all()
+    if stage != "logits":
+        place = [attribute.name for attribute in BY_NAME[stage].attributes].index("tokens")
+        per_row = tokens.loc[list(zip(rows["instance"], rows["step"], strict=True))]
+        assert (rows[f"a{place}"].to_numpy() == per_row.to_numpy()).all()
+
+
+def test_kinds_and_bytes(moe: Recorded) -> None:
+    assert set(moe.segments("attention")["a1"]) == {AttentionKind.FULL}
+    for stage in ("expert_dispatch", "expert_combine"):
+        rows = moe.segments(stage)
+        assert (rows["a2"] == rows["a1"] * HIDDEN * TYPE_BYTES).all()
+    assert not len(moe.segments("mlp")) and not len(moe.segments("collective"))
+
+
+def test_tokens_by_expert_are_the_steps_tokens(moe: Recorded) -> None:
+    """Every token goes to so many experts in every layer, no more, no less, and warm-up is not counted."""
+    experts, tokens = moe.frames["experts"], scheduled(moe)
+    assert len(experts) == LAYERS * len(tokens)
+    counts = np.stack([np.asarray(row) for row in experts["counts"]])
+    assert counts.shape == (len(experts), EXPERTS)
+    per_row = tokens.loc[list(zip(experts["instance"], experts["step"], strict=True))].to_numpy()
+    assert (experts["tokens"].to_numpy() == per_row).all()
+    assert (counts.sum(axis=1) == TOP_K * per_row).all()
+    assert (counts.max(axis=1) <= per_row).all(), "an expert has a token at most once"
+
+
+def test_report(moe: Recorded) -> None:
+    layers = summarise(moe.recording.session).layers
+    attention = next(row for row in layers.stages if row.stage == "attention")
+    assert (attention.kind, attention.layers, attention.count) == ("full", LAYERS, LAYERS * len(moe.frames["steps"]))
+    assert sorted(load.layer for load in layers.experts) == [*range(LAYERS)]
+    routed = sum(load.tokens for load in layers.experts)
+    assert routed == LAYERS * TOP_K * scheduled(moe).sum()
+    assert layers.not_visible == [] and {"mlp", "collective"} <= {*layers.not_in_model}
+
+
+def test_output_is_the_same_without_stagetrace(moe: Recorded, model: Path) -> None:
+    with serve(model, "--enforce-eager", "--max-num-batched-tokens", "256") as server:
+        results = ask(server, *QUESTIONS)
+    assert [result.text for result in results] == [result.text for result in moe.results[: len(QUESTIONS)]]
+
+
+# Dense, eager
+
+
+def test_dense(model: Path, tmp_path_factory: pytest.TempPathFactory, engine_python: Path) -> None:
+    directory = tmp_path_factory.mktemp("layers-dense")
+    dense = directory / "model"
+    subprocess.run([engine_python, MODEL_SCRIPT, dense, "--dense"], env=environment(), check=True, capture_output=True)
+    one = recorded(dense, directory, "--enforce-eager")
+    assert_whole(one)
+    assert_nested(one)
+    rows = one.segments("mlp")
+    assert (rows.groupby(["instance", "step"])["a0"].agg(tuple) == tuple(range(LAYERS))).all()
+    assert (by_step(one.segments("attention")) == LAYERS).all() and (by_step(one.segments("embed")) == 1).all()
+    assert not len(one.segments("moe_route")) and not len(one.frames["experts"])
+    assert not summarise(one.recording.session).layers.experts
+
+
+# Tensor parallel
+
+
+@pytest.fixture(scope="module")
+def parallel(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    arguments = ("--enforce-eager", "--tensor-parallel-size", "2")
+    directory = tmp_path_factory.mktemp("layers-tp")
+    return recorded(model, directory, *arguments, requests=6, VLLM_CPU_OMP_THREADS_BIND="0|1")
+
+
+def test_collectives_of_every_step(parallel: Recorded) -> None:
+    """An all_reduce after the embedding and two in every layer, and an all_gather of the logits, on each rank."""
+    assert_whole(parallel)
+    rows = parallel.segments("collective")
+    counted = rows.groupby(["process", "instance", "step", "a0"]).size().unstack("a0")
+    assert len(counted) == 2 * len(parallel.frames["steps"])
+    assert (counted[Collective.ALL_REDUCE] == 1 + 2 * LAYERS).all()
+    assert (counted[Collective.ALL_GATHER] == 1).all()
+    assert {*counted.columns} == {Collective.ALL_REDUCE, Collective.ALL_GATHER}
+    names = names_of(parallel.recording.manifest.processes)
+    assert {names[group] for group in rows["a1"]} == {"tp:0 (ranks 0-1)"}
+    assert {names[algorithm] for algorithm in rows["a3"]} == {"shared memory"}
+    reduced = rows[rows["a0"] == Collective.ALL_REDUCE]
+    tokens = scheduled(parallel).loc[list(zip(reduced["instance"], reduced["step"], strict=True))].to_numpy()
+    assert (reduced["a2"].to_numpy() == tokens * HIDDEN * TYPE_BYTES).all()
+
+
+def test_numbers_are_the_same_on_both_ranks(parallel: Recorded) -> None:
+    rows = parallel.segments("collective")
+    of_ranks = [
+        {(row.step, row.a4): (row.a0, row.a2) for row in part.itertuples()} for _, part in rows.groupby("process")
+    ]
+    assert len(of_ranks) == 2 and of_ranks[0] == of_ranks[1]
+    assert len(of_ranks[0]) == len(rows) / 2, "a number is used once"
+    for _, part in rows.groupby("process"):
+        assert (part.sort_values("begin_ns")["a4"].diff().iloc[1:] > 0).all()
+
+
+def test_ranks_wait_for_each_other(parallel: Recorded) -> None:
+    """Both ranks are in an all_reduce of shared memory when it ends: of two waits for the last, one is none."""
+    found = {row.op: row for row in summarise(parallel.recording.session).layers.collectives}
+    assert {*found} == {"all_reduce", "all_gather"}
+    for row in found.values():
+        assert row.ranks == 2 and row.compared == row.count
+        assert row.waiting_ns is not None and row.moving_ns is not None
+        assert 0 < row.waiting_ns < row.total_ns and row.moving_ns > 0
+
+
+def test_one_of_ranks_with_the_same_tokens_counts_experts(parallel: Recorded) -> None:
+    experts = parallel.frames["experts"]
+    assert set(experts["rank"]) == {0} and len(experts) == LAYERS * len(parallel.frames["steps"])
+
+
+# Against what is not ours
+
+
+def test_agrees_with_ranges_of_torch_profiler(model: Path, engine_python: Path, tmp_path: Path) -> None:
+    """Ranges opened around the same functions, whose calls take more than 1 ms: as often, and within 5 % as long."""
+    env = environment({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "STAGETRACE_RING_DIR": str(tmp_path / "rings")})
+    command = [*STAGETRACE, "run", *AT_LAYER, "--session", str(tmp_path / "session"), "--", str(engine_python)]
+    script = Path(__file__).with_name("profiled.py")
+    done = subprocess.run([*command, str(script), str(model)], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ranges = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    segments = load(Session.open(tmp_path / "session"))["segments"]
+    duration = segments["end_ns"] - segments["begin_ns"]
+    found = {}
+    for name, stages in (
+        ("attention", ("attention",)),
+        ("expert_compute", ("expert_compute",)),
+        ("rank", ("prepare", "forward")),
+    ):
+        mine = segments["stage"].isin([BY_NAME[stage].id for stage in stages])
+        count, microseconds = ranges[name]
+        assert mine.sum() == count * len(stages)
+        assert microseconds / count > 1000, f"a {name} is too short to be compared"
+        found[name] = float(duration[mine].sum() / 1e3 / microseconds)
+    print(found)
+    assert all(abs(ratio - 1) < 0.05 for ratio in found.values()), found
+
+
+# Compiled
+
+
+def test_compiled(model: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The attention is in an operator of its own; what the compiler has put into its graphs is said to be invisible."""
+    directory = tmp_path_factory.mktemp("layers-compiled")
+    one = recorded(model, directory, VLLM_CACHE_ROOT=str(directory / "cache"))
+    assert_whole(one)
+    steps = len(one.frames["steps"])
+    rows = one.segments("attention")
+    assert len(rows) == LAYERS * steps and set(rows["a0"]) == {*range(LAYERS)}
+    assert (rows["parent_stage"] == BY_NAME["forward"].id).all()
+    assert len(one.segments("logits")) == steps
+    hidden = ["embed", "moe_route", "expert_dispatch", "expert_compute", "expert_combine"]
+    assert not sum(len(one.segments(stage)) for stage in hidden)
+    assert not len(one.frames["experts"])
+    layers = summarise(one.recording.session).layers
+    assert layers.not_visible == hidden
+    assert "Failed to read file" not in one.recording.server.log.read_text("utf-8", "replace")
+
+
+# Hooks that fail
+
+
+def test_layer_hooks_that_raise_on_every_call_leave_the_server_serving(
+    moe: Recorded, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    directory = tmp_path_factory.mktemp("layers-raising")
+    (directory / "site").mkdir()
+    (directory / "site" / "sitecustomize.py").write_text(RAISES)
+    arguments = ("--enforce-eager", "--max-num-batched-tokens", "256")
+    with record(model, directory, *arguments, env={"PYTHONPATH": str(directory / "site")}, run=AT_LAYER) as recording:
+        results = ask(recording.server, *QUESTIONS)
+    assert [result.text for result in results] == [result.text for result in moe.results[: len(QUESTIONS)]]
+    (worker,) = [process for process in recording.manifest.processes if "rank" in process.info]
+    out = {hook["name"].rpartition(".")[2] for hook in worker.hooks if hook["status"] == "out"}
+    called = {"_forward_impl", "select_experts", "_prepare", "_fused_experts", "_finalize", "set_capture_fn"}
+    assert {"forward", *called} <= out
+    assert all(ERRORS_UNTIL_OUT <= count <= 2 * ERRORS_UNTIL_OUT for count in worker.errors.values())
+    frames = recording.frames()
+    assert set(frames["steps"]["status"]) == {"complete"}, "the level below goes on"
+    assert not len(frames["experts"])
+    levels = frames["segments"]["stage"].map(lambda stage: BY_ID[stage].level)
+    assert (levels < Level.LAYER).all()
