@@ -16,6 +16,8 @@ from stagetrace.instrument.recorder import now
 from stagetrace.instrument.records import Event, RecordType, header_word
 from stagetrace.instrument.stages import Level
 
+from . import trace_context
+
 if TYPE_CHECKING:
     from stagetrace.instrument.hooks import Hook
 
@@ -33,20 +35,12 @@ class Exchange:
     __slots__ = ("context", "handles", "sent")
 
     def __init__(self, headers: Any):
-        self.context = trace_context(headers)
+        self.context = trace_context.of_headers(headers)
         self.handles: list[int] = []
         self.sent = False
 
 
 EXCHANGE: ContextVar[Exchange | None] = ContextVar("stagetrace_exchange", default=None)
-
-
-def trace_context(headers: Any) -> str:
-    """The traceparent and tracestate of ASGI headers (pairs of bytes), on a line each; empty without a traceparent."""
-    found = {name: value for name, value in headers if name in (b"traceparent", b"tracestate")}
-    if b"traceparent" not in found:
-        return ""
-    return b"\n".join((found[b"traceparent"], found.get(b"tracestate", b""))).decode("latin-1")
 
 
 def run_asgi(hook: Hook) -> Around:

@@ -62,12 +62,21 @@ REQUESTS_SCHEMA = pa.schema(
         pa.field("trace_flags", pa.int16(), nullable=False),  # of the traceparent; 1 (sampled) without one
         pa.field("trace_state", pa.string()),
         pa.field("instance", _I64),  # the engine instance that served it
+        # Of one of several answers to one request (n > 1), which have one external_id; null for others.
+        pa.field("parent", _I64),  # the parent's handle
+        pa.field("child", _I64),  # which answer, from 0
+        pa.field("children", _I64),  # how many there are
+        pa.field("lora", pa.string()),  # name of the adapter; null for the base model
+        pa.field("priority", _I64),
         pa.field("status", pa.string(), nullable=False),  # finished, aborted, error, lost, open
         pa.field("finish", pa.string(), nullable=False),  # stages.Finish, in lower case
         pa.field("partial", pa.bool_(), nullable=False),  # recording was switched, or its beginning was not recorded
         pa.field("prompt_tokens", _I64),
         pa.field("output_tokens", _I64),
-        pa.field("cached_tokens", _I64),
+        pa.field("cached_tokens", _I64),  # of the prompt: found in a cache, those from outside the engine included
+        pa.field("external_tokens", _I64),  # of these: from outside the engine
+        pa.field("draft_tokens", _I64),  # speculative tokens that were verified; null where the engine keeps no count
+        pa.field("accepted_tokens", _I64),  # of these: accepted
         pa.field("max_tokens", _I64),
         pa.field("preemptions", _I64, nullable=False),
         pa.field("arrival_ns", _I64),  # arrival in the front end
@@ -84,6 +93,7 @@ REQUESTS_SCHEMA = pa.schema(
         pa.field("tokenize_ns", _I64),
         pa.field("dispatch_ns", _I64),
         pa.field("queue_ns", _I64),
+        pa.field("grammar_ns", _I64),  # of the queue: until its grammar was compiled
         pa.field("prefill_ns", _I64),
         pa.field("decode_ns", _I64),
         pa.field("preempted_ns", _I64),
@@ -131,6 +141,9 @@ STEPS_SCHEMA = pa.schema(
         pa.field("members", pa.int32()),  # requests in the step; null while membership is unknown
         *[pa.field(attribute.name, _I64, nullable=False) for attribute in STEP_COMPOSITION],
         pa.field("output_tokens", _I64),  # tokens that the step's requests received; null while membership is unknown
+        pa.field("accepted_tokens", _I64, nullable=False),  # of the draft tokens
+        pa.field("padded_tokens", _I64),  # what the forward pass ran on; null where the engine does not say
+        pa.field("graph_mode", pa.string()),  # none, piecewise, full; null where the engine does not say
     ]
 )
 

@@ -1,7 +1,8 @@
 """Spans from a session's tables: pure functions, which give the same spans with the same ids whenever they are asked.
 
 A *step trace* is an engine step with its segments, a *request trace* a request with its states; span links lead from
-the request to the steps that it took part in. Segments that belong to no step become traces of their own only where
+the request to the steps that it took part in. Several answers to one request (n > 1) are requests under a span
+`parent_request`. Segments that belong to no step become traces of their own only where
 they are rare events that request level records too (`model_load`, `compile`, `sleep` ...). All others (`between`,
 `idle`, `detokenize`, a `gc_pause` between two steps) are left out and counted: as traces of one span they are noise.
 
@@ -52,6 +53,7 @@ LINK_LIMIT = 1024
 # opentelemetry-sdk is not pinned; tests/unit/test_spans.py holds them against the installed module.
 GEN_AI_REQUEST_MODEL = "gen_ai.request.model"
 GEN_AI_REQUEST_MAX_TOKENS = "gen_ai.request.max_tokens"
+GEN_AI_REQUEST_CHOICE_COUNT = "gen_ai.request.choice.count"
 GEN_AI_RESPONSE_FINISH_REASONS = "gen_ai.response.finish_reasons"
 GEN_AI_USAGE_INPUT_TOKENS = "gen_ai.usage.input_tokens"
 GEN_AI_USAGE_OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
@@ -76,7 +78,15 @@ _STATE_SUMS = tuple(
     for column in (stage.name.removeprefix("request_") + "_ns" for stage in STAGES if stage.kind is Kind.STATE)
     if column in REQUESTS_SCHEMA.names
 )
-_MOMENTS = tuple(name for name in REQUESTS_SCHEMA.names if name.endswith("_ns") and name not in _STATE_SUMS)
+_MOMENTS = tuple(
+    name for name in REQUESTS_SCHEMA.names if name.endswith("_ns") and name not in (*_STATE_SUMS, "grammar_ns")
+)
+
+RANKS = ("rank", "tp_rank", "pp_rank", "dp_rank", "ep_rank")  # of a worker, as its process says them
+_OF_REQUESTS = (
+    *("status", "partial", "preemptions", "priority", "lora", "child", "children"),
+    *("external_tokens", "draft_tokens", "accepted_tokens", "grammar_ns"),
+)
 
 _DESCRIPTIONS = {
     "error": "the engine ended the request with an error",
@@ -226,7 +236,10 @@ def _step_span(row: Row, trace: _Trace, source: Source) -> ReadableSpan:
             for name in ("phase", "status", "unattributed_ns", "ranks_expected", "ranks_reported", "members")
         },
         **{f"stagetrace.{attribute.name}": row[attribute.name] for attribute in STEP_COMPOSITION},
-        "stagetrace.output_tokens": row["output_tokens"],
+        **{
+            f"stagetrace.{name}": row[name]
+            for name in ("output_tokens", "accepted_tokens", "padded_tokens", "graph_mode")
+        },
         "thread.id": row["thread"],
     }
     return _span(
@@ -327,10 +340,12 @@ def request_spans(
 ) -> Spans:
     """A root span per request, its states as children, and links to the first `link_limit` steps it took part in.
 
-    A request whose caller chose not to sample it has no spans and is counted.
+    A request whose caller chose not to sample it has no spans and is counted. The span above the children of one parent
+    comes with the first of them and is made of those that are here; the assembly closes them together.
     """
     states_of = _by_handle(states)
     members_of = _by_handle(members)
+    families = _families(requests)
     made: dict[tuple[int, int], Link] = {}  # a step's requests share the link to it
     spans = []
     left_out: Counter[str] = Counter()
@@ -342,12 +357,23 @@ def request_spans(
         begin = _request_begin(row, own_states)
         offset = source.clock.offset(begin)
         links = _links(members_of.get(row["handle"], []), source.key, link_limit, made)
+        if row["child"] == 0:
+            spans.append(_parent_span(families[row["parent"]], source))
         request = _request_span(row, begin, offset, links, source)
         inner, unknown = _state_spans(own_states, request.context, offset, source)
         spans += [request, *inner]
         left_out["states_of_unknown_stage"] += unknown
     left_out["states_without_request"] += sum(map(len, states_of.values()))
     return Spans(spans, +left_out)
+
+
+def _families(requests: Sequence[Row]) -> dict[int, list[Row]]:
+    """The children of each parent, in order."""
+    grouped: defaultdict[int, list[Row]] = defaultdict(list)
+    for row in requests:
+        if row["parent"] is not None:
+            grouped[row["parent"]].append(row)
+    return {parent: sorted(rows, key=lambda row: row["child"] or 0) for parent, rows in grouped.items()}
 
 
 def _by_handle(rows: Sequence[Row]) -> dict[int, list[Row]]:
@@ -364,29 +390,36 @@ def _request_begin(row: Row, states: Sequence[Row]) -> int:
     return int(min(moments + [state["begin_ns"] for state in states]))
 
 
-def _request_contexts(row: Row, key: bytes) -> tuple[SpanContext, SpanContext | None]:
-    """Of the request's root span and of the caller's span, which is its parent."""
+def _request_contexts(row: Row, key: bytes) -> tuple[SpanContext, SpanContext, SpanContext | None]:
+    """Of the request's own span, of the span that stands for it in the caller's trace (its parent's, where it is one of
+    several answers, else itself), and of the caller's span.
+    """
     trace_id = int(row["trace_id"], 16)
     flags = TraceFlags(row["trace_flags"])
     state = TraceState.from_header([row["trace_state"]]) if row["trace_state"] else None
-    root = SpanContext(trace_id, int.from_bytes(ids.request_span_id(key, row["handle"])), False, flags, state)
+    handles = (row["handle"], row["handle"] if row["parent"] is None else row["parent"])
+    own, top = (
+        SpanContext(trace_id, int.from_bytes(ids.request_span_id(key, handle)), False, flags, state)
+        for handle in handles
+    )
     if row["parent_span_id"] is None:
-        return root, None
-    return root, SpanContext(trace_id, int(row["parent_span_id"], 16), True, flags, state)
+        return own, top, None
+    return own, top, SpanContext(trace_id, int(row["parent_span_id"], 16), True, flags, state)
 
 
 def _request_span(row: Row, begin: int, offset: int, links: Sequence[Link], source: Source) -> ReadableSpan:
-    root, parent = _request_contexts(row, source.key)
+    own, top, caller = _request_contexts(row, source.key)
+    is_child = row["parent"] is not None
     description = _DESCRIPTIONS.get(row["status"])
     return _span(
         "request",
-        root,
-        parent=parent,
+        own,
+        parent=top if is_child else caller,
         resource=source.service,
         attributes=_request_attributes(row, source),
         begin=begin + offset,
         duration=row["end_ns"] - begin,
-        kind=SpanKind.SERVER,
+        kind=SpanKind.INTERNAL if is_child else SpanKind.SERVER,
         status=_UNSET if description is None else Status(StatusCode.ERROR, description),
         events=[
             Event("stagetrace." + name.removesuffix("_ns"), {}, row[name] + offset)
@@ -394,6 +427,36 @@ def _request_span(row: Row, begin: int, offset: int, links: Sequence[Link], sour
             if row[name] is not None
         ],
         links=links,
+    )
+
+
+def _parent_span(children: Sequence[Row], source: Source) -> ReadableSpan:
+    """The span of a request for several answers, around these."""
+    first = children[0]
+    _, top, caller = _request_contexts(first, source.key)
+    begin = min(_request_begin(row, ()) for row in children)
+    failed = next((row["status"] for row in children if row["status"] in _DESCRIPTIONS), None)
+    finishes = tuple(row["finish"] for row in children)
+    attributes = {
+        "stagetrace.stage": "parent_request",
+        GEN_AI_REQUEST_ID: first["external_id"],
+        GEN_AI_REQUEST_MODEL: source.model,
+        GEN_AI_REQUEST_CHOICE_COUNT: first["children"],
+        GEN_AI_RESPONSE_FINISH_REASONS: None if Finish.UNKNOWN.name.lower() in finishes else finishes,
+        GEN_AI_USAGE_INPUT_TOKENS: first["prompt_tokens"],  # the answers share it
+        GEN_AI_USAGE_OUTPUT_TOKENS: sum(row["output_tokens"] or 0 for row in children),
+        "stagetrace.children": first["children"],
+    }
+    return _span(
+        "parent_request",
+        top,
+        parent=caller,
+        resource=source.service,
+        attributes=attributes,
+        begin=begin + source.clock.offset(begin),
+        duration=max(row["end_ns"] for row in children) - begin,
+        kind=SpanKind.SERVER,
+        status=_UNSET if failed is None else Status(StatusCode.ERROR, _DESCRIPTIONS[failed]),
     )
 
 
@@ -415,7 +478,7 @@ def _request_attributes(row: Row, source: Source) -> dict[str, Any]:
         },
         "stagetrace.request_id": row["request_id"],
         "stagetrace.engine_instance": hex_instance(row["instance"]),
-        **{f"stagetrace.{name}": row[name] for name in ("status", "partial", "preemptions", *_STATE_SUMS)},
+        **{f"stagetrace.{name}": row[name] for name in (*_OF_REQUESTS, *_STATE_SUMS)},
     }
 
 
@@ -556,6 +619,8 @@ def resource_attributes(manifest: Manifest, process: Process | None = None) -> d
     }
     if process is not None:
         attributes |= {"process.pid": process.pid, "stagetrace.role": process.role}
+        ranks = {name: process.info.get(name) for name in RANKS}
+        attributes |= {f"stagetrace.{name}": rank for name, rank in ranks.items() if isinstance(rank, int)}
     return {name: value for name, value in attributes.items() if value not in (None, "")}
 
 

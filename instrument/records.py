@@ -55,7 +55,7 @@ class RecordType(IntEnum):
     STATE = 2  # thread, ns, request, instance, step, a0 ... a7; the request enters the state that is the stage
     EVENT = 3  # thread, ns, request, instance, step, a0 ... a7; the header word has the event
     STEP_BEGIN = 4  # thread, begin ns, end of schedule ns, instance, step, then stages.STEP_COMPOSITION
-    STEP_END = 5  # thread, end ns, spare, instance, step
+    STEP_END = 5  # thread, end ns, spare, instance, step, then stages.STEP_RESULT where the engine says more
     MEMBER = 6  # request, q, kv, instance, step, last, cached; the header word has the change
     SNAPSHOT = 7  # instance, step, count, then the requests in the step
     TEXT = 8  # handle, kind, length in bytes, then the UTF-8 bytes, padded to words
@@ -71,6 +71,8 @@ class Event(IntEnum):
     LAST_SENT = 4  # the last byte was handed to the client's socket
     FINISHED = 5  # the engine ended it; a0 stages.Finish, a1 output, a2 prompt tokens, a3 preemptions
     ABORTED = 6  # the front end gave it up: client gone, or an abort call
+    CHILD = 7  # one of several answers to one request (n > 1); a0 the parent's handle, a1 index, a2 how many
+    DRAFTED = 8  # at its end, where the engine kept count; a0 draft tokens verified, a1 accepted of them
 
 
 class Change(IntEnum):
@@ -79,6 +81,7 @@ class Change(IntEnum):
     JOIN = 1  # takes part from this step on, in decode
     LEAVE = 2  # takes part no longer from this step on
     CHUNK = 3  # takes part (and joins, if it was not in) with a prefill chunk
+    DROPPED = 4  # took part in the step and gets no token of it: it was aborted while the step ran
 
 
 class Text(IntEnum):
@@ -89,6 +92,7 @@ class Text(IntEnum):
     TRACE_CONTEXT = 3  # traceparent, a newline, tracestate
     PROCESS = 4  # JSON: what the process is (engine, version, model, flags, rank)
     HOOK = 5  # JSON: a hook point and what became of it
+    LORA = 6  # the name of the LoRA adapter that a request asked for
     NAME = 7  # the name of a thing of the engine's: a group of ranks, an algorithm
 
 

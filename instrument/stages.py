@@ -69,6 +69,32 @@ class IdleReason(IntEnum):
         return self.name.lower().replace("_", " ")
 
 
+class QueueCause(IntEnum):
+    """What a request in the queue waits for, where the engine says."""
+
+    UNKNOWN = 0
+    GRAMMAR = 1
+    TURN = 2
+
+    @property
+    def text(self) -> str:
+        """The cause in words."""
+        return {
+            QueueCause.UNKNOWN: "unknown",
+            QueueCause.GRAMMAR: "its grammar is being compiled",
+            QueueCause.TURN: "its turn: room in the batch and in the KV cache",
+        }[self]
+
+
+class GraphMode(IntEnum):
+    """How a step's forward pass ran, where the engine says."""
+
+    UNKNOWN = 0
+    NONE = 1
+    PIECEWISE = 2
+    FULL = 3
+
+
 class AttentionKind(IntEnum):
     """What a layer's attention looks at."""
 
@@ -184,6 +210,17 @@ STAGES: tuple[Stage, ...] = (
         Level.REQUEST,
         "from the request's arrival in the front end to the last byte handed to the socket",
         "the time that the client saw: the network and the client's own reading are outside",
+        ("parent_request",),
+    ),
+    Stage(
+        4,
+        "parent_request",
+        Kind.ENVELOPE,
+        Timeline.REQUEST,
+        Level.REQUEST,
+        "one request for several answers (n > 1), each of which is a request of its own: from the first arrival to the"
+        " last end of these",
+        "a request to the engine: counts, tokens and latencies are those of its answers",
     ),
     # States of a request
     Stage(
@@ -199,6 +236,9 @@ STAGES: tuple[Stage, ...] = (
             _PROMPT,
             Attribute("max_tokens", Unit.TOKENS, "most tokens that the request may generate, 0 if unbounded"),
             Attribute("by_http", Unit.COUNT, "1 when it came by HTTP, so that its last byte is seen, 0 otherwise"),
+            Attribute(
+                "priority", Unit.COUNT, "as the request asked for; what a higher number means is the engine's rule"
+            ),
         ),
     ),
     Stage(
@@ -218,10 +258,13 @@ STAGES: tuple[Stage, ...] = (
         Kind.STATE,
         Timeline.REQUEST,
         Level.REQUEST,
-        "in the scheduler's waiting queue until first scheduled",
+        "in the scheduler's waiting queue until first scheduled; in parts where what it waits for changes",
         "time in the front end before, or waiting again after a preemption",
         ("request",),
-        (_PROMPT,),
+        (
+            _PROMPT,
+            Attribute("cause", Unit.ENUM, ", ".join(f"{cause.value} {cause.text}" for cause in QueueCause)),
+        ),
     ),
     Stage(
         13,
@@ -232,7 +275,11 @@ STAGES: tuple[Stage, ...] = (
         "first scheduled until the engine had the first token; after a preemption, until the lost context is rebuilt",
         "time computing this prompt: other requests' work in the same and in interleaved steps is in it",
         ("request",),
-        (_CACHED, Attribute("resumed", Unit.COUNT, "1 when the context is rebuilt after a preemption")),
+        (
+            _CACHED,
+            Attribute("resumed", Unit.COUNT, "1 when the context is rebuilt after a preemption"),
+            Attribute("external_tokens", Unit.TOKENS, "of the cached tokens those that came from outside this engine"),
+        ),
     ),
     Stage(
         14,
@@ -342,7 +389,7 @@ STAGES: tuple[Stage, ...] = (
         Level.STEP,
         "agreeing with the other data-parallel ranks on the next step",
         "moving activations",
-        ("step",),
+        ("between", "step"),
     ),
     Stage(
         35,
@@ -416,7 +463,7 @@ STAGES: tuple[Stage, ...] = (
         Level.STEP,
         "proposing speculative tokens",
         "verifying them",
-        ("rank_step", "execute"),
+        ("return", "sample", "rank_step", "execute"),
         (_RANK,),
     ),
     Stage(
@@ -730,6 +777,72 @@ STAGES: tuple[Stage, ...] = (
         ("rank_step",),
         (_one_of("reason", IdleReason),),
     ),
+    Stage(
+        130,
+        "grammar_compile",
+        Kind.OCCASION,
+        Timeline.ANY,
+        Level.STEP,
+        "compiling the grammar of one request, on a thread of its own",
+        "time that the scheduler spends",
+    ),
+    Stage(
+        131,
+        "dummy_run",
+        Kind.OCCASION,
+        Timeline.RANK,
+        Level.STEP,
+        "a step without requests, because other data-parallel ranks have some",
+        "work for a request",
+        (),
+        (_RANK,),
+    ),
+    # Start-up
+    *(
+        Stage(number, name, Kind.OCCASION, timeline, Level.REQUEST, means, does_not_mean)
+        for number, name, timeline, means, does_not_mean in (
+            (
+                *(132, "startup", Timeline.ANY, "from the process's start until its part of the engine is ready"),
+                "the server: it answers when all processes are ready, and its front end has bound its socket",
+            ),
+            (
+                *(133, "imports", Timeline.ANY, "from the process's start until the engine begins to build itself"),
+                "imports alone: Python's start, arguments, configuration, and waiting for a forking parent are in it",
+            ),
+            (
+                *(134, "start_workers", Timeline.SCHEDULER, "starting the workers until their models are loaded"),
+                "the scheduler's own work: it waits",
+            ),
+            (
+                *(135, "set_up_kv_cache", Timeline.SCHEDULER, "having the workers profile, allocate and warm up"),
+                "the scheduler's own work: it waits",
+            ),
+            (
+                *(136, "init_device", Timeline.RANK, "setting up the device, process groups and the model runner"),
+                "loading the model",
+            ),
+            (
+                *(137, "build_model", Timeline.RANK, "making the model's modules and their empty weights"),
+                "reading weights",
+            ),
+            (
+                *(138, "load_weights", Timeline.RANK, "reading the weights into the model"),
+                "downloading alone: reading, converting and sharding are in it",
+            ),
+            (
+                *(139, "profile_memory", Timeline.RANK, "finding out how much memory is left for the KV cache"),
+                "a measurement of the load: it runs the model on made-up input, and compiles it if that is its turn",
+            ),
+            (
+                *(140, "allocate_kv_cache", Timeline.RANK, "allocating the KV cache and what attention needs with it"),
+                "filling it",
+            ),
+            (
+                *(141, "warm_up", Timeline.RANK, "running the model on made-up input until it is fast"),
+                "steps of requests",
+            ),
+        )
+    ),
 )
 
 BY_NAME: dict[str, Stage] = {stage.name: stage for stage in STAGES}
@@ -754,6 +867,15 @@ STEP_COMPOSITION: tuple[Attribute, ...] = (
     Attribute("kv_usage", Unit.PPM, "share of the KV cache's blocks in use after scheduling"),
     Attribute("preempted", Unit.COUNT, "requests preempted while scheduling"),
     Attribute("draft_tokens", Unit.TOKENS, "speculative tokens to verify in the step"),
+)
+
+# What came of a step, where the engine says: further words of a step's end record, in order; 0 for unknown. A record
+# without them is of a step that gave each request (but those in the middle of a prefill) one token.
+STEP_RESULT: tuple[Attribute, ...] = (
+    Attribute("accepted_tokens", Unit.TOKENS, "speculative tokens that were accepted in the step"),
+    Attribute("received_tokens", Unit.TOKENS, "tokens that the step's requests received, where it verified drafts"),
+    Attribute("padded_tokens", Unit.TOKENS, "tokens that the forward pass ran on, padding included"),
+    Attribute("graph_mode", Unit.ENUM, ", ".join(f"{mode.value} {mode.name.lower()}" for mode in GraphMode)),
 )
 
 

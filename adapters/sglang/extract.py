@@ -195,6 +195,18 @@ def max_tokens(request: Any) -> int:
     return int(getattr(request.sampling_params, "max_new_tokens", None) or 0)
 
 
+def lora_name(request: Any) -> str:
+    """The LoRA adapter that a request asks for; empty for none, or for a list of them."""
+    name = getattr(request, "lora_path", None)
+    return name if isinstance(name, str) else ""
+
+
+def priority(request: Any) -> int:
+    """A request's priority, 0 without one."""
+    found = getattr(request, "priority", None)
+    return found if isinstance(found, int) else 0
+
+
 def samples(request: Any) -> int:
     """How many answers a GenerateReqInput asks for: OpenAI's n."""
     parameters = getattr(request, "sampling_params", None)
@@ -214,15 +226,9 @@ def refused(states: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
     return found[: -(-len(found) // samples(states[found[0]].obj))] if found else []
 
 
-def trace_context(state: Any) -> str:
-    """The trace that a request's ReqState knows of: a traceparent and a tracestate, on a line each, or nothing.
-
-    The caller's, as given to Engine.generate; else that of the root span that SGLang's own tracing has begun for it.
-    """
-    headers = getattr(state.obj, "external_trace_header", None)
-    if headers and headers.get("traceparent"):
-        return f"{headers['traceparent']}\n{headers.get('tracestate') or ''}"
-    native = getattr(state.time_stats, "trace_ctx", None)
+def native_trace_context(time_stats: Any) -> str:
+    """The root span that SGLang's own tracing has begun for a request: a traceparent and a newline; empty without."""
+    native = getattr(time_stats, "trace_ctx", None)
     if native is None or getattr(native, "tracing_enable", False) is not True:
         return ""
     span = getattr(native, "root_span", None)

@@ -14,6 +14,7 @@ from stagetrace.instrument.recorder import now
 from stagetrace.instrument.records import Event, RecordType, Text, header_word
 from stagetrace.instrument.stages import BY_NAME, Finish, Level
 
+from .. import trace_context
 from ..http import EXCHANGE
 from . import extract
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 PARENT_ATTRIBUTE = "_stagetrace_parent"  # on a request that was copied from another for n > 1: the other's id
 GONE_ATTRIBUTE = "_stagetrace_gone"  # on the ReqState of a request whose client is gone
 
+_MOST_FAMILIES = 1000  # in `_Outputs.samples`; those beyond it failed halfway
 _MAX_ID = 256  # bytes of a request id
 _MAX_CONTEXT = 1024  # bytes of traceparent and tracestate
 _REQUEST_TOKENIZE = header_word(RecordType.STATE, BY_NAME["request_tokenize"].id)
@@ -37,6 +39,7 @@ _FIRST_OUTPUT = header_word(RecordType.EVENT, Event.FIRST_OUTPUT)
 _LAST_OUTPUT = header_word(RecordType.EVENT, Event.LAST_OUTPUT)
 _FINISHED = header_word(RecordType.EVENT, Event.FINISHED)
 _ABORTED = header_word(RecordType.EVENT, Event.ABORTED)
+_CHILD = header_word(RecordType.EVENT, Event.CHILD)
 _STEP_LEVEL = int(Level.STEP)  # looking into an enum costs as much as a clock read
 
 
@@ -44,6 +47,7 @@ class _Outputs:
     """What the hooks on one process's tokenizer manager share; they run on one thread, the event loop's."""
 
     waiting: dict[str, int] = {}  # requests that have had no output yet; forgotten while nothing is recorded
+    samples: dict[str, int] = {}  # of requests with n > 1 whose samples are not all sent: how many are
 
 
 # Tokenizer manager
@@ -54,26 +58,29 @@ def opens_recorder(hook: Hook) -> Around:
     return _opens(hook, "front_end")
 
 
-def request_arrived(
-    recorder: Recorder, manager: Any, rid: str, prompt: int, most: int, time_ns: int, internal: bool = False
-) -> int:
-    """Writes what a request is and where it came from, and that it was tokenized until now; its handle.
-
-    `internal` is a request that SGLang makes for itself, of which the client is sent nothing.
-    """
-    handle = recorder.handle(rid)
-    state = manager.rid_to_state[rid]
+def _arrived(recorder: Recorder, state: Any, rid: str, prompt: int, most: int, time_ns: int, by_client: bool) -> int:
+    """Writes what a request is and where it came from, and that it was tokenized until now; its handle."""
+    handle, request = recorder.handle(rid), state.obj
     recorder.text(handle, Text.REQUEST_ID, rid, _MAX_ID)
-    recorder.text(handle, Text.EXTERNAL_ID, getattr(state.obj, PARENT_ATTRIBUTE, rid), _MAX_ID)
+    recorder.text(handle, Text.EXTERNAL_ID, getattr(request, PARENT_ATTRIBUTE, rid), _MAX_ID)
     exchange = EXCHANGE.get()
-    context = (exchange.context if exchange is not None else "") or extract.trace_context(state)
+    context = (
+        (exchange.context if exchange is not None else "")
+        or trace_context.of_mapping(getattr(request, "external_trace_header", None))
+        or extract.native_trace_context(state.time_stats)
+        or ("" if exchange is not None else trace_context.of_surroundings())
+    )
     if context:
         recorder.text(handle, Text.TRACE_CONTEXT, context, _MAX_CONTEXT)
-    by_http = exchange is not None and not internal
+    lora = extract.lora_name(request)
+    if lora:
+        recorder.text(handle, Text.LORA, lora, _MAX_ID)
+    by_http = exchange is not None and by_client
     if by_http and exchange is not None:
         exchange.handles.append(handle)
     arrival_ns = min(extract.time_ns(state.time_stats.created_time), time_ns)
-    recorder.state(_REQUEST_TOKENIZE, arrival_ns, handle, 0, 0, prompt, most, int(by_http))
+    priority = extract.priority(request)
+    recorder.state(_REQUEST_TOKENIZE, arrival_ns, handle, 0, 0, prompt, most, int(by_http), priority)
     return handle
 
 
@@ -84,13 +91,28 @@ def _sent(recorder: Recorder, manager: Any, requests: Sequence[Any]) -> None:
         rid = request.rid
         if rid.startswith(extract.HEALTH_CHECK):
             continue
-        prompt = extract.prompt_tokens(request)
-        # With n > 1 SGLang first fills its cache with the prompt: by a request of its own, with the first one's times.
-        internal = request.time_stats is not manager.rid_to_state[rid].time_stats
-        most = extract.max_tokens(request)
-        handle = request_arrived(recorder, manager, rid, prompt, most, time_ns, internal)
+        state, prompt = manager.rid_to_state[rid], extract.prompt_tokens(request)
+        # With n > 1 SGLang first fills its cache with the prompt: by a request of its own, with the first one's times,
+        # of which the client is sent nothing.
+        by_client = request.time_stats is state.time_stats
+        handle = _arrived(recorder, state, rid, prompt, extract.max_tokens(request), time_ns, by_client)
+        parent = getattr(state.obj, PARENT_ATTRIBUTE, None)
+        if parent is not None and by_client:
+            index, count = _next_sample(parent, extract.samples(state.obj))
+            recorder.state(_CHILD, time_ns, handle, 0, 0, recorder.handle(parent), index, count)
         recorder.state(_REQUEST_DISPATCH, time_ns, handle, 0, 0, prompt)
         _Outputs.waiting[rid] = handle
+
+
+def _next_sample(parent: str, count: int) -> tuple[int, int]:
+    """The index of the next sample of a request, and how many there are."""
+    samples = _Outputs.samples
+    if len(samples) > _MOST_FAMILIES:
+        samples.clear()
+    index = samples.pop(parent, 0)
+    if index + 1 < count:
+        samples[parent] = index + 1
+    return index, count
 
 
 def send_one_request(hook: Hook) -> Around:
@@ -231,7 +253,7 @@ def request_failed(hook: Hook) -> Around:
     def before(self: Any, request_states: Any) -> None:
         time_ns = now()
         for rid in extract.refused(request_states, self.rid_to_state):
-            handle = request_arrived(recorder, self, rid, 0, 0, time_ns)
+            handle = _arrived(recorder, request_states[rid], rid, 0, 0, time_ns, True)
             recorder.state(_LAST_OUTPUT, time_ns, handle, 0, 0, Finish.ERROR)
             recorder.state(_FINISHED, time_ns, handle, 0, 0, Finish.ERROR)
 

@@ -10,12 +10,13 @@ import os
 from operator import mul
 from typing import TYPE_CHECKING, Any
 
-from stagetrace.instrument.stages import Finish
+from stagetrace.instrument.stages import Finish, GraphMode
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
 _FINISH_BY_REASON = (Finish.STOP, Finish.LENGTH, Finish.ABORT, Finish.ERROR, Finish.REPETITION)
+_GRAPH_MODES = {mode.name: mode for mode in GraphMode if mode}
 _FINISH_BY_STATUS = {
     "FINISHED_STOPPED": Finish.STOP,
     "FINISHED_LENGTH_CAPPED": Finish.LENGTH,
@@ -130,6 +131,44 @@ def _products(output: Any) -> tuple[int, int]:
     return q_q, q_kv
 
 
+def sampled_tokens(output: Any, given: Any, dropped: Collection[str]) -> tuple[int, int]:
+    """How many tokens a step sampled, and how many requests it sampled for.
+
+    `output` is the SchedulerOutput, `given` the ModelRunnerOutput; `dropped` are requests that ended meanwhile: what
+    was sampled for them counts for nothing. Before update the difference is what was accepted of drafts, as in vLLM's
+    metrics; update takes off what lies behind a stop. In C: a loop would cost 0.2 µs a request.
+    """
+    sampled = given.sampled_token_ids
+    tokens, requests = sum(map(len, sampled)), len(sampled) - sampled.count([])
+    for request_id in dropped:
+        if request_id in output.num_scheduled_tokens and (lost := len(sampled[given.req_id_to_index[request_id]])):
+            tokens -= lost
+            requests -= 1
+    return tokens, requests
+
+
+def drafted(request: Any) -> tuple[int, int] | None:
+    """Draft tokens that were verified for a request, and accepted of them; None where vLLM does not keep count.
+
+    It does with --per-request-spec-decode-metrics; its histogram says how many steps accepted 0, 1, ... tokens.
+    """
+    metrics = getattr(request, "spec_decode_metrics", None)
+    if metrics is None or not metrics.num_draft_tokens:
+        return None
+    return metrics.num_draft_tokens, sum(map(mul, metrics.histogram, range(len(metrics.histogram))))
+
+
+def graph(stats: Any) -> tuple[int, int]:
+    """The tokens that a forward pass ran on, and the stages.GraphMode, of a CUDAGraphStat."""
+    return int(stats.num_padded_tokens), int(_GRAPH_MODES.get(stats.runtime_mode, GraphMode.UNKNOWN))
+
+
+def external_tokens(request: Any) -> int:
+    """Of a request that is scheduled first: prompt tokens whose KV came from outside the engine, by a connector."""
+    stats = request.prefill_stats  # taken from it with its first token
+    return int(stats.num_external_cached_tokens) if stats is not None else 0
+
+
 def finish_of_reason(reason: Any) -> Finish:
     """stages.Finish of a FinishReason (an int from 0), as the front end has it."""
     number = int(reason)
@@ -152,6 +191,18 @@ def prompt_tokens(request: Any) -> int:
 def max_tokens(request: Any) -> int:
     """The most tokens that an EngineCoreRequest may generate; 0 where that is unbounded, or nothing is generated."""
     return int(getattr(request.sampling_params, "max_tokens", None) or 0)
+
+
+def ranks(rank: int) -> dict[str, int]:
+    """The ranks of this process's worker: among all of its engine (`rank`), and in each parallel group."""
+    from vllm.distributed import parallel_state
+
+    found = {"rank": rank}
+    for name in ("tp", "pp", "dp", "ep"):
+        group = getattr(parallel_state, f"_{name.upper()}", None)  # None: there is no such group
+        if group is not None:
+            found[f"{name}_rank"] = int(group.rank_in_group)
+    return found
 
 
 def process_info(config: Any, version: str) -> dict[str, object]:

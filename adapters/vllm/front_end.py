@@ -10,8 +10,9 @@ from stagetrace.instrument.recorder import now
 from stagetrace.instrument.records import Event, RecordType, Text, header_word
 from stagetrace.instrument.stages import BY_NAME, Level
 
+from .. import trace_context
 from ..http import EXCHANGE
-from . import extract
+from . import extract, startup
 
 if TYPE_CHECKING:
     from stagetrace.instrument.hooks import Hook
@@ -24,6 +25,7 @@ _DETOKENIZE = header_word(RecordType.SEGMENT, BY_NAME["detokenize"].id)
 _FIRST_OUTPUT = header_word(RecordType.EVENT, Event.FIRST_OUTPUT)
 _LAST_OUTPUT = header_word(RecordType.EVENT, Event.LAST_OUTPUT)
 _ABORTED = header_word(RecordType.EVENT, Event.ABORTED)
+_CHILD = header_word(RecordType.EVENT, Event.CHILD)
 _STEP_LEVEL = int(Level.STEP)  # looking into an enum costs as much as a clock read
 
 
@@ -41,6 +43,7 @@ def opens_recorder(hook: Hook) -> Around:
         from vllm import __version__
 
         hook.recorder.open("front_end", {"engine": "vllm", "engine_version": __version__})
+        startup.flush(hook.recorder)
 
     return Around(after=after)
 
@@ -52,7 +55,7 @@ def add_request(hook: Hook) -> Around:
     def before(self: Any, request: Any) -> bool:
         return request.request_id in self.request_states  # a further input of a streaming session
 
-    def after(request: Any, noted: bool | None) -> None:
+    def after(self: Any, request: Any, parent_req: Any, request_index: int, noted: bool | None) -> None:
         if noted is not False:
             return
         time_ns = now()
@@ -64,12 +67,29 @@ def add_request(hook: Hook) -> Around:
         if external:
             recorder.text(handle, Text.EXTERNAL_ID, external, _MAX_ID)
         exchange = EXCHANGE.get()
+        parent = 0 if parent_req is None else recorder.handle(parent_req.request_id)
+        context = trace_context.of_mapping(request.trace_headers)
         if exchange is not None:
             exchange.handles.append(handle)
-            if exchange.context:
-                recorder.text(handle, Text.TRACE_CONTEXT, exchange.context, _MAX_CONTEXT)
+            context = exchange.context or context
+        elif not context:
+            context = trace_context.of_surroundings()
+        if context:
+            recorder.text(handle, Text.TRACE_CONTEXT, context, _MAX_CONTEXT)
+        if self.tracing_enabled and not request.trace_headers:
+            traceparent, _, state = context.partition("\n")
+            request.trace_headers = (
+                {"traceparent": traceparent, "tracestate": state}
+                if context
+                else trace_context.of_our_own(recorder, handle, parent or handle)
+            )
         by_http = int(exchange is not None)
-        recorder.state(_TOKENIZE, time_ns - max(age_ns, 0), handle, 0, 0, prompt, extract.max_tokens(request), by_http)
+        most, priority = extract.max_tokens(request), int(request.priority)
+        recorder.state(_TOKENIZE, time_ns - max(age_ns, 0), handle, 0, 0, prompt, most, by_http, priority)
+        if parent_req is not None:
+            recorder.state(_CHILD, time_ns, handle, 0, 0, parent, request_index, parent_req.n)
+        if request.lora_request is not None:
+            recorder.text(handle, Text.LORA, request.lora_request.lora_name, _MAX_ID)
         recorder.state(_DISPATCH, time_ns, handle, 0, 0, prompt)
         _Outputs.waiting[request.request_id] = handle
 

@@ -9,7 +9,7 @@ from stagetrace.instrument.hooks import HookPoint
 from stagetrace.instrument.stages import Collective, Level
 
 from ..http import HTTP_POINTS
-from . import front_end, layers, scheduler, worker
+from . import front_end, layers, scheduler, startup, worker
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _OUTPUTS = "vllm.v1.engine.output_processor:OutputProcessor"
@@ -17,10 +17,33 @@ _WORKER = "vllm.v1.worker.gpu_worker:Worker"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 _STEP_TIMING = "vllm.v1.worker.gpu.async_utils:StepTimingCollector"
+_LOADER = "vllm.model_executor.model_loader"
 # The releases that the table is held against (tests/contracts): what docs/compatibility.md says of them is so.
 RELEASES = ("0.20.2", "0.24.0", "0.28.0", "0.30.0", "0.32.0", "0.33.0")
 _FRONT, _CORE, _RANK = "front end", "engine core", "worker"
 
+_SPECULATORS = "vllm.v1.worker.gpu.spec_decode"
+_V2_SPECULATORS = {  # and the first release that has each
+    "target_dependent_ar.speculator:TargetDependentARSpeculator": "0.32",
+    "multi_module_mtp.speculator:MultiModuleMTPSpeculator": "0.28",
+    "standalone_ar.speculator:StandaloneARSpeculator": "0.32",
+    "ngram.speculator:NgramGPUSpeculator": "0.32",
+    "dflash.speculator:DFlashSpeculator": "0.24",
+}
+_LOADERS = ("default_loader:DefaultModelLoader", "dummy_loader:DummyModelLoader")
+_CPU_WORKER = "vllm.v1.worker.cpu_worker:CPUWorker"
+_STARTUP = (
+    ("vllm.v1.engine.core:EngineCore._initialize_kv_caches", ("self", "vllm_config"), _CORE, "set_up_kv_cache"),
+    ("vllm.v1.worker.worker_base:WorkerWrapperBase.init_device", ("self",), _RANK, "init_device"),
+    (f"{_WORKER}.load_model", ("self",), _RANK, "model_load"),
+    (f"{_LOADER}.base_loader:initialize_model", ("vllm_config",), _RANK, "build_model"),
+    *((f"{_LOADER}.{loader}.load_weights", ("self", "model"), _RANK, "load_weights") for loader in _LOADERS),
+    *((f"{owner}.determine_available_memory", ("self",), _RANK, "profile_memory") for owner in (_WORKER, _CPU_WORKER)),
+    *((f"{owner}.initialize_kv_cache", ("self",), _RANK, "allocate_kv_cache") for owner in (_RUNNER, _RUNNER_V2)),
+    ("vllm.compilation.backends:VllmBackend.__call__", ("self", "graph"), _RANK, "compile"),
+    *((f"{owner}.capture_model", ("self",), _RANK, "graph_capture") for owner in (_RUNNER, _RUNNER_V2)),
+    *((f"{owner}.compile_or_warm_up_model", ("self",), _RANK, "warm_up") for owner in (_WORKER, _CPU_WORKER)),
+)
 _MOE = "vllm.model_executor.layers.fused_moe"
 _KERNEL = f"{_MOE}.modular_kernel:FusedMoEKernelModularImpl"
 _GROUP = "vllm.distributed.parallel_state:GroupCoordinator"
@@ -207,7 +230,7 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
     ),
     HookPoint(
         f"{_OUTPUTS}.add_request",
-        ("self", "request"),
+        ("self", "request", "prompt", "parent_req", "request_index"),
         Level.REQUEST,
         _FRONT,
         front_end.add_request,
@@ -254,7 +277,7 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
     ),
     HookPoint(
         f"{_SCHEDULER}.update_from_output",
-        ("self", "scheduler_output"),
+        ("self", "scheduler_output", "model_runner_output"),
         Level.REQUEST,
         _CORE,
         scheduler.update_from_output,
@@ -283,6 +306,14 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
         _CORE,
         scheduler.grammar_bitmask,
         "grammar",
+    ),
+    HookPoint(
+        "vllm.v1.structured_output:StructuredOutputManager._create_grammar",
+        ("self", "request"),
+        Level.REQUEST,
+        _CORE,
+        scheduler.grammar_compiled,
+        "until when the queue was waiting for a grammar",
     ),
     HookPoint(
         f"{_WORKER}.execute_model",
@@ -339,5 +370,54 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
         f"{_RUNNER}._bookkeeping_sync", ("self",), Level.STEP, _RANK, worker.bookkeeping_sync, "where sampling ends"
     ),
     HookPoint(f"{_RUNNER_V2}.sample", ("self",), Level.STEP, _RANK, worker.sample, "where sampling ends"),
+    HookPoint(f"{_RUNNER}.propose_draft_token_ids", ("self",), Level.STEP, _RANK, worker.propose_drafts, "draft"),
+    *(
+        HookPoint(
+            f"{_SPECULATORS}.{name}.propose", ("self",), Level.STEP, _RANK, worker.propose_drafts, "draft", since=since
+        )
+        for name, since in _V2_SPECULATORS.items()
+    ),
+    *(
+        HookPoint(target, ("self",), Level.STEP, _RANK, worker.verify_drafts, "verify")
+        for target in (
+            "vllm.v1.sample.rejection_sampler:RejectionSampler.forward",
+            f"{_SPECULATORS}.rejection_sampler:RejectionSampler.__call__",
+        )
+    ),
+    HookPoint(
+        f"{_WORKER}.execute_dummy_batch",
+        ("self",),
+        Level.STEP,
+        _RANK,
+        worker.dummy_run,
+        "dummy runs of data parallelism",
+    ),
+    HookPoint(
+        "vllm.v1.engine.core:DPEngineCoreProc._has_global_unfinished_reqs",
+        ("self",),
+        Level.STEP,
+        _CORE,
+        scheduler.dp_sync,
+        "dp_sync",
+    ),
+    HookPoint(
+        "vllm.v1.executor.abstract:Executor.__init__",
+        ("self", "vllm_config"),
+        Level.OFF,
+        _CORE,
+        scheduler.starts_workers,
+        "the process is to be an engine core; start_workers",
+    ),
+    # The last that EngineCore.__init__ calls.
+    HookPoint("vllm.v1.engine.core:enable_envs_cache", (), Level.OFF, _CORE, startup.is_ready, "startup of the core"),
+    *(
+        HookPoint(f"{target}.__init__", ("self", "vllm_config"), Level.OFF, _FRONT, startup.whole, "startup")
+        for target in ("vllm.v1.engine.async_llm:AsyncLLM", "vllm.v1.engine.llm_engine:LLMEngine")
+    ),
+    HookPoint(f"{_WORKER}.__init__", ("self", "vllm_config"), Level.OFF, _RANK, startup.begins, "imports"),
+    *(
+        HookPoint(target, parameters, Level.OFF, process, startup.part(stage, stage == "warm_up"), stage)
+        for target, parameters, process, stage in _STARTUP
+    ),
     *_LAYER_POINTS,
 )

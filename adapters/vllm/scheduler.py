@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from _thread import get_ident
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,9 @@ from stagetrace.instrument.around import Around
 from stagetrace.instrument.ids import new_instance
 from stagetrace.instrument.recorder import now
 from stagetrace.instrument.records import HEAD, TAILS, Change, Event, RecordType, header_word
-from stagetrace.instrument.stages import BY_NAME, STEP_COMPOSITION, IdleReason, Level
+from stagetrace.instrument.stages import BY_NAME, STEP_COMPOSITION, STEP_RESULT, IdleReason, Level, QueueCause
 
-from . import extract
+from . import extract, startup
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,14 +20,18 @@ if TYPE_CHECKING:
     from stagetrace.instrument.hooks import Hook
     from stagetrace.instrument.recorder import Recorder
 
-STEP_ATTRIBUTE = "_stagetrace"  # on a SchedulerOutput: (engine instance, step); the executor's pickling keeps it
-NO_STEP = (0, 0)  # in its place
+# On a SchedulerOutput: (engine instance, step, whether there was no work before it); the executor's pickling keeps it.
+STEP_ATTRIBUTE = "_stagetrace"
+NO_STEP = (0, 0, False)  # in its place
+PROCESS = [0]  # the process that runs a scheduler, if this one does
+COMPILED_ATTRIBUTE = "_stagetrace_compiled"  # on a Request: when its grammar was compiled, ns
 SNAPSHOT_EVERY = 128  # steps
 _InFlight = tuple[int, "Sequence[str]", bytes]  # end of schedule, who gets a first token, the tail of its segments
+_Ended = tuple[str, int, tuple[int, ...]]  # request, handle, words of its end
 _MOST_IN_FLIGHT = 64  # steps whose update never came are forgotten beyond this
 _DECODE_CONTEXT = [attribute.name for attribute in STEP_COMPOSITION].index("decode_context")
 _STEP_LEVEL = int(Level.STEP)  # looking into an enum costs as much as a clock read
-_pack_head, _pack_tail = HEAD.pack, TAILS[0].pack
+_pack_head, _pack_tail, _pack_result = HEAD.pack, TAILS[0].pack, TAILS[len(STEP_RESULT)].pack
 _OF_NO_STEP = _pack_tail(0, 0)
 _NO_WORK = TAILS[1].pack(0, 0, IdleReason.NO_WORK)
 _NOT_IN_FLIGHT: _InFlight = (0, (), b"")
@@ -39,14 +44,19 @@ _HEADERS = (
     header_word(RecordType.STEP_END),
 )
 _GRAMMAR = header_word(RecordType.SEGMENT, BY_NAME["grammar"].id)
+_DP_SYNC = header_word(RecordType.SEGMENT, BY_NAME["dp_sync"].id)
+_GRAMMAR_COMPILE = header_word(RecordType.SEGMENT, BY_NAME["grammar_compile"].id)
 _QUEUE = header_word(RecordType.STATE, BY_NAME["queue"].id)
 _PREFILL = header_word(RecordType.STATE, BY_NAME["prefill"].id)
 _DECODE = header_word(RecordType.STATE, BY_NAME["decode"].id)
 _PREEMPTED = header_word(RecordType.STATE, BY_NAME["preempted"].id)
 _FINISHED = header_word(RecordType.EVENT, Event.FINISHED)
+_DRAFTED = header_word(RecordType.EVENT, Event.DRAFTED)
 _JOIN = header_word(RecordType.MEMBER, Change.JOIN)
 _LEAVE = header_word(RecordType.MEMBER, Change.LEAVE)
 _CHUNK = header_word(RecordType.MEMBER, Change.CHUNK)
+_DROPPED = header_word(RecordType.MEMBER, Change.DROPPED)
+_WAITS_FOR_GRAMMAR, _WAITS_ITS_TURN = int(QueueCause.GRAMMAR), int(QueueCause.TURN)
 
 
 class Tracker:
@@ -63,7 +73,10 @@ class Tracker:
         self.prefilling: dict[str, int] = {}  # request -> tokens that complete its prefill
         self.batch: list[str] = []  # the requests of the last step: those that were running, then the new ones
         self.in_flight: dict[int, _InFlight] = {}  # by step
-        self.finished: Sequence[tuple[int, tuple[int, ...]]] | None = None  # held back while in update
+        self.compiling: dict[str, int] = {}  # requests queued before their grammar was compiled -> when
+        self.dropped_requests: set[str] = set()  # those that ended while a step that has them was in flight
+        self.accepted = 0  # draft tokens, of the step that is in update
+        self.finished: Sequence[_Ended] | None = None  # held back while in update
         self.last_end = 0  # end of the last segment on this timeline
         self.idle = False  # no request was left then
         self.preempted = 0  # since the last step
@@ -89,13 +102,24 @@ class Tracker:
         self.batch = []
         self.context = -1
         self.last_end = self.preempted = self.snapshot_at = 0
+        self.compiling.clear()
 
     # Requests
 
     def queued(self, request: Any) -> None:
         """A request was taken into the waiting queue."""
         handle = self.handles[request.request_id] = self.recorder.handle(request.request_id)
-        self.recorder.state(_QUEUE, now(), handle, self.instance, 0, request.num_prompt_tokens)
+        time_ns, cause = now(), _WAITS_ITS_TURN
+        if request.use_structured_output and not getattr(request, COMPILED_ATTRIBUTE, 0):
+            cause = _WAITS_FOR_GRAMMAR
+            self.compiling[request.request_id] = time_ns
+        self.recorder.state(_QUEUE, time_ns, handle, self.instance, 0, request.num_prompt_tokens, cause)
+
+    def compiled(self, request: Any, handle: int) -> None:
+        """A request leaves the queue whose grammar had to be compiled: from when on it waited for its turn."""
+        queued = self.compiling.pop(request.request_id)
+        time_ns = max(getattr(request, COMPILED_ATTRIBUTE, 0), queued)
+        self.recorder.state(_QUEUE, time_ns, handle, self.instance, 0, request.num_prompt_tokens, _WAITS_ITS_TURN)
 
     def preempt(self, request: Any) -> None:
         """A request was thrown out of the running batch."""
@@ -107,8 +131,10 @@ class Tracker:
 
     def free(self, request: Any) -> None:
         """A request ended, for whatever reason. In update the time is that of its last token: update's end."""
-        handle = self.handles.pop(request.request_id, None)
-        self.prefilling.pop(request.request_id, None)
+        request_id = request.request_id
+        handle = self.handles.pop(request_id, None)
+        self.prefilling.pop(request_id, None)
+        self.compiling.pop(request_id, None)
         if handle is None:
             return
         words = (
@@ -117,10 +143,23 @@ class Tracker:
             request.num_prompt_tokens,
             request.num_preemptions,
         )
+        drafted = extract.drafted(request)
+        if drafted is not None:
+            self.recorder.state(_DRAFTED, now(), handle, self.instance, self.step, *drafted)
         if self.finished is not None:
-            self.finished = (*self.finished, (handle, words))
+            self.finished = (*self.finished, (request_id, handle, words))
         else:
-            self.recorder.state(_FINISHED, now(), handle, self.instance, self.step, *words)
+            self._ended(now(), self.step, request_id, handle, words)
+
+    def _ended(self, time_ns: int, step: int, request_id: str, handle: int, words: tuple[int, ...]) -> None:
+        """Records a request's end. Of a step that is in flight it gets no token."""
+        recorder, instance = self.recorder, self.instance
+        recorder.state(_FINISHED, time_ns, handle, instance, step, *words)
+        if self.in_flight:
+            self.dropped_requests.add(request_id)
+            if recorder.level[0] >= _STEP_LEVEL:
+                for other in self.in_flight:
+                    recorder.member(_DROPPED, handle, 0, 0, instance, other)
 
     # Steps
 
@@ -137,7 +176,7 @@ class Tracker:
             self.run_on(thread)
         instance, step = self.instance, self.step + 1
         self.step = step
-        output._stagetrace = (instance, step)  # STEP_ATTRIBUTE
+        output._stagetrace = (instance, step, self.idle)  # STEP_ATTRIBUTE
         tail = _pack_tail(instance, step)
         deep = recorder.level[0] >= _STEP_LEVEL
         chunks: Sequence[tuple[int, int, int]] = ()
@@ -196,9 +235,11 @@ class Tracker:
                 handle = self.handles[request_id] = self.recorder.handle(request_id)
             request = scheduler.requests[request_id]
             self.prefilling[request_id] = request.num_tokens
+            if request_id in self.compiling:
+                self.compiled(request, handle)
             again = 1 if request.num_preemptions else 0
-            cached = cached_of.get(request_id, 0)
-            self.recorder.state(_PREFILL, begin, handle, self.instance, self.step, cached, again)
+            cached, external = cached_of.get(request_id, 0), extract.external_tokens(request)
+            self.recorder.state(_PREFILL, begin, handle, self.instance, self.step, cached, again, external)
         chunks = []
         complete = []
         for request_id, target in self.prefilling.items():
@@ -250,16 +291,29 @@ class Tracker:
             written = recorder.snapshot(instance, step, members)
             self.snapshot_at = step + (SNAPSHOT_EVERY if written else 1)
 
-    def updated(self, scheduler: Any, output: Any, begin: int, end: int) -> None:
-        """The step is over."""
+    def updating(self, output: Any, given: Any) -> None:
+        """The step's tokens are about to be taken in. `given`: the ModelRunnerOutput."""
+        self.finished = ()  # requests that end from here on end with the step
+        self.accepted = 0
+        if output.scheduled_spec_decode_tokens:
+            tokens, requests = extract.sampled_tokens(output, given, self.dropped_requests)
+            self.accepted = tokens - requests
+
+    def updated(self, scheduler: Any, output: Any, given: Any, begin: int, end: int) -> None:
+        """The step is over. `given`: the ModelRunnerOutput."""
         finished, self.finished = self.finished, None
-        instance, step = getattr(output, STEP_ATTRIBUTE, NO_STEP)
+        instance, step, _ = getattr(output, STEP_ATTRIBUTE, NO_STEP)
         scheduled_end, first_tokens, tail = self.in_flight.pop(step, _NOT_IN_FLIGHT)
+        received = 0
+        if output.scheduled_spec_decode_tokens:
+            received, _ = extract.sampled_tokens(output, given, self.dropped_requests)
         if first_tokens:
             self._first_tokens(first_tokens, finished or (), end, instance, step)
         if finished:
-            for handle, words in finished:
-                self.recorder.state(_FINISHED, end, handle, self.instance, step or self.step, *words)
+            for request_id, handle, words in finished:
+                self._ended(end, step or self.step, request_id, handle, words)
+        if self.dropped_requests and not self.in_flight:
+            self.dropped_requests.clear()
         if not step:
             return
         recorder = self.recorder
@@ -267,19 +321,24 @@ class Tracker:
             put, last_end = recorder.put, self.last_end
             put(self.execute, last_end if last_end > scheduled_end else scheduled_end, begin, tail)
             put(self.update, begin, end, tail)
-            put(self.step_end, end, 0, tail)
+            graph = getattr(given, "cudagraph_stats", None)
+            if graph is not None or received:
+                padded, mode = extract.graph(graph) if graph is not None else (0, 0)
+                put(self.step_end, end, 0, _pack_result(instance, step, self.accepted, received, padded, mode))
+            else:
+                put(self.step_end, end, 0, tail)
         self.idle = not scheduler.requests
         self.last_end = end
 
     def _first_tokens(
-        self, requests: Sequence[str], finished: Sequence[tuple[int, Any]], end: int, instance: int, step: int
+        self, requests: Sequence[str], finished: Sequence[_Ended], end: int, instance: int, step: int
     ) -> None:
         """Records who leaves prefill with the step."""
         for request_id in requests:
             handle = self.handles.get(request_id)
             if handle is None:
                 handle = self.recorder.handle(request_id)
-                if not any(handle == ended for ended, _ in finished):
+                if not any(handle == ended for _, ended, _ in finished):
                     continue  # it was aborted while the step ran: no token
             self.recorder.state(_DECODE, end, handle, instance, step, 1)
 
@@ -301,9 +360,11 @@ def opens_recorder(hook: Hook) -> Around:
     def after(self: Any, vllm_config: Any) -> None:
         from vllm import __version__
 
+        PROCESS[0] = os.getpid()
         tracker = tracker_of(self, hook.recorder)
         info = extract.process_info(vllm_config, __version__)
         hook.recorder.open("engine_core", {**info, "instance": tracker.instance})
+        startup.flush(hook.recorder)
 
     return Around(after=after)
 
@@ -322,11 +383,11 @@ def update_from_output(hook: Hook) -> Around:
     """Scheduler.update_from_output: the step ends."""
     recorder = hook.recorder
 
-    def before(self: Any) -> None:
-        tracker_of(self, recorder).finished = ()  # requests that end from here on end with the step
+    def before(self: Any, scheduler_output: Any, model_runner_output: Any) -> None:
+        tracker_of(self, recorder).updating(scheduler_output, model_runner_output)
 
-    def after(self: Any, scheduler_output: Any, begin: int, end: int) -> None:
-        tracker_of(self, recorder).updated(self, scheduler_output, begin, end)
+    def after(self: Any, scheduler_output: Any, model_runner_output: Any, begin: int, end: int) -> None:
+        tracker_of(self, recorder).updated(self, scheduler_output, model_runner_output, begin, end)
 
     return Around(before, after)
 
@@ -369,6 +430,44 @@ def grammar_bitmask(hook: Hook) -> Around:
 
     def after(scheduler_output: Any, result: Any, begin: int, end: int) -> None:
         if result is not None:
-            segment(_GRAMMAR, begin, end, *getattr(scheduler_output, STEP_ATTRIBUTE, NO_STEP))
+            instance, step, _ = getattr(scheduler_output, STEP_ATTRIBUTE, NO_STEP)
+            segment(_GRAMMAR, begin, end, instance, step)
+
+    return Around(after=after)
+
+
+def grammar_compiled(hook: Hook) -> Around:
+    """StructuredOutputManager._create_grammar: on a thread of a pool, while the request is in the queue."""
+    recorder = hook.recorder
+
+    def after(request: Any, begin: int, end: int) -> None:
+        request._stagetrace_compiled = end  # COMPILED_ATTRIBUTE
+        if recorder.level[0] >= _STEP_LEVEL:
+            recorder.segment(_GRAMMAR_COMPILE, begin, end, 0, 0)
+
+    return Around(after=after)
+
+
+def starts_workers(hook: Hook) -> Around:
+    """Executor.__init__: the process is known before it has a scheduler, also when it never gets one.
+
+    vLLM loads plugins when EngineCore.__init__ has begun, so that is too late for a hook on it.
+    """
+
+    def before(vllm_config: Any, begin: int) -> None:
+        from vllm import __version__
+
+        hook.recorder.open("engine_core", extract.process_info(vllm_config, __version__))
+        startup.begun(hook.recorder, begin)
+
+    return Around(before, startup.part("start_workers")(hook).after)
+
+
+def dp_sync(hook: Hook) -> Around:
+    """DPEngineCoreProc._has_global_unfinished_reqs: asks the other data-parallel ranks, after every so many steps."""
+    segment = hook.recorder.segment
+
+    def after(begin: int, end: int) -> None:
+        segment(_DP_SYNC, begin, end, 0, 0)
 
     return Around(after=after)

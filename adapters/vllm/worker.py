@@ -7,6 +7,7 @@ and there is no `bookkeep`.
 from __future__ import annotations
 
 from _thread import get_ident
+from os import getpid
 from typing import TYPE_CHECKING, Any
 
 from stagetrace.instrument.around import Around
@@ -14,7 +15,7 @@ from stagetrace.instrument.records import HEAD, TAILS, RecordType, header_word
 from stagetrace.instrument.stages import BY_NAME, IdleReason
 
 from ..device import device_info
-from . import extract
+from . import extract, scheduler, startup
 from .scheduler import STEP_ATTRIBUTE
 
 if TYPE_CHECKING:
@@ -24,11 +25,14 @@ if TYPE_CHECKING:
 
 _HEADERS = tuple(
     header_word(RecordType.SEGMENT, BY_NAME[name].id)
-    for name in ("rank_step", "prepare", "forward", "sample", "bookkeep", "return", "idle")
+    for name in ("rank_step", "prepare", "forward", "sample", "bookkeep", "draft", "verify", "return", "idle")
 )
+_DUMMY_RUN = header_word(RecordType.SEGMENT, BY_NAME["dummy_run"].id)
 _WAITING_FOR_SCHEDULER = int(IdleReason.WAITING_FOR_SCHEDULER)
 _pack_head = HEAD.pack
 _pack_tail, _pack_longer_tail = TAILS[1].pack, TAILS[2].pack
+_NO_WORK = _pack_tail(0, 0, IdleReason.NO_WORK)
+_BETWEEN_STEPS = _pack_tail(0, 0, IdleReason.WAITING_FOR_SCHEDULER)
 
 
 class _Rank:
@@ -42,6 +46,8 @@ class _Rank:
         self.at_start: tuple[Callable[[], None], ...] = ()  # called when a step begins, and when it was launched;
         self.at_end: tuple[Callable[[], None], ...] = ()  # they raise nothing
         self.begin = 0  # of the rank's step
+        self.ended = 0  # end of the step before, 0 where nothing was recorded
+        self.alone = False  # no scheduler shares the thread: between two steps the rank does nothing
         self.forwarded = 0  # end of its first half; the second is sampling
         self.forward_begin = 0
         self.sample_end = 0
@@ -53,7 +59,9 @@ class _Rank:
         """Steps run on this thread: makes the heads of their segments."""
         self.thread = thread
         heads = (_pack_head(header, thread) for header in _HEADERS)
-        self.rank_step, self.prepare, self.forward, self.sample, self.bookkeep, self.return_, self.idle = heads
+        self.rank_step, self.prepare, self.forward, self.sample, self.bookkeep, *rest = heads
+        self.draft, self.verify, self.return_, self.idle = rest
+        self.alone = getpid() != scheduler.PROCESS[0]
 
     def start(self, instance: int, step: int, tokens: int, begin: int) -> None:
         """A step begins, on the thread that calls this."""
@@ -67,15 +75,15 @@ class _Rank:
         for call in self.at_start:
             call()
 
-    def finish(self) -> None:
+    def finish(self, end: int) -> None:
         """The step is over."""
         for call in self.at_end:
             call()
-        self.step = 0
+        self.step, self.ended = 0, end
 
     def forget(self) -> None:
         """There is no step that is recorded."""
-        self.step = 0
+        self.step = self.ended = 0
 
 
 RANK = _Rank()
@@ -90,7 +98,8 @@ def opens_recorder(hook: Hook) -> Around:
         RANK.rank = int(vllm_config.parallel_config.rank)
         info = extract.process_info(vllm_config, __version__)
         device = device_info(str(info["device"]))
-        hook.recorder.open("worker", {**info, **device, "rank": RANK.rank})
+        hook.recorder.open("worker", {**info, **device, **extract.ranks(RANK.rank)})
+        startup.flush(hook.recorder)
 
     return Around(after=after)
 
@@ -103,14 +112,16 @@ def worker_execute_model(hook: Hook) -> Around:
         rank.step = 0
         number = getattr(scheduler_output, STEP_ATTRIBUTE, None)
         if number is not None:
-            instance, step = number
+            instance, step, idle = number
             rank.start(instance, step, scheduler_output.total_num_scheduled_tokens, begin)
+            if rank.ended and rank.alone:
+                put(rank.idle, rank.ended, begin, _NO_WORK if idle else _BETWEEN_STEPS)
 
     def after(result: Any, end: int) -> None:
         rank.forwarded = end
         if result is not None and rank.step:
             put(rank.rank_step, rank.begin, end, rank.of_tokens)
-            rank.finish()
+            rank.finish(end)
 
     return Around(before, after, off=rank.forget)
 
@@ -124,9 +135,22 @@ def worker_sample_tokens(hook: Hook) -> Around:
         if step:
             put(rank.idle, rank.forwarded, begin, _pack_tail(rank.instance, step, _WAITING_FOR_SCHEDULER))
             put(rank.rank_step, rank.begin, end, rank.of_tokens)
-            rank.finish()
+            rank.finish(end)
 
     return Around(after=after)
+
+
+def dummy_run(hook: Hook) -> Around:
+    """Worker.execute_dummy_batch: a step without requests, because other data-parallel ranks have some."""
+    segment, rank = hook.recorder.segment, RANK
+
+    def before() -> None:
+        rank.forget()  # the gap around it is not idle
+
+    def after(begin: int, end: int) -> None:
+        segment(_DUMMY_RUN, begin, end, 0, 0, rank.rank)
+
+    return Around(before, after)
 
 
 def runner_execute_model(hook: Hook) -> Around:
@@ -191,5 +215,27 @@ def sample(_: Hook) -> Around:
 
     def after(end: int) -> None:
         rank.sample_end = end
+
+    return Around(after=after)
+
+
+def propose_drafts(hook: Hook) -> Around:
+    """What proposes speculative tokens: GPUModelRunner.propose_draft_token_ids of V1, a speculator's propose of V2."""
+    put, rank = hook.recorder.put, RANK
+
+    def after(begin: int, end: int) -> None:
+        if rank.step:
+            put(rank.draft, begin, end, rank.of_rank)
+
+    return Around(after=after)
+
+
+def verify_drafts(hook: Hook) -> Around:
+    """The RejectionSampler of V1 and of V2: which drafts the model would have sampled."""
+    put, rank = hook.recorder.put, RANK
+
+    def after(begin: int, end: int) -> None:
+        if rank.step:
+            put(rank.verify, begin, end, rank.of_rank)
 
     return Around(after=after)

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stagetrace.instrument.records import Text
-from stagetrace.instrument.stages import Level
+from stagetrace.instrument.records import Change, Text
+from stagetrace.instrument.stages import STEP_RESULT, Level
 
 from ..drain import SLOT, Batch
 from ..session import TABLES
@@ -28,7 +28,7 @@ from .membership import Batch as EngineBatch
 from .membership import Found
 from .processes import Processes, parse, small_integer
 from .request_rows import LOST, OPEN, STATUSES, request_tables
-from .requests import Lives, OpenRequests, Request
+from .requests import OF_REQUESTS, Lives, OpenRequests, Request, any_of
 from .segments import Held, Settled, Timelines
 from .steps import COMPLETE, INCOMPLETE, PARTIAL, RANKS_MISSING, Step, steps_table
 
@@ -176,7 +176,7 @@ class Assembler:
 
     def _control(self, process: int, source: Source, records: Records) -> None:
         for record in records.texts:
-            if record.kind in (Text.REQUEST_ID, Text.EXTERNAL_ID, Text.TRACE_CONTEXT):
+            if record.kind in OF_REQUESTS:
                 self._requests.name(record.handle, record.kind, record.text)
             elif record.kind == Text.NAME:
                 self._processes.named(process, record.handle, record.text)
@@ -226,7 +226,9 @@ class Assembler:
                 self._snapshot(snapshot)
                 snapshot = next(snapshots, None)
             instance = self._instances.get(of) or self._instance(of)
-            if instance is not None:
+            if instance is not None and words[0] == Change.DROPPED:
+                instance.batch.drop(at, words[1])
+            elif instance is not None:
                 instance.batch.changes.append((at, record, *words))
         while snapshot is not None:
             self._snapshot(snapshot)
@@ -246,7 +248,8 @@ class Assembler:
             if len(rows):
                 source.last_ns = max(source.last_ns, int(rows.words[end].max()))
         begun = begins.words.T.tolist()
-        ended = [*zip(*(ends.words[i].tolist() for i in (0, 1, 3, 4)), settled.groups, strict=True)]
+        results = [*zip(*(row.tolist() for row in ends.words[5 : 5 + len(STEP_RESULT)]), strict=True)]
+        ended = [*zip(*(ends.words[i].tolist() for i in (0, 1, 3, 4)), results, settled.groups, strict=True)]
         for at in np.argsort(np.concatenate([begins.number, ends.number]), kind="stable").tolist():
             if at < len(begun):
                 thread, begin, scheduled, number, step, *composition = begun[at]
@@ -255,9 +258,9 @@ class Assembler:
                     instance.process = process
                     instance.begin(Step(number, step, process, thread, begin, scheduled, composition))
             else:
-                thread, end, number, step, group = ended[at - len(begun)]
+                thread, end, number, step, result, group = ended[at - len(begun)]
                 cover = settled.covers.get(thread)
-                self._step_ended(number, step, end, cover.up_to(group) if cover else [])
+                self._step_ended(number, step, end, result, cover.up_to(group) if cover else [])
         for thread, cover in settled.covers.items():
             rest = cover.rest()
             if rest and (instance := self._instances.get(source.timelines.schedulers[thread])) is not None:
@@ -267,7 +270,9 @@ class Assembler:
         self._counts["accounting_conflict"] += settled.conflicts
         self._held.add(settled.block)
 
-    def _step_ended(self, number: int, step_number: int, end: int, covered: list[tuple[int, int]]) -> None:
+    def _step_ended(
+        self, number: int, step_number: int, end: int, result: tuple[int, ...], covered: list[tuple[int, int]]
+    ) -> None:
         instance = self._instances.get(number) or self._instance(number)
         step = instance.end(step_number, end, covered) if instance is not None else None
         if step is None or instance is None:
@@ -281,6 +286,9 @@ class Assembler:
         source = self._sources.get(instance.process)
         strays = instance.batch.advance(step, source.gap_end if source else -1)
         self._count("chunks_without_step", strays)
+        step.accepted, received, step.padded, step.graph = result
+        if received and step.output_tokens >= 0:
+            step.output_tokens = received
 
     def _instance(self, number: int) -> Instance | None:
         """An engine instance, known or new. None where there are too many already that said who they are."""
@@ -349,15 +357,17 @@ class Assembler:
         if not len(lives):
             self._over = lives.handle
             return TABLES["requests"].empty_table(), TABLES["states"].empty_table()
-        over, ending, last_ns, handle = lives.over, lives.ending, lives.last_ns, lives.handle
+        over, ending, last_ns, handle, family = lives.over, lives.ending, lives.last_ns, lives.handle, lives.family
         cut = np.zeros(len(lives), np.bool_)
         for switch in self._passed(now_ns, Level.REQUEST):
             cut |= ~over & (last_ns <= switch.end_ns)
         dead, newest = self._engines(lives)
         waits = (newest < lives.last_step) & (now_ns - last_ns <= STEP_PATIENCE_NS)
         is_over = np.where(dead, over | ~ending, over & ~waits) & ~cut
+        # The children of one parent are closed together, so that its span is made of them all.
+        is_over &= ~any_of(family, ~is_over)
         # A request that is over is closed at the next take: records of it may be on their way through another ring.
-        late = ending & (now_ns - last_ns > REQUEST_PATIENCE_NS)
+        late = ~any_of(family, ~ending | (now_ns - last_ns <= REQUEST_PATIENCE_NS))
         self._count("requests_given_up", int(np.count_nonzero(crowded)))
         closing = cut | late | crowded | is_over & np.isin(handle, self._over)
         self._over = handle[is_over]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _MOST_CHANGES = 20_000  # that wait for their step
 _MOST_MEMBERS = 1 << 16
+_MOST_DROPPED = 256  # steps
 _CHUNK = BY_NAME["prefill_chunk"]
 _SNAPSHOT = 0  # beside the values of records.Change
 
@@ -94,6 +95,7 @@ class Batch:
     members: dict[int, int] = field(default_factory=dict)  # request -> first step of its run
     changes: deque[tuple[int, ...]] = field(default_factory=deque)  # step, record, change, request, q, kv, last, cached
     snapshots: dict[int, list[int]] = field(default_factory=dict)  # record -> requests
+    dropped: dict[int, set[int]] = field(default_factory=dict)  # step -> requests in it that get no token of it
     # The last token of each: a time from which its next interval counts (None: there is none), and that token's time.
     # Of members that are not kept apart: the same for all. Of others: in `apart`, or in `left` when no member.
     since: int | None = None
@@ -105,6 +107,12 @@ class Batch:
         """Takes in all requests of a step, in the order of the records."""
         self.snapshots[record] = requests
         self.changes.append((step, record, _SNAPSHOT))
+
+    def drop(self, step: int, request: int) -> None:
+        """A request gets no token of a step that it is in. (The step's own changes may all have come.)"""
+        self.dropped.setdefault(step, set()).add(request)
+        if len(self.dropped) > _MOST_DROPPED:
+            del self.dropped[next(iter(self.dropped))]
 
     def give_up(self, last_step: int) -> int:
         """When too many changes wait for a step that never comes, forgets them; how many."""
@@ -156,6 +164,10 @@ class Batch:
         are of other steps, whose end was lost.
         """
         unfinished, strays = self._apply(step, healed_after)
+        for number in [number for number in self.dropped if number <= step.number]:
+            requests = self.dropped.pop(number)
+            if number == step.number:
+                unfinished |= {request for request in requests if request in self.members}
         if not self.known:
             self.break_intervals()
             return strays

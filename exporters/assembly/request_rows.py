@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from stagetrace.instrument.ids import request_trace_id
 from stagetrace.instrument.records import Event, Text
-from stagetrace.instrument.stages import BY_ID, BY_NAME, MAX_ATTRIBUTES, Finish, Kind
+from stagetrace.instrument.stages import BY_ID, BY_NAME, MAX_ATTRIBUTES, Finish, Kind, QueueCause
 
 from ..session import REQUESTS_SCHEMA, STATES_SCHEMA
 from .columns import choices, column, table_of
@@ -148,7 +148,11 @@ def request_tables(
     most = first[_TOKENIZE][FIRST_ATTRIBUTE + 1]
     output = np.where(front.there, front[FIRST_ATTRIBUTE + 1], engine[FIRST_ATTRIBUTE + 1])
     last_token = np.where(completed, engine_end, last_token)
-    sums = {}
+    child, drafted = events.rows(Event.CHILD), events.rows(Event.DRAFTED)
+    grammar = (states[WHAT] == _QUEUE) & (states[FIRST_ATTRIBUTE + 1] == QueueCause.GRAMMAR)
+    compiling = np.zeros(count, np.int64)
+    np.add.at(compiling, who[grammar], (until - states[NS])[grammar])
+    sums = {"grammar_ns": column(compiling, ~np.isin(np.arange(count), who[grammar]))}
     for name, stage in _SUMS.items():
         total = np.zeros(count, np.int64)
         at = states[WHAT] == stage
@@ -164,9 +168,16 @@ def request_tables(
         finish=choices(finish, _FINISHES),
         partial=partial,
         instance=column(instance, instance == 0),
+        parent=child.column(FIRST_ATTRIBUTE),
+        child=child.column(FIRST_ATTRIBUTE + 1),
+        children=child.column(FIRST_ATTRIBUTE + 2),
+        priority=first[_TOKENIZE].column(FIRST_ATTRIBUTE + 3),
         prompt_tokens=column(prompt, ~(first[_TOKENIZE].there | first[_QUEUE].there)),
         output_tokens=column(output, ~(front.there | engine.there)),
         cached_tokens=first[_PREFILL].column(FIRST_ATTRIBUTE),
+        external_tokens=first[_PREFILL].column(FIRST_ATTRIBUTE + 2),
+        draft_tokens=drafted.column(FIRST_ATTRIBUTE),
+        accepted_tokens=drafted.column(FIRST_ATTRIBUTE + 1),
         max_tokens=column(most, most == 0),
         preemptions=np.bincount(who[states[WHAT] == _PREEMPTED], minlength=count),
         arrival_ns=first[_TOKENIZE].column(NS),
@@ -181,7 +192,7 @@ def request_tables(
         last_sent_ns=last_sent.column(NS),
         end_ns=end,
         **sums,
-        **_named(lives.handle, requests, key),
+        **_named(np.where(child.there, child[FIRST_ATTRIBUTE], lives.handle), requests, key),
     )
     return requests_table, _states_table(states, until, instance[who])
 
@@ -196,15 +207,17 @@ def _finish(front: _Found, engine: _Found, aborted: _Found) -> Column:
 
 
 def _named(handles: Column, requests: Sequence[Request], key: bytes) -> dict[str, list[object]]:
-    """The columns that are strings of the callers', and ids."""
+    """The columns that are strings of the callers', and ids. `handles`: of each the request or its parent."""
     found: dict[str, list[object]] = {
-        name: [] for name in ("request_id", "external_id", "trace_id", "parent_span_id", "trace_flags", "trace_state")
+        name: []
+        for name in ("request_id", "external_id", "lora", "trace_id", "parent_span_id", "trace_flags", "trace_state")
     }
     for handle, request in zip(handles.tolist(), requests, strict=True):
         text = request.texts.get(Text.TRACE_CONTEXT)
         context = parse_trace_context(text) if text else None
         found["request_id"].append(request.texts.get(Text.REQUEST_ID))
         found["external_id"].append(request.texts.get(Text.EXTERNAL_ID))
+        found["lora"].append(request.texts.get(Text.LORA))
         found["trace_id"].append(context.trace_id if context else request_trace_id(key, handle).hex())
         found["parent_span_id"].append(context.parent_span_id if context else None)
         found["trace_flags"].append(context.flags if context else 1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from stagetrace.instrument.records import Event
+from stagetrace.instrument.records import Event, Text
 from stagetrace.instrument.stages import BY_NAME
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ HANDLE, WHAT, NS, INSTANCE, STEP, FIRST_ATTRIBUTE = range(6)
 ATTRIBUTES = 4  # as many as a state or an event has
 FIELDS = FIRST_ATTRIBUTE + ATTRIBUTES
 
+OF_REQUESTS = (Text.REQUEST_ID, Text.EXTERNAL_ID, Text.TRACE_CONTEXT, Text.LORA)  # texts
 _MOST_REQUESTS = 50_000
 _MOST_RECORDS = 1_000_000
 _TOKENIZE = BY_NAME["request_tokenize"].id
@@ -88,15 +89,30 @@ class Lives:
         return np.maximum.reduceat(np.where(ended, self.block[STEP], 0), self.firsts)
 
     @property
+    def parent(self) -> Column:
+        """Of each the handle of its parent, 0 where it is no child."""
+        of_children = np.where(self.block[WHAT] == -Event.CHILD, self.block[FIRST_ATTRIBUTE], 0)
+        parent: Column = np.maximum.reduceat(of_children, self.firsts) if len(self) else self.firsts
+        return parent
+
+    @property
+    def family(self) -> Column:
+        """A number for each, the same for the children of one parent."""
+        parent = self.parent
+        family: Column = np.unique(np.where(parent != 0, parent, self.handle), return_inverse=True)[1]
+        return family
+
+    @property
     def over(self) -> Flags:
-        """Whether nothing more will come."""
+        """Whether nothing more will come. With one child of a request the client gave up all."""
         count = self.block.shape[1]
         arrived = np.where(self.block[WHAT] == _TOKENIZE, np.arange(count), count)
         arrival = np.minimum.reduceat(arrived, self.firsts)
         straight = arrival == count  # it did not come through a front end
         by_http = self.block[_BY_HTTP][np.where(straight, 0, arrival)] != 0
         sent: Flags = np.where(by_http, self.had(Event.LAST_SENT), self.had(Event.LAST_OUTPUT))
-        over: Flags = self.had(Event.FINISHED) & (straight | self.had(Event.ABORTED) | sent)
+        given_up = any_of(self.family, self.had(Event.ABORTED))
+        over: Flags = self.had(Event.FINISHED) & (straight | given_up | sent)
         return over
 
     @property
@@ -111,6 +127,13 @@ class Lives:
 
     def __len__(self) -> int:
         return len(self.firsts)
+
+
+def any_of(family: Column, flags: Flags) -> Flags:
+    """Of each request, whether the flag of any of its family is set."""
+    found = np.zeros(int(family.max(initial=-1)) + 1, np.bool_)
+    found[family[flags]] = True
+    return found[family]
 
 
 class OpenRequests:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from stagetrace.instrument.stages import STEP_COMPOSITION, Phase, phase
+import numpy as np
+
+from stagetrace.instrument.stages import STEP_COMPOSITION, GraphMode, Phase, phase
 
 from ..session import STEPS_SCHEMA
 from .columns import choices, column, integers, table_of
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 PHASES = tuple(one.value for one in Phase)  # a phase is its index here
 STATUSES = ("complete", "incomplete", "ranks_missing", "partial")  # and so is a step's status
 COMPLETE, INCOMPLETE, RANKS_MISSING, PARTIAL = range(len(STATUSES))
+_GRAPH_MODES = tuple(mode.name.lower() for mode in GraphMode)
 
 _NAMES = [attribute.name for attribute in STEP_COMPOSITION]
 _PREFILL, _DECODE = _NAMES.index("prefill_tokens"), _NAMES.index("decode_tokens")
@@ -41,6 +44,9 @@ class Step:
     unattributed: int = 0
     members: int = -1  # unknown
     output_tokens: int = -1
+    accepted: int = 0  # draft tokens
+    padded: int = 0  # tokens with padding; 0: not known
+    graph: int = 0  # GraphMode
     status: int = COMPLETE
     ranks: int = 0  # expected
     reported: int = 0
@@ -56,12 +62,12 @@ def steps_table(steps: Sequence[Step]) -> pa.Table:
         return STEPS_SCHEMA.empty_table()
     rows = [
         (s.instance, s.number, s.process, s.thread, s.phase, s.status, s.begin, s.scheduled, s.end, s.unattributed,
-         s.ranks, s.reported, s.members, s.output_tokens, *s.composition)
+         s.ranks, s.reported, s.members, s.output_tokens, s.accepted, s.padded, s.graph, *s.composition)
         for s in steps
     ]  # fmt: skip
     columns = integers(rows)
     (instance, number, process, thread, phases, status, begin, scheduled, end, unattributed, ranks, reported,
-     members, tokens), composition = columns[:14], columns[14:]  # fmt: skip
+     members, tokens, accepted, padded, graph), composition = columns[:17], columns[17:]  # fmt: skip
     return table_of(
         STEPS_SCHEMA,
         instance=instance,
@@ -78,5 +84,8 @@ def steps_table(steps: Sequence[Step]) -> pa.Table:
         ranks_reported=reported,
         members=column(members, members < 0),
         output_tokens=column(tokens, members < 0),
+        accepted_tokens=accepted,
+        padded_tokens=column(padded, padded <= 0),
+        graph_mode=choices(np.where((graph > 0) & (graph < len(_GRAPH_MODES)), graph, -1), _GRAPH_MODES),
         **dict(zip(_NAMES, composition, strict=True)),
     )

@@ -89,7 +89,11 @@ def tracked(case: str) -> list[Any]:
                 _take_back(output, load)
             engine.requests = {request.request_id: request for request in engine.running}
             tracker.scheduled(engine, output, 1, 2)
-            tracker.updated(engine, output, 3, 4)
+            ran = load.ran(output)
+            tracker.updating(output, ran)
+            if tracker.accepted != len(output.scheduled_spec_decode_tokens):  # one of each request's
+                differences.append([case, "accepted", tracker.accepted])
+            tracker.updated(engine, output, ran, 3, 4)
     if (carried > 2 * SNAPSHOT_EVERY) != case.startswith("decode"):
         differences.append([case, "steps whose sum was carried on", carried])
     return differences

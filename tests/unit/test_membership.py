@@ -63,7 +63,8 @@ class ByHand:
         return len(self.members), len(takers)
 
 
-CHANGES = st.lists(st.tuples(st.sampled_from(Change), st.sampled_from(REQUESTS)), max_size=4)
+IN_ORDER = [change for change in Change if change != Change.DROPPED]  # those that come before their step's end
+CHANGES = st.lists(st.tuples(st.sampled_from(IN_ORDER), st.sampled_from(REQUESTS)), max_size=4)
 ROUNDS = st.lists(
     st.tuples(
         st.lists(
@@ -133,3 +134,17 @@ def test_a_steady_batch_keeps_nobody_apart():
         assert not batch.left
     assert [tuple(row[1:2] + row[3:]) for row in batch.found.intervals] == [(n, 10, 1000) for n in (2, 3, 4)]
     assert batch.last_token(77) == 45
+
+
+def test_who_was_dropped_gets_no_token_of_the_step():
+    """An abort is recorded while steps are in flight, after the changes of later ones."""
+    batch = Batch(9, {1, 2, 3}, Found())
+    batch.add_snapshot(1, 1, [1, 2])
+    for number, dropped, expected in ((1, (), 2), (2, (2, 3), 1), (3, (), 2), (4, (), 2)):
+        for request in dropped:
+            batch.drop(number, request)
+        step = Step(9, number, 1, 1, number * 10, number * 10, [0] * len(STEP_COMPOSITION), number * 10 + 5)
+        batch.advance(step, healed_after=0)
+        assert (step.members, step.output_tokens) == (2, expected), "one that is not in the step is not taken off"
+    assert [row[1:2] + row[3:] for row in batch.found.intervals] == [(2, 10, 1), (3, 10, 1), (3, 20, 1), (4, 10, 2)]
+    assert not batch.dropped

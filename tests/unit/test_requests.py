@@ -19,7 +19,7 @@ from stagetrace.exporters.assembly.trace_context import parse_trace_context
 from stagetrace.exporters.session import REQUESTS_SCHEMA, STATES_SCHEMA
 from stagetrace.instrument.ids import request_trace_id
 from stagetrace.instrument.records import Event, Text
-from stagetrace.instrument.stages import BY_ID, BY_NAME, Finish
+from stagetrace.instrument.stages import BY_ID, BY_NAME, Finish, QueueCause
 
 KEY = bytes(range(16))
 HANDLE, INSTANCE = 77, 5
@@ -312,10 +312,10 @@ def test_states_have_the_attributes_of_their_stage():
     _, states = full().rows()
     first = next(state for state in states if state["stage"] == BY_NAME["request_tokenize"].id)
     given = {name: value for name, value in first.items() if re.fullmatch(r"a\d", name) and value is not None}
-    assert given == {"a0": 40, "a1": 16, "a2": 1}
+    assert given == {"a0": 40, "a1": 16, "a2": 1, "a3": 0}
     prefill = next(state for state in states if state["stage"] == BY_NAME["prefill"].id)
     assert (prefill["step"], prefill["a0"], prefill["a1"]) == (3, 16, 0)
-    assert prefill["a2"] is None
+    assert (prefill["a2"], prefill["a3"]) == (0, None)
     output = states[-1]
     assert (output["stage"], output["a0"]) == (BY_NAME["output"].id, 8)
 
@@ -443,3 +443,59 @@ def test_any_text_gives_a_valid_context_or_none(text: str):
         assert 0 <= found.flags <= 255
         assert found.state is None or found.state.isprintable()
         assert f"{found.trace_id}-{found.parent_span_id}" in text
+
+
+# Speculation, structured output, several answers
+
+
+def test_the_wait_for_a_grammar_is_a_part_of_the_queue():
+    life = (
+        Life().arrives(1_000).enter("queue", 1_040, 40, QueueCause.GRAMMAR).enter("queue", 1_050, 40, QueueCause.TURN)
+    )
+    life.enter("prefill", 1_060, 16, 0, 4, step=3).enter("decode", 1_200, 1, step=4)
+    life.happen(Event.DRAFTED, 1_500, 12, 5).happen(Event.FINISHED, 1_500, Finish.STOP, 8, 40, 0, step=11)
+    row, states = life.happen(Event.LAST_OUTPUT, 1_520, Finish.STOP, 8, 40, 16).happen(Event.LAST_SENT, 1_550).rows()
+    assert (row["queued_ns"], row["queue_ns"], row["grammar_ns"]) == (1_030, 30, 10)
+    assert (row["draft_tokens"], row["accepted_tokens"], row["external_tokens"]) == (12, 5, 4)
+    causes = [state["a1"] for state in states if state["stage"] == BY_NAME["queue"].id]
+    assert causes == [QueueCause.UNKNOWN, QueueCause.GRAMMAR, QueueCause.TURN]
+    plain, _ = full().rows()
+    assert (plain["grammar_ns"], plain["draft_tokens"], plain["parent"], plain["lora"]) == (None,) * 4
+
+
+PARENT = 700
+
+
+def children(*ends: tuple[Event, ...]) -> OpenRequests:
+    """Answers of one request, finished by the engine, with these events of the front end's."""
+    found = OpenRequests()
+    for index, events in enumerate(ends):
+        life = Life(records=[]).arrives(1_000).happen(Event.CHILD, 1_010, PARENT, index, len(ends))
+        life.enter("prefill", 1_060, 16, 0, step=3).enter("decode", 1_200, 1, step=4)
+        life.happen(Event.FINISHED, 1_500, Finish.LENGTH, 8, 40, 0, step=11)
+        for event in events:
+            life.happen(event, 1_600, Finish.LENGTH, 8, 40, 16)
+        for number, (what, kind, (first, at, _, *words)) in enumerate(life.records):
+            mine = (first, at, HANDLE + index, *words)
+            rows = Rows(np.array([number + 1]), np.array([kind]), np.array([mine]).T)
+            found.add(*((rows, NONE) if what == "enter" else (NONE, rows)))
+        found.name(HANDLE + index, Text.EXTERNAL_ID, "cmpl-1")
+    return found
+
+
+def test_children_share_their_parents_trace_and_are_told_apart():
+    requests = children(*((Event.LAST_OUTPUT, Event.LAST_SENT),) * 3)
+    lives = requests.lives()
+    assert lives.family.tolist() == [0, 0, 0]
+    assert lives.over.all()
+    rows, _ = closed(requests, lives)
+    assert [(row["parent"], row["child"], row["children"]) for row in rows] == [(PARENT, n, 3) for n in range(3)]
+    assert {row["trace_id"] for row in rows} == {request_trace_id(KEY, PARENT).hex()}
+    assert {row["external_id"] for row in rows} == {"cmpl-1"}
+
+
+def test_a_client_that_went_away_gave_up_all_answers():
+    """One answer was complete already: its last byte will never be sent."""
+    finished, aborted = (Event.LAST_OUTPUT,), (Event.ABORTED,)
+    assert children(finished, finished).lives().over.tolist() == [False, False]
+    assert children(finished, aborted).lives().over.tolist() == [True, True]

@@ -43,6 +43,8 @@ class Obj:
     stream: bool = False
     sampling_params: dict[str, Any] = field(default_factory=dict)
     external_trace_header: dict[str, str] | None = None
+    lora_path: str | None = None
+    priority: int | None = None
 
     def regenerate_rid(self) -> str:
         self.rid = f"{self.rid}-copy"
@@ -176,6 +178,7 @@ def hooked(directory: Path, level: Level = Level.STEP) -> Iterator[Hooked]:
             yield Hooked(manager(), obj, reader, recorder, hooks)
         finally:
             front_end._Outputs.waiting.clear()
+            front_end._Outputs.samples.clear()
 
 
 def test_every_hook_on_the_tokenizer_manager_is_tried(tmp_path: Path) -> None:
@@ -237,6 +240,19 @@ def test_without_http_the_last_byte_is_not_waited_for(tmp_path: Path) -> None:
         assert at.texts[handle, Text.TRACE_CONTEXT] == f"{PARENT}\n"
 
 
+def test_lora_and_priority(tmp_path: Path) -> None:
+    async def live(at: Hooked) -> None:
+        obj = at.obj("r1", lora_path="adapter", priority=3)
+        at.manager.arrive(obj)
+        await at.manager._send_one_request(at.manager.tokenized(obj))
+
+    with hooked(tmp_path) as at:
+        asyncio.run(live(at))
+        (_, handle, words), _ = at.records()
+        assert words[4] == 3
+        assert at.texts[handle, Text.LORA] == "adapter"
+
+
 def test_first_output_of_a_request_that_is_not_streamed_is_the_front_ends(tmp_path: Path) -> None:
     async def live(at: Hooked) -> None:
         obj = at.obj("r1")
@@ -268,7 +284,12 @@ def test_samples_name_the_request_that_they_belong_to_and_the_cache_warm_up_is_i
 
     with hooked(tmp_path) as at:
         asyncio.run(live(at))
-        arrived = [(handle, words[3]) for name, handle, words in at.records() if name == "request_tokenize"]
+        records, parent = at.records(), at.recorder.handle("parent")
+        children = [(handle, words[1:4]) for name, handle, words in records if name == "CHILD"]
+        handles = [at.recorder.handle(f"parent-copy{number}") for number in (1, 2)]
+        assert children == [(handles[0], (parent, 0, 2)), (handles[1], (parent, 1, 2))]
+        assert not front_end._Outputs.samples
+        arrived = [(handle, words[3]) for name, handle, words in records if name == "request_tokenize"]
         assert [by_http for _, by_http in arrived] == [0, 1, 1]
         assert [at.texts[handle, Text.EXTERNAL_ID] for handle, _ in arrived] == ["parent"] * 3
 
@@ -430,17 +451,26 @@ class Null:
         return self
 
 
-def known(native: Any, headers: dict[str, str] | None = None) -> Any:
-    return SimpleNamespace(obj=Obj("r", external_trace_header=headers), time_stats=SimpleNamespace(trace_ctx=native))
-
-
 @given(st.integers(1, 2**128 - 1), st.integers(1, 2**64 - 1))
 def test_without_a_caller_the_trace_is_sglangs_own(trace_id: int, span_id: int) -> None:
-    assert extract.trace_context(known(Native(trace_id, span_id))) == f"00-{trace_id:032x}-{span_id:016x}-01\n"
+    found = extract.native_trace_context(SimpleNamespace(trace_ctx=Native(trace_id, span_id)))
+    assert found == f"00-{trace_id:032x}-{span_id:016x}-01\n"
 
 
-def test_the_callers_trace_comes_first() -> None:
-    headers = {"traceparent": PARENT, "tracestate": "a=b"}
-    assert extract.trace_context(known(Native(1, 2), headers)) == f"{PARENT}\na=b"
-    assert extract.trace_context(known(Null())) == ""
-    assert extract.trace_context(SimpleNamespace(obj=Obj("r"), time_stats=SimpleNamespace())) == ""
+def test_without_sglangs_own_tracing_there_is_no_trace_of_it() -> None:
+    assert extract.native_trace_context(SimpleNamespace(trace_ctx=Null())) == ""
+    assert extract.native_trace_context(SimpleNamespace()) == ""
+
+
+def test_the_callers_trace_comes_before_sglangs_own(tmp_path: Path) -> None:
+    async def live(at: Hooked) -> None:
+        for rid, headers in (("called", {"traceparent": PARENT, "tracestate": "a=b"}), ("own", None)):
+            obj = at.obj(rid, external_trace_header=headers)
+            at.manager.arrive(obj).time_stats.trace_ctx = Native(1, 2)
+            await at.manager._send_one_request(at.manager.tokenized(obj))
+
+    with hooked(tmp_path) as at:
+        asyncio.run(live(at))
+        at.records()
+        called, own = (at.texts[at.recorder.handle(rid), Text.TRACE_CONTEXT] for rid in ("called", "own"))
+        assert (called, own) == (f"{PARENT}\na=b", f"00-{1:032x}-{2:016x}-01\n")

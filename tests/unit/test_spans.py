@@ -236,7 +236,7 @@ def test_step_carries_its_whole_composition() -> None:
 
 def test_genai_names_are_those_of_the_conventions() -> None:
     names = [name for name in vars(module) if name.startswith("GEN_AI_") and name != "GEN_AI_REQUEST_ID"]
-    assert len(names) == 6
+    assert len(names) == 7
     for name in names:
         assert getattr(module, name) == getattr(gen_ai_attributes, name)
 

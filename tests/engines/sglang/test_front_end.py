@@ -202,6 +202,10 @@ def test_samples_belong_to_the_clients_request(recorded: Recorded) -> None:
     assert sorted(rows["output_tokens"]) == [0, 7, 7]
     assert rows["output_tokens"].sum() == usage["completion_tokens"]
     assert recorded.samples["id"] in rows.index
+    samples = rows[rows["parent"].notna()]
+    assert samples["parent"].nunique() == 1
+    assert sorted(samples["child"]) == [0, 1]
+    assert set(samples["children"]) == {2}
 
 
 def test_every_hook_of_the_front_end_is_installed(recorded: Recorded) -> None:
