@@ -132,7 +132,9 @@ class Batch:
 
     prefill: Sums
     decode: Sums
-    distinct_experts: Numbers | None = None  # that the tokens chose, on average over the layers; None: not recorded
+    distinct_experts: Numbers | None = (
+        None  # that the tokens chose, on average over the layers; None, NaN: not recorded
+    )
 
     @property
     def tokens(self) -> Numbers:

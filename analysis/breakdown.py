@@ -17,6 +17,8 @@ import pandas as pd
 from stagetrace.exporters.session import FATES, REQUESTS_SCHEMA, Export, Losses, Manifest, Process
 from stagetrace.instrument.stages import BY_ID, BY_NAME, STAGES, Kind, Level, Phase, Timeline
 
+from .start_up import within_start_up
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -335,6 +337,7 @@ def stage_breakdown(requests: pd.DataFrame, steps: pd.DataFrame, segments: pd.Da
     thread its segments nest in `execute` there, and one timeline holds all.
     """
     complete = steps[steps["status"] == "complete"]
+    segments = segments[~within_start_up(segments)]  # see start_up.py
     rows = _described(segments).merge(_threads(segments, steps), how="left", on=_THREAD_KEY)
     rows = rows.merge(_owners(complete), how="left", on=_STEP_KEY)
     at_scheduler = (rows["process"] == rows["step_process"]) & (rows["thread"] == rows["step_thread"])

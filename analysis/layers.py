@@ -290,6 +290,21 @@ def expert_loads(experts: pd.DataFrame, by_rank: Sequence[Sequence[int]] | None)
     return sorted(loads, key=lambda load: (-load.imbalance_per_step, load.layer))
 
 
+def touched_experts(experts: pd.DataFrame) -> pd.Series[float]:
+    """How many experts got a token in each step (instance, step), of all ranks, on average over its layers."""
+    if not len(experts):
+        return pd.Series(dtype=float)
+    size = max(map(len, experts["counts"]))
+    counts = np.zeros((len(experts), size), np.int64)
+    for row, values in enumerate(experts["counts"]):
+        counts[row, : len(values)] = values
+    keys, layer = np.unique(experts[[*_STEP_KEY, "layer"]].to_numpy(dtype=np.int64), axis=0, return_inverse=True)
+    summed = np.zeros((len(keys), size), np.int64)
+    np.add.at(summed, layer.ravel(), counts)
+    found = pd.DataFrame({"instance": keys[:, 0], "step": keys[:, 1], "touched": (summed > 0).sum(axis=1)})
+    return found.groupby(_STEP_KEY)["touched"].mean()
+
+
 def _sums(part: pd.DataFrame, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Counts by step, of all ranks together. Steps of several instances at a time are steps of their own."""
     _, step = np.unique(part[_STEP_KEY].to_numpy(dtype=np.int64), axis=0, return_inverse=True)

@@ -570,9 +570,9 @@ class _Counting:
             yield from self.matrices("moe_route", "router", [block.router], self.tokens, 1)
         yield self.work("moe_route", "router", weights=block.vectors * self.width)
         yield from self.matrices("forward", "projections around experts", block.latent, self.tokens, 1)
-        touched = self.batch.distinct_experts
-        if touched is None:
-            touched = distinct_experts(block.count, block.per_token, group, self.bound)
+        touched = distinct_experts(block.count, block.per_token, group, self.bound)
+        if (recorded := self.batch.distinct_experts) is not None:
+            touched = np.where(np.isnan(recorded), touched, recorded)
         rows = group * block.per_token / ranks.expert
         held = np.minimum(touched, float(block.count)) / ranks.expert
         yield from self.matrices("expert_compute", "experts", block.matrices, rows, ranks.expert_tensor, held)
@@ -662,13 +662,15 @@ class _Counting:
                 taken = {"expected": "the value for requests that are alike", "least": "the least", "most": "the most"}
                 yield f"sums do not tell how much a window of {window} tokens covers: {taken[self.bound]} is taken."
         blocks = [layer.feed_forward for layer in model.layers if isinstance(layer.feed_forward, Experts)]
-        if blocks and self.batch.distinct_experts is None:
+        recorded = self.batch.distinct_experts
+        if blocks and (recorded is None or np.any(np.isnan(recorded))):
             taken = {
                 "expected": "that of evenly spread, independent choices, the most on average,",
                 "least": "the least possible",
                 "most": "the most possible",
             }
-            yield f"which experts the tokens chose is not recorded: {taken[self.bound]} is taken."
+            where = "" if recorded is None else f" of {float(np.mean(np.isnan(recorded))):.1%} of the steps"
+            yield f"which experts the tokens chose is not recorded{where}: {taken[self.bound]} is taken."
         if blocks and (self.ranks.expert > 1 or self.ranks.data > 1):
             yield "experts of all ranks are taken to get equally many tokens, data-parallel ranks to have steps alike."
         if any(isinstance(mixer, Recurrent) for mixer in mixers):

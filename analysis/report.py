@@ -32,6 +32,7 @@ from .layers import ATTRIBUTES, EXPERTS, Layers, layer_breakdown
 from .load import load
 from .show import MISSING, Grid, Part, duration_text, number_text, plain, print_parts, rate_text, share_text
 from .speed_of_light import DATA_SHEET, Done, RequestLight, SpeedOfLight, speed_of_light
+from .start_up import StartUp, start_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -90,6 +91,7 @@ class Summary:
     requests: Requests
     steps: Steps
     stages: Stages
+    start_up: list[StartUp]
     layers: Layers
     light: SpeedOfLight
     health: Health
@@ -123,8 +125,11 @@ def summarise(
         requests=request_breakdown(requests, frames["intervals"], steps),
         steps=step_breakdown(steps),
         stages=stage_breakdown(requests, steps, segments, level),
+        start_up=start_up(segments, manifest.processes),
         layers=layer_breakdown(manifest, steps, segments, frames["experts"]),
-        light=speed_of_light(manifest, steps, segments, requests, session.model_config, model_config, calibration),
+        light=speed_of_light(
+            manifest, steps, segments, requests, frames["experts"], session.model_config, model_config, calibration
+        ),
         health=health(manifest, session.read_exports().values()),
         message=_message(manifest, len(requests), len(steps), sum(frames.rows.values()), last_s),
     )
@@ -219,6 +224,14 @@ def as_dict(summary: Summary) -> dict[str, Any]:
                 "by_phase": {name: [_stage(stage) for stage in part] for name, part in timeline.by_phase.items()},
             }
             for timeline in stages.timelines
+        ],
+        "start_up": [
+            {
+                "process": each.process,
+                "total_ns": each.total_ns,
+                "stages": [vars(piece) for piece in each.pieces],
+            }
+            for each in summary.start_up
         ],
         "layers": _layers_dict(summary.layers),
         "outside_steps": [
@@ -331,6 +344,7 @@ def parts(summary: Summary) -> list[Part]:
     if summary.steps.count:
         shown += _steps(summary.steps)
     shown += _stages(summary)
+    shown += _start_up(summary.start_up)
     shown += _layers(summary.layers)
     shown += _light(summary.light)
     shown += _health(summary.health, summary.path)
@@ -438,6 +452,24 @@ def _stages(summary: Summary) -> list[Part]:
     if summary.steps.count and names:
         shown.append(f"No rows: {names} (they did not happen, or their hook is not there).")
     return shown
+
+
+def _start_up(processes: list[StartUp]) -> list[Part]:
+    columns = ("process", "stage", "count", "total", "self time", "share")
+    rows = []
+    for each in processes:
+        rows.append([plain(each.process), "startup", "1", duration_text(each.total_ns), MISSING, MISSING])
+        rows += [
+            [
+                "",
+                piece.stage,
+                str(piece.count),
+                *(duration_text(time) for time in (piece.total_ns, piece.self_ns)),
+                share_text(piece.self_ns / each.total_ns if each.total_ns else None),
+            ]
+            for piece in each.pieces
+        ]
+    return [Grid("Start-up, each process from its start until it was ready", columns, rows)] if rows else []
 
 
 def _layers(layers: Layers) -> list[Part]:

@@ -67,6 +67,26 @@ class Sharding:
         experts = (ranks, 1) if expert_parallel else (1, ranks)
         return cls(tensor, pipeline, data, *experts, exchange)
 
+    @classmethod
+    def sglang(
+        cls,
+        tensor: int = 1,
+        pipeline: int = 1,
+        attention_data: int = 1,
+        expert: int = 1,
+        exchange: Exchange = Exchange.ALL_GATHER,
+    ) -> Sharding:
+        """As SGLang shares: `tensor` ranks of a replica, of which DP attention makes groups with requests of their own.
+
+        Heads are shared within such a group, experts over all `tensor` ranks: whole over `expert` of them (--ep-size),
+        each shared by the rest. Dense feed-forward blocks are taken to be shared within a group as well
+        (--moe-dense-tp-size). SGLang's documentation, "Server arguments" and "DP attention", 2026. Raises ValueError
+        where one does not divide.
+        """
+        if tensor % attention_data or tensor % expert:
+            raise ValueError(f"{tensor} ranks cannot be divided by {attention_data} and by {expert}")
+        return cls(tensor // attention_data, pipeline, attention_data, expert, tensor // expert, exchange)
+
     def layers(self, count: int, stage: int) -> tuple[int, int]:
         """The first layer of a pipeline stage and the one after its last, as vLLM divides (get_pp_indices).
 

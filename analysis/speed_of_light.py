@@ -22,6 +22,7 @@ from .calibration.results import CalibrationError, find
 from .calibration.results import load as load_calibration
 from .ceilings import Ceilings, least_times
 from .hardware import match
+from .layers import touched_experts
 from .model_config import ConfigError, load_model
 from .operations import StepWork, step_work
 from .sharding import Sharding
@@ -130,6 +131,7 @@ def speed_of_light(
     steps: pd.DataFrame,
     segments: pd.DataFrame,
     requests: pd.DataFrame,
+    experts: pd.DataFrame,
     kept: Path,
     config: Path | None = None,
     calibration: Path | None = None,
@@ -156,8 +158,12 @@ def speed_of_light(
             raise
         return SpeedOfLight(notes=(f"no speed of light: {error}. Name it with --model-config.",))
     ceilings, notes = _ceilings(_device(manifest), calibration)
-    ranks = _ranks(info)
-    work, assumed = _work(model, Batch.of_steps({str(name): column for name, column in steps.items()}), ranks)
+    try:
+        ranks = _ranks(info)
+    except ValueError as error:
+        return SpeedOfLight(notes=(f"no speed of light: the recorded ranks do not fit: {error}.",))
+    columns = {str(name): column for name, column in steps.items()}
+    work, assumed = _work(model, Batch.of_steps(columns, _touched(steps, experts)), ranks)
     times = own_times(steps)
     kind = MEASURED if MEASURED in ceilings else DATA_SHEET
     return SpeedOfLight(
@@ -226,10 +232,22 @@ def _whole(value: Any, default: int | None = None) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else default
 
 
+def _touched(steps: pd.DataFrame, experts: pd.DataFrame) -> Numbers | None:
+    """Experts that got a token in each step, NaN where that was not recorded; None where it never was."""
+    if not len(experts):
+        return None
+    found = touched_experts(experts).reindex(pd.MultiIndex.from_frame(steps[_STEP_KEY].astype("int64")))
+    return None if found.isna().all() else np.asarray(found, dtype=np.float64)
+
+
 def _ranks(info: dict[str, Any]) -> Sharding:
-    names = ("tensor_parallel", "pipeline_parallel", "data_parallel")
-    tensor, pipeline, data = (_whole(info.get(name), 1) or 1 for name in names)
-    return Sharding.vllm(tensor, pipeline, data, info.get("expert_parallel") is True)
+    def count(name: str) -> int:
+        return _whole(info.get(name), 1) or 1
+
+    tensor, pipeline = count("tensor_parallel"), count("pipeline_parallel")
+    if info.get("engine") == "sglang":
+        return Sharding.sglang(tensor, pipeline, count("attention_data_parallel"), count("expert_parallel_size"))
+    return Sharding.vllm(tensor, pipeline, count("data_parallel"), info.get("expert_parallel") is True)
 
 
 def _work(model: Model, batch: Batch, ranks: Sharding) -> tuple[StepWork, tuple[str, ...]]:

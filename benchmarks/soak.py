@@ -189,9 +189,10 @@ def account(session: Session) -> dict[str, Any]:
 def tables(samples: dict[str, measure.Values], trends: dict[str, Trend]) -> list[Any]:
     """The table over time and the one of the trends."""
     at = np.unique(np.linspace(0, len(samples["seconds"]) - 1, ROWS).round().astype(int))
-    whats = ("MiB", "most MiB", "fds", "threads")
-    columns = ["minute", *(f"{who} {what}" for who in ("collector", "writer") for what in whats)]
-    shown = ["seconds", *(f"{who}_{what}" for who in ("collector", "writer") for what in SHOWN)]
+    whats = {"rss": "MiB", "most": "most", "descriptors": "fds", "threads": "threads"}
+    held = [("collector", what) for what in SHOWN] + [("writer", what) for what in COUNTED]
+    columns = ["minute", *(f"{who} {whats[what]}" for who, what in held)]
+    shown = ["seconds", *(f"{who}_{what}" for who, what in held)]
     rows = [
         [
             f"{samples['seconds'][row] / 60:.1f}",

@@ -47,21 +47,22 @@ _STARTUP = (
 _MOE = "vllm.model_executor.layers.fused_moe"
 _KERNEL = f"{_MOE}.modular_kernel:FusedMoEKernelModularImpl"
 _GROUP = "vllm.distributed.parallel_state:GroupCoordinator"
-# Operations that a group did not have before; what they do was done by others of the table.
-_GROUP_SINCE = {"reduce_scatterv_into_output": "0.32", "combine_into_output": "0.32"}
 _COMMUNICATORS = "vllm.distributed.device_communicators"
 
 
-def _in_a_layer(target: str, parameters: tuple[str, ...], stage: str, gives: str = "") -> HookPoint:
+def _in_a_layer(target: str, parameters: tuple[str, ...], stage: str, gives: str = "", since: str = "") -> HookPoint:
     """A function that all layers share; the last of `parameters` is a tensor with a row for each token."""
     handler = layers.of_layer(stage, parameters[-1])
-    return HookPoint(target, parameters, Level.LAYER, _RANK, handler, gives or stage, compiled=True)
+    return HookPoint(target, parameters, Level.LAYER, _RANK, handler, gives or stage, since, compiled=True)
 
 
-def _of_a_group(function: str, parameters: tuple[str, ...], op: Collective, size: str) -> HookPoint:
-    """An operation of a group of ranks; `size` names what has its bytes: a parameter, or the result."""
+def _of_a_group(function: str, parameters: tuple[str, ...], op: Collective, size: str, since: str = "") -> HookPoint:
+    """An operation of a group of ranks; `size` names what has its bytes: a parameter, or the result.
+
+    One that a group did not have before a release was done by others of the table there: it is not missed.
+    """
     target, gives = f"{_GROUP}.{function}", f"collective: {op.text} ({function.strip('_')})"
-    handler, since = layers.collective(op, size), _GROUP_SINCE.get(function, "")
+    handler = layers.collective(op, size)
     return HookPoint(target, parameters, Level.LAYER, _RANK, handler, gives, since, missed=False, compiled=True)
 
 
@@ -147,7 +148,10 @@ _LAYER_POINTS = (
         compiled=True,
     ),
     _in_a_layer(
-        f"{_MOE}.router.fused_moe_router:FusedMoERouter.select_experts", ("self", "hidden_states"), "moe_route"
+        f"{_MOE}.router.fused_moe_router:FusedMoERouter.select_experts",
+        ("self", "hidden_states"),
+        "moe_route",
+        since="0.24",  # before, what it is that is called is a method of its subclass
     ),
     _in_a_layer(f"{_KERNEL}._prepare", ("self", "hidden_states"), "expert_dispatch"),
     _in_a_layer(f"{_KERNEL}._fused_experts", ("self", "in_dtype", "a1q"), "expert_compute"),
@@ -159,20 +163,20 @@ _LAYER_POINTS = (
         "expert_compute, of kernels that route as well",
     ),
     *(
-        _of_a_group(function, ("self", tensor), op, tensor)
-        for function, tensor, op in (
+        _of_a_group(function, ("self", tensor), op, tensor, *since)
+        for function, tensor, op, *since in (
             ("_all_reduce_out_place", "input_", Collective.ALL_REDUCE),
             ("_all_gather_out_place", "input_", Collective.ALL_GATHER),
             ("all_gatherv", "input_", Collective.ALL_GATHER),
             ("_reduce_scatter_out_place", "input_", Collective.REDUCE_SCATTER),
             ("reduce_scatterv", "input_", Collective.REDUCE_SCATTER),
-            ("reduce_scatterv_into_output", "input_", Collective.REDUCE_SCATTER),
+            ("reduce_scatterv_into_output", "input_", Collective.REDUCE_SCATTER, "0.32"),
             ("gather", "input_", Collective.GATHER),
             ("broadcast", "input_", Collective.BROADCAST),
             ("dispatch", "hidden_states", Collective.DISPATCH),
             ("dispatch_router_logits", "hidden_states", Collective.DISPATCH),
             ("combine", "hidden_states", Collective.COMBINE),
-            ("combine_into_output", "hidden_states", Collective.COMBINE),
+            ("combine_into_output", "hidden_states", Collective.COMBINE, "0.32"),
             ("send", "tensor", Collective.SEND),
             ("send_tensor_dict", "tensor_dict", Collective.SEND),
             ("isend_tensor_dict", "tensor_dict", Collective.SEND),

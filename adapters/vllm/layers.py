@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from stagetrace.instrument.hooks import Hook
 
 ATTENTION = "vllm.v1.attention.backend:AttentionImpl.forward"
-MODULE = "torch.nn.modules.module:Module.forward"
+MODULE = "vllm.model_executor.models.interfaces_base:VllmModel.forward"
 CHOSEN = "vllm.model_executor.layers.fused_moe.router.fused_moe_router:FusedMoERouter.set_capture_fn"
 
 _MARK = "_stagetrace"  # attribute of vLLM's objects that we keep ours in

@@ -140,7 +140,7 @@ def test_step_trace(receiver: Receiver, sink: OtlpSink) -> None:
     assert root.attributes | expected == root.attributes
     attention = names["attention prefill"].attributes
     assert attention["stagetrace.layer"] == 0
-    assert attention["stagetrace.kind"] == 1
+    assert attention["stagetrace.kind"] == "full"
     assert attention["stagetrace.tokens"] == 400
     pause = names["gc_pause"]
     assert pause.span.end_time_unix_nano - pause.span.start_time_unix_nano == 77

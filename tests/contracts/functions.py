@@ -21,6 +21,7 @@ NO_FUNCTION = {
     "classmethod": "classmethod",
     "property": "property",
     "setter": "property",
+    "deleter": "property",
     "cached_property": "cached_property",
     "cache": "_lru_cache_wrapper",
     "lru_cache": "_lru_cache_wrapper",

@@ -63,6 +63,21 @@ def calibrated(engine_python: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return Calibrated(load(path), found.stdout, path)
 
 
+@pytest.fixture(scope="session")
+def dense_model(engine_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny dense model: vLLM's data parallelism has no all-to-all for experts on the CPU."""
+    directory = tmp_path_factory.mktemp("vllm-dense") / "model-dense"
+    built = subprocess.run(
+        [engine_python, MODEL_SCRIPT, directory, "--dense"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    return directory
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Adds the log of every running server to a failure's report (a server of a fixture outlives the test)."""

@@ -1,4 +1,4 @@
-"""Run by the engine's Python: vLLM's offline LLM class in one process; prints what it generated, as JSON."""
+"""Run by the engine's Python: vLLM's offline LLM class; prints what it generated, as JSON."""
 
 import json
 import sys

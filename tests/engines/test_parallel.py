@@ -38,3 +38,33 @@ def test_tensor_parallel(model, tmp_path_factory) -> None:  # type: ignore[no-un
     assert (ranked["begin_ns"] >= ranked["begin_ns_step"]).all()
     awaited = ranked[ranked["a0"] == 0]
     assert (awaited["end_ns"] <= awaited["end_ns_step"]).all()
+
+
+def test_data_parallel(dense_model, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
+    """Two engines, each with a scheduler and a worker; at times one of them runs dummies for the other."""
+    directory = tmp_path_factory.mktemp("dp")
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    arguments = ("--enforce-eager", "--data-parallel-size", "2")
+    with record(dense_model, directory, *arguments, env=env, run=("--no-report",)) as recording:
+        server = recording.server
+        results = asyncio.run(run_load(server.base_url, server.model, requests=14, seed=6, concurrency=(1, 4)))
+    assert [result.error for result in results] == [None] * 14
+    manifest = recording.manifest
+    assert manifest.counts["accounting_conflict"] == 0
+    assert not any(process.errors for process in manifest.processes)
+    frames = recording.frames()
+    requests, steps, segments = frames["requests"].set_index("external_id"), frames["steps"], frames["segments"]
+    assert set(requests["status"]) == {"finished"}
+    for result in results:
+        assert requests.loc[result.id, "output_tokens"] == result.output_tokens
+    assert set(steps["status"]) == {"complete"}
+    assert steps["instance"].nunique() == requests["instance"].nunique() == 2
+    assert steps["output_tokens"].sum() == requests["output_tokens"].sum()
+    # Each engine's steps are numbered by itself, and its worker's part of them is its own worker's.
+    ranks = {process.key: process.info for process in manifest.processes if process.role == "worker"}
+    assert sorted(info["data_parallel_rank"] for info in ranks.values()) == [0, 1]
+    parts = segments[segments["stage"] == BY_NAME["rank_step"].id]
+    assert parts.groupby("instance")["process"].nunique().eq(1).all()
+    assert parts.groupby("process")["instance"].nunique().eq(1).all()
+    synced = segments[segments["stage"] == BY_NAME["dp_sync"].id]
+    assert synced["process"].nunique() == 2

@@ -14,20 +14,24 @@ from unit.rings import die, opened
 from unit.sessions import PROCESS, SessionBuilder
 from unit.wheel import CHECKOUT, make_environment
 
-from stagetrace.adapters.inspect import PLUGIN
+from stagetrace.adapters.inspect import PLUGIN, lost
 from stagetrace.adapters.sglang.hooks import HOOK_POINTS as SGLANG_HOOK_POINTS
 from stagetrace.adapters.vllm.hooks import HOOK_POINTS
 from stagetrace.analysis.doctor import file_system, observed_seconds, ring_directory_view, time_text
 from stagetrace.cli.main import app
 from stagetrace.exporters.session import Manifest, Process
 from stagetrace.instrument import records, ring
+from stagetrace.instrument.around import Around
+from stagetrace.instrument.hooks import HookPoint
 from stagetrace.instrument.identity import claim_identity
+from stagetrace.instrument.stages import Level
 
 if TYPE_CHECKING:
     from click.testing import Result
 
 VERSION = "9.8.7"
 TARGETS = [point.target for point in HOOK_POINTS]
+BY_TARGET = {point.target: point for point in HOOK_POINTS}
 SCHEDULER = "vllm.v1.core.sched.scheduler"
 HTTPTOOLS, H11 = (f"uvicorn.protocols.http.{name}_impl" for name in ("httptools", "h11"))
 NOISE = "import os\nprint('engine says hello')\nos.write(1, b'and so does its C code')\n"
@@ -38,7 +42,7 @@ class FakeEngine:
     """Packages that have every function that is hooked, as the hook table says, and nothing else."""
 
     def __init__(self, root: Path):
-        self.root = root
+        self.root, self.version = root, VERSION
         modules: dict[str, dict[str, list[str]]] = {}
         for point in HOOK_POINTS:
             owner, _, name = point.target.partition(":")[2].rpartition(".")
@@ -62,7 +66,7 @@ class FakeEngine:
 
     def start(self, text: str) -> None:
         """What happens when the engine's package is imported."""
-        (self.root / "vllm" / "__init__.py").write_text(f"__version__ = {VERSION!r}\n{text}", "utf-8")
+        (self.root / "vllm" / "__init__.py").write_text(f"__version__ = {self.version!r}\n{text}", "utf-8")
 
     def change(self, module: str, old: str, new: str) -> None:
         text = self.path(module).read_text("utf-8")
@@ -194,6 +198,72 @@ def test_a_module_that_is_not_installed_is_not_missed_where_another_gives_the_sa
 def test_a_module_that_is_there_but_does_not_fit_is_missed_though_another_gives_the_same(engine: FakeEngine):
     engine.change(HTTPTOOLS, "def send(self, message", "def send(self, text")
     assert viewed(status=1)["inspection"]["engines"][0]["unusable"] == [f"{HTTPTOOLS}:RequestResponseCycle.send"]
+
+
+# Versions
+
+
+STEP_TIMING = "vllm.v1.worker.gpu.async_utils"
+FORWARD_START = f"{STEP_TIMING}:StepTimingCollector.forward_start"  # from 0.28 on, and missed before
+NEWER = "the hook points were held against"
+
+
+@pytest.mark.parametrize(("version", "known"), [("0.32.0+cpu", True), (VERSION, False), ("0.1.dev1", False)])
+def test_a_version_that_the_table_was_not_held_against_is_said_to_be_so(engine: FakeEngine, version: str, known: bool):
+    engine.version = version
+    engine.start("")
+    view = viewed(status=0)
+    (found,) = view["inspection"]["engines"]
+    assert (found["version"], found["known"], found["lost"]) == (version, known, [])
+    assert len(view["notes"]) == (not known)
+    assert (NEWER in doctor().stdout) == (not known)
+
+
+def test_what_an_older_version_has_not_is_lost_and_not_missing(engine: FakeEngine):
+    engine.version = "0.24.0"
+    engine.start("")
+    engine.path(STEP_TIMING).unlink()
+    view = viewed(status=0)
+    (found,) = view["inspection"]["engines"]
+    absent = [target for target, point in points_of(view).items() if point["status"] == "not in this version"]
+    assert FORWARD_START in absent
+    assert found["lost"] == [target for target in absent if BY_TARGET[target].missed]
+    assert (found["known"], found["unusable"]) == (True, [])
+    said = points_of(view)[FORWARD_START]
+    assert (said["found"], said["matches"], said["why"]) == (
+        False,
+        False,
+        "the hook point is for the releases from 0.28 on",
+    )
+    (note,) = view["notes"]
+    assert note.startswith("Not to be had from vllm 0.24.0")
+    assert "where prepare becomes forward (StepTimingCollector.forward_start)" in note
+    text = doctor().stdout
+    assert "Not to be had from vllm 0.24.0" in text
+    assert "lost in this version" in text
+    assert "All hook points of this version can be used." in text
+
+
+def test_what_a_newer_version_has_not_is_missing_and_the_rest_is_used(engine: FakeEngine):
+    engine.change(SCHEDULER, "    def schedule(self", "    def plan(self")
+    view = viewed(status=1)
+    (found,) = view["inspection"]["engines"]
+    assert (found["known"], found["unusable"], found["lost"]) == (False, [f"{SCHEDULER}:Scheduler.schedule"], [])
+    text = doctor().stdout
+    assert NEWER in text
+    assert f"1 of {len(TARGETS)} hook points do not fit vllm {VERSION}" in text
+
+
+def row(target: str, since: str = "", before: str = "", stands_for: str = "", missed: bool = True) -> HookPoint:
+    return HookPoint(
+        f"a:{target}", (), Level.STEP, "worker", lambda hook: Around(), "x", since, before, stands_for, missed
+    )
+
+
+def test_what_is_lost_in_a_release():
+    rows = [row("new", "0.28"), row("old", "", "0.28", "a:new"), row("late", "0.30"), row("op", "0.30", missed=False)]
+    assert lost(rows, (0, 31, 0)) == lost(rows, ()) == []
+    assert lost(rows, (0, 29, 0)) == lost(rows, (0, 27, 1)) == ["a:late"]
 
 
 CRASHES = {

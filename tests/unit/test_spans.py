@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from stagetrace.exporters import spans as module
 from stagetrace.exporters.session import REQUESTS_SCHEMA, STATES_SCHEMA, Manifest, Process
 from stagetrace.exporters.spans import Clock, Source, Spans, model_of, resource_attributes, spans_of
-from stagetrace.instrument.stages import BY_NAME, STAGES, STEP_COMPOSITION, Kind
+from stagetrace.instrument.stages import BY_NAME, STAGES, STEP_COMPOSITION, Kind, Unit
 
 INSTANCE = 77
 SCHEDULER, WORKER = 11, 12
@@ -214,10 +215,22 @@ def test_every_attribute_of_every_stage_is_there_under_its_name() -> None:
         given_words = {attribute.name: 1000 + at for at, attribute in enumerate(stage.attributes)}
         build.segment(stage.name, WORKER, 1, 2, of=(INSTANCE, 3, "decode"), **given_words)
         (span,) = made(build).spans
-        expected = {f"stagetrace.{name}": value for name, value in given_words.items()}
+        handles = {attribute.name for attribute in stage.attributes if attribute.unit is Unit.HANDLE}
+        expected = {
+            f"stagetrace.{name}": f"{value:016x}" if name in handles else value for name, value in given_words.items()
+        }
         assert span.attributes | expected == span.attributes
         assert span.attributes["stagetrace.stage"] == stage.name
         assert (span.attributes["stagetrace.step"], span.attributes["stagetrace.phase"]) == (3, "decode")
+
+
+def test_choices_and_handles_are_words() -> None:
+    build = Builder()
+    words = {"op": 1, "group": 77, "bytes": 5, "algorithm": 0, "sequence": 9}
+    build.segment("collective", WORKER, 1, 2, of=(INSTANCE, 3, "decode"), **words)
+    (span,) = spans_of(build.tables(), replace(source(), names={77: "tp:0 (ranks 0-1)"})).spans
+    assert (span.attributes["stagetrace.op"], span.attributes["stagetrace.group"]) == ("all_reduce", "tp:0 (ranks 0-1)")
+    assert "stagetrace.algorithm" not in span.attributes and span.attributes["stagetrace.sequence"] == 9
 
 
 def test_step_carries_its_whole_composition() -> None:

@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 from unit.configs import LLAMA_405B, MIXTRAL_8X7B
-from unit.sessions import SessionBuilder
+from unit.sessions import INSTANCE, SessionBuilder
 from unit.test_report import shown
 
 from stagetrace.analysis.batch import Batch
@@ -211,3 +211,25 @@ def test_one_request_alone_is_beside_what_requests_took(tmp_path: Path):
         max(float(prefill.operations()) / 989.5e12, float(prefill.bytes()) / 3.35e12) * 1e9
     )
     assert found.least_tpot_ns is not None and found.least_tpot_ns < found.least_ttft_ns
+
+
+def test_experts_that_were_touched_are_taken_where_they_were_recorded(tmp_path: Path):
+    builder = built(tmp_path / "s", device_name=H100)
+    for layer, counts in ((0, [3, 1, 0, 0, 0, 0, 0, 0]), (1, [1, 1, 1, 1, 0, 0, 0, 0])):
+        builder.row("experts", process=1, instance=INSTANCE, step=2, rank=0, layer=layer, tokens=2, counts=counts)
+    light = summarise(builder.write()).light
+    model = describe(MIXTRAL_8X7B)
+    recorded, expected = (
+        float(step_work(model, Batch.of_requests(decode=DECODE, distinct_experts=touched)).bytes())
+        for touched in (3.0, None)
+    )
+    assert light.phases["decode"].bytes == pytest.approx(recorded + expected)
+    assert any("not recorded of 66.7% of the steps" in note for note in light.notes)
+
+
+def test_shards_of_sglang(tmp_path: Path):
+    plain, attention = Sharding.sglang(8, 2, expert=4), Sharding.sglang(8, attention_data=4, expert=8)
+    assert (plain.tensor, plain.pipeline, plain.data, plain.expert, plain.expert_tensor) == (8, 2, 1, 4, 2)
+    assert (attention.tensor, attention.data, attention.expert, attention.expert_tensor) == (2, 4, 8, 1)
+    info = {"engine": "sglang", "device_name": H100, "tensor_parallel": 4, "attention_data_parallel": 3}
+    assert "No speed of light: the recorded ranks do not fit" in shown(summarise(built(tmp_path / "s", **info).write()))
