@@ -13,6 +13,7 @@ from __future__ import annotations
 from _thread import get_ident
 from typing import TYPE_CHECKING, Any
 
+from stagetrace.adapters.device import device_info
 from stagetrace.adapters.members import Members
 from stagetrace.instrument.around import Around
 from stagetrace.instrument.recorder import now
@@ -275,20 +276,25 @@ class Tracker:
         self.recorder.put(self.execute, begin, end, _pack_tail(self.instance, step))
         self.last_end = end
 
-    def updated(self, scheduler: Any, batch: Any, begin: int, end: int) -> None:
-        """The result of a step was taken in."""
+    def updated(self, batch: Any, begin: int, end: int) -> None:
+        """The result of a step was taken in.
+
+        Outputs are sent from within: a request's moments are SGLang's own, before the front end can have the token.
+        """
         step = batch.forward_iter
         first_tokens = self.in_flight.pop(step, None)
         if first_tokens:
             for request in first_tokens:
                 handle = self.live.get(request.rid)
                 if handle and not request.is_retracted:
-                    self.recorder.state(_DECODE, end, handle, self.instance, step, 1)
+                    first = _within(request.time_stats.last_prefill_finished_time, begin, end)
+                    self.recorder.state(_DECODE, first, handle, self.instance, step, 1)
         if self.ended:
             self.ended = 0
             for request in batch.reqs:
                 if request.finished() and request.rid in self.live:
-                    self.free(request, end, step, extract.finish_of(request.finished_reason))
+                    last = _within(request.time_stats.completion_time, begin, end)
+                    self.free(request, last, step, extract.finish_of(request.finished_reason))
         if first_tokens is None:
             return  # it was no step, or it began while nothing was recorded
         recorder = self.recorder
@@ -302,6 +308,12 @@ class Tracker:
             self.idle = True
             self.batch = []  # holds no request beyond its life
         self.last_end = end
+
+
+def _within(seconds: float, begin: int, end: int) -> int:
+    """A moment of SGLang's in ns, if it lies between these; else the end."""
+    moment = extract.time_ns(seconds)
+    return moment if begin <= moment <= end else end
 
 
 class _Here:
@@ -328,7 +340,7 @@ def opens_recorder(hook: Hook) -> Around:
         if extract.is_first(parallel):
             hook.recorder.open("engine_core", {**info, "instance": RANK.instance})
             _Here.tracker = Tracker(hook.recorder, RANK.instance, parallel.pp_size > 1)
-        hook.recorder.open("worker", {**info, "rank": RANK.rank})
+        hook.recorder.open("worker", {**info, "rank": RANK.rank, **device_info(str(info["device"]))})
 
     return Around(after=after)
 
@@ -480,9 +492,9 @@ def _tokens(batch: Any) -> int:
 def process_result(hook: Hook) -> Around:
     """Scheduler.process_batch_result: the step ends. On a device the wait for it is in here."""
 
-    def after(self: Any, batch: Any, begin: int, end: int) -> None:
+    def after(batch: Any, begin: int, end: int) -> None:
         if _Here.tracker is not None:
-            _Here.tracker.updated(self, batch, begin, end)
+            _Here.tracker.updated(batch, begin, end)
 
     return Around(after=after)
 
