@@ -1,7 +1,7 @@
 """Run by the engine's Python: a long prefill under torch.profiler, with ranges opened around what the hooks are on.
 
-Prints JSON: `ranges`, name -> how often, and how long together in µs; `chosen`, what every call of a router returned, in
-the order of the calls: how many tokens for each expert.
+Prints JSON: `ranges`, name -> how often, and how long together in µs; `chosen`, what every call of a router returned,
+in the order of the calls: how many tokens for each expert.
 """
 
 import json
