@@ -458,7 +458,7 @@ def starts_workers(hook: Hook) -> Around:
         from vllm import __version__
 
         hook.recorder.open("engine_core", extract.process_info(vllm_config, __version__))
-        startup.begun(hook.recorder, begin)
+        startup.begun(hook.recorder, startup.CORE, begin)
 
     return Around(before, startup.part("start_workers")(hook).after)
 

@@ -37,7 +37,7 @@ def test_offline_with_an_engine_of_its_own(model: Path, engine_python: Path, tmp
     manifest = session.read_manifest()
     assert manifest.counts["accounting_conflict"] == 0
     assert not any(process.errors for process in manifest.processes)
-    assert {process.role for process in manifest.processes} == {"front_end", "engine_core+worker"}
+    assert {process.role for process in manifest.processes} == {"front_end", "engine_core", "worker"}
     frames = load(session)
     requests, steps = frames["requests"].sort_values("arrival_ns"), frames["steps"]
     counts = requests[["prompt_tokens", "output_tokens"]].astype(int).to_numpy().tolist()
