@@ -5,6 +5,8 @@ DEV := .venv/bin/python
 TESTS = $(wildcard tests/$(1)/test_*.py tests/$(1)/*/test_*.py)
 # `make test` leaves out the tests over many releases and configurations; `make test-all` runs them as well.
 SELECT ?= -m "not matrix"
+# Whose server the quickstart starts: vllm or sglang.
+ENGINE ?= vllm
 # Options for the benchmarks: make bench BENCH=--quick
 BENCH ?=
 
@@ -16,8 +18,8 @@ BENCH ?=
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-quickstart: dev vllm-env ## a real vLLM server on this machine's CPU, a load on it, and where the time went
-	$(DEV) examples/quickstart/quickstart.py
+quickstart: dev $(ENGINE)-env ## a real server on this machine's CPU, a load, where the time went; ENGINE=sglang for SGLang
+	$(DEV) examples/quickstart/quickstart.py --engine $(ENGINE)
 
 dev: python ## the environment for everything but the engines: .venv
 	$(PYTHON) tests/environments/make.py dev
@@ -29,6 +31,9 @@ vllm-env: python
 
 sglang-env: python
 	$(PYTHON) tests/environments/make.py sglang-cpu
+
+%-env:
+	@echo "ENGINE is vllm or sglang, not '$*'" >&2; exit 1
 
 test: lint types imports unit contracts fuzz backends engines faults ## everything that a change must pass
 	@echo "== passed"

@@ -1,6 +1,8 @@
 """Pure extractors: objects of SGLang in, words of records out. No clock, no ring, no import of SGLang.
 
-Written against SGLang 0.5.23: ScheduleBatch, Req and the finish reasons in srt/managers/schedule_batch.py.
+Written against SGLang 0.5.23 (paths are relative to sglang/srt): ScheduleBatch, Req and the finish reasons in
+managers/schedule_batch.py; ReqState in managers/tokenizer_manager.py, requests and outputs in managers/io_struct.py,
+the times in observability/req_time_stats.py.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from stagetrace.instrument.ids import handle
 from stagetrace.instrument.stages import Finish
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 HEALTH_CHECK = "HEALTH_CHECK"  # how the ids of the requests begin that SGLang's /health makes
+_FINISH_BY_TYPE = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.ABORT}
+_CLIENT_ERROR = 400  # from this HTTP status on an abort is an error that the client is told
 
 
 def instance_of(port_args: Any, dp_rank: int) -> int:
@@ -167,3 +171,94 @@ def rank_of(parallel: Any) -> int:
 def is_first(parallel: Any) -> bool:
     """Whether this rank is the one that receives the requests of its data-parallel rank."""
     return not (parallel.pp_rank or parallel.attn_tp_rank or parallel.attn_cp_rank)
+
+
+# In the front end
+
+
+def finish_of_reason(reason: Mapping[str, Any]) -> Finish:
+    """stages.Finish of a finish reason as it travels to the front end: an abort with an error's status is an error."""
+    finish = _FINISH_BY_TYPE.get(str(reason.get("type")), Finish.UNKNOWN)
+    if finish is Finish.ABORT and int(reason.get("status_code") or 0) >= _CLIENT_ERROR:
+        return Finish.ERROR
+    return finish
+
+
+def prompt_tokens(request: Any) -> int:
+    """Tokens in a tokenized request's prompt; 0 where it came as embeddings of unknown length."""
+    tokens = request.input_ids if request.input_ids is not None else getattr(request, "input_embeds", None)
+    return 0 if tokens is None else len(tokens)
+
+
+def max_tokens(request: Any) -> int:
+    """The most tokens that a tokenized request may generate; 0 where that is unbounded, or nothing is generated."""
+    return int(getattr(request.sampling_params, "max_new_tokens", None) or 0)
+
+
+def lora_name(request: Any) -> str:
+    """The LoRA adapter that a request asks for; empty for none, or for a list of them."""
+    name = getattr(request, "lora_path", None)
+    return name if isinstance(name, str) else ""
+
+
+def priority(request: Any) -> int:
+    """A request's priority, 0 without one."""
+    found = getattr(request, "priority", None)
+    return found if isinstance(found, int) else 0
+
+
+def samples(request: Any) -> int:
+    """How many answers a GenerateReqInput asks for: OpenAI's n."""
+    parameters = getattr(request, "sampling_params", None)
+    return int(parameters.get("n") or 1) if isinstance(parameters, dict) else 1
+
+
+def refused(states: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
+    """Of the ReqStates of a call that failed, by id, those that never reached the scheduler and are no health check.
+
+    `known` are those of all requests. With n > 1 SGLang makes n states for each prompt before it looks at them.
+    """
+    found = [
+        rid
+        for rid, state in states.items()
+        if not state.dispatched and known.get(rid) is state and not rid.startswith(HEALTH_CHECK)
+    ]
+    return found[: -(-len(found) // samples(states[found[0]].obj))] if found else []
+
+
+def native_trace_context(time_stats: Any) -> str:
+    """The root span that SGLang's own tracing has begun for a request: a traceparent and a newline; empty without."""
+    native = getattr(time_stats, "trace_ctx", None)
+    if native is None or getattr(native, "tracing_enable", False) is not True:
+        return ""
+    span = getattr(native, "root_span", None)
+    if span is None:
+        return ""
+    context = span.get_span_context()
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}\n"
+
+
+def first_output_ns(state: Any, begin: int) -> int:
+    """When the front end had a request's first token: SGLang's own time where it took it here, else the batch's begin.
+
+    For a request that is not streamed SGLang's first token time is the scheduler's.
+    """
+    if state is None or not getattr(state.obj, "stream", False):
+        return begin
+    return max(time_ns(state.time_stats.first_token_time), begin)
+
+
+def finished(output: Any, index: int) -> tuple[int, int, int, int]:
+    """The words of Event.LAST_OUTPUT, of one request in a batch of outputs: stages.Finish, output, prompt, cached."""
+    return (
+        int(finish_of_reason(output.finished_reasons[index])),
+        _count(output, "completion_tokens", index),
+        _count(output, "prompt_tokens", index),
+        _count(output, "cached_tokens", index),
+    )
+
+
+def _count(output: Any, name: str, index: int) -> int:
+    """A number of tokens; embeddings have no output, for example."""
+    counts = getattr(output, name, None)
+    return int(counts[index]) if counts else 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 from _thread import get_ident
 from typing import TYPE_CHECKING, Any
 
+from stagetrace.adapters.device import device_info
 from stagetrace.adapters.members import Members
 from stagetrace.instrument.around import Around
 from stagetrace.instrument.recorder import now
@@ -275,20 +276,25 @@ class Tracker:
         self.recorder.put(self.execute, begin, end, _pack_tail(self.instance, step))
         self.last_end = end
 
-    def updated(self, scheduler: Any, batch: Any, begin: int, end: int) -> None:
-        """The result of a step was taken in."""
+    def updated(self, batch: Any, begin: int, end: int) -> None:
+        """The result of a step was taken in.
+
+        Outputs are sent from within: a request's moments are SGLang's own, before the front end can have the token.
+        """
         step = batch.forward_iter
         first_tokens = self.in_flight.pop(step, None)
         if first_tokens:
             for request in first_tokens:
                 handle = self.live.get(request.rid)
                 if handle and not request.is_retracted:
-                    self.recorder.state(_DECODE, end, handle, self.instance, step, 1)
+                    first = _within(request.time_stats.last_prefill_finished_time, begin, end)
+                    self.recorder.state(_DECODE, first, handle, self.instance, step, 1)
         if self.ended:
             self.ended = 0
             for request in batch.reqs:
                 if request.finished() and request.rid in self.live:
-                    self.free(request, end, step, extract.finish_of(request.finished_reason))
+                    last = _within(request.time_stats.completion_time, begin, end)
+                    self.free(request, last, step, extract.finish_of(request.finished_reason))
         if first_tokens is None:
             return  # it was no step, or it began while nothing was recorded
         recorder = self.recorder
@@ -302,6 +308,12 @@ class Tracker:
             self.idle = True
             self.batch = []  # holds no request beyond its life
         self.last_end = end
+
+
+def _within(seconds: float, begin: int, end: int) -> int:
+    """A moment of SGLang's in ns, if it lies between these; else the end."""
+    moment = extract.time_ns(seconds)
+    return moment if begin <= moment <= end else end
 
 
 class _Here:
@@ -328,7 +340,7 @@ def opens_recorder(hook: Hook) -> Around:
         if extract.is_first(parallel):
             hook.recorder.open("engine_core", {**info, "instance": RANK.instance})
             _Here.tracker = Tracker(hook.recorder, RANK.instance, parallel.pp_size > 1)
-        hook.recorder.open("worker", {**info, "rank": RANK.rank})
+        hook.recorder.open("worker", {**info, "rank": RANK.rank, **device_info(str(info["device"]))})
 
     return Around(after=after)
 
@@ -372,6 +384,17 @@ def abort_output(hook: Hook) -> Around:
         tracker = _Here.tracker
         if tracker is not None:
             tracker.free(req, now(), 0, Finish.ABORT)
+
+    return Around(after=after)
+
+
+def output_sent(hook: Hook) -> Around:
+    """SenderWrapper.send_output before 0.5.23: the same, in what is sent to the tokenizer with its request."""
+
+    def after(output: Any, recv_obj: Any) -> None:
+        tracker = _Here.tracker
+        if tracker is not None and type(output).__name__ == "AbortReq" and recv_obj is not None:
+            tracker.free(recv_obj, now(), 0, Finish.ABORT)
 
     return Around(after=after)
 
@@ -431,17 +454,27 @@ def run_batch(hook: Hook) -> Around:
 
 def launch_sample(hook: Hook) -> Around:
     """Scheduler.launch_batch_sample_if_needed: sampling that had to wait for the last step's tokens (a grammar)."""
-    recorder, rank = hook.recorder, RANK
-
-    def before(batch_result: Any, cur_batch: Any, begin: int) -> None:
-        rank.step = 0
-        if batch_result is not None and batch_result.delay_sample_func is not None and extract.is_step(cur_batch):
-            rank.start(cur_batch.forward_iter, _tokens(cur_batch), begin)
+    recorder = hook.recorder
 
     def after(end: int) -> None:
         _hand_back(recorder, end)
 
-    return Around(before, after, off=rank.forget)
+    return Around(_launch_sample, after, off=RANK.forget)
+
+
+def launch_sample_of_current(hook: Hook) -> Around:
+    """The same before 0.5.16: the batch is the scheduler's current one."""
+
+    def before(self: Any, batch_result: Any, begin: int) -> None:
+        _launch_sample(batch_result, self.cur_batch, begin)
+
+    return Around(before, launch_sample(hook).after, off=RANK.forget)
+
+
+def _launch_sample(batch_result: Any, cur_batch: Any, begin: int) -> None:
+    RANK.step = 0
+    if batch_result is not None and batch_result.delay_sample_func is not None and extract.is_step(cur_batch):
+        RANK.start(cur_batch.forward_iter, _tokens(cur_batch), begin)
 
 
 def _hand_back(recorder: Recorder, end: int) -> None:
@@ -459,9 +492,9 @@ def _tokens(batch: Any) -> int:
 def process_result(hook: Hook) -> Around:
     """Scheduler.process_batch_result: the step ends. On a device the wait for it is in here."""
 
-    def after(self: Any, batch: Any, begin: int, end: int) -> None:
+    def after(batch: Any, begin: int, end: int) -> None:
         if _Here.tracker is not None:
-            _Here.tracker.updated(self, batch, begin, end)
+            _Here.tracker.updated(batch, begin, end)
 
     return Around(after=after)
 

@@ -1,14 +1,8 @@
-"""Hooks in the front end: requests from their arrival to the last byte handed to the client's socket.
-
-The socket is uvicorn's, whose request cycle carries an `Exchange` through the HTTP handling: it brings the caller's
-`traceparent` to the requests that come out of it (vLLM drops it while its own tracing is off), and their handles to
-the place that sends the bytes.
-"""
+"""Hooks in the front end: requests from their arrival to their last token; ../http.py has the client's side."""
 
 from __future__ import annotations
 
 import time
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from stagetrace.instrument.around import Around
@@ -16,7 +10,9 @@ from stagetrace.instrument.recorder import now
 from stagetrace.instrument.records import Event, RecordType, Text, header_word
 from stagetrace.instrument.stages import BY_NAME, Level
 
-from . import extract, startup, trace_context
+from .. import trace_context
+from ..http import EXCHANGE
+from . import extract, startup
 
 if TYPE_CHECKING:
     from stagetrace.instrument.hooks import Hook
@@ -27,26 +23,10 @@ _TOKENIZE = header_word(RecordType.STATE, BY_NAME["request_tokenize"].id)
 _DISPATCH = header_word(RecordType.STATE, BY_NAME["request_dispatch"].id)
 _DETOKENIZE = header_word(RecordType.SEGMENT, BY_NAME["detokenize"].id)
 _FIRST_OUTPUT = header_word(RecordType.EVENT, Event.FIRST_OUTPUT)
-_FIRST_SENT = header_word(RecordType.EVENT, Event.FIRST_SENT)
 _LAST_OUTPUT = header_word(RecordType.EVENT, Event.LAST_OUTPUT)
-_LAST_SENT = header_word(RecordType.EVENT, Event.LAST_SENT)
 _ABORTED = header_word(RecordType.EVENT, Event.ABORTED)
 _CHILD = header_word(RecordType.EVENT, Event.CHILD)
 _STEP_LEVEL = int(Level.STEP)  # looking into an enum costs as much as a clock read
-
-
-class Exchange:
-    """One HTTP request and its response."""
-
-    __slots__ = ("context", "handles", "sent")
-
-    def __init__(self, headers: Any):
-        self.context = trace_context.of_headers(headers)
-        self.handles: list[int] = []
-        self.sent = False
-
-
-EXCHANGE: ContextVar[Exchange | None] = ContextVar("stagetrace_exchange", default=None)
 
 
 class _Outputs:
@@ -167,38 +147,3 @@ def abort_requests(hook: Hook) -> Around:
             recorder.state(_ABORTED, now(), recorder.handle(request_id))
 
     return Around(after=after, off=_Outputs.waiting.clear)
-
-
-def run_asgi(hook: Hook) -> Around:
-    """uvicorn's RequestResponseCycle.run_asgi: an HTTP request is handled in a task of its own."""
-
-    def before(self: Any) -> None:
-        exchange = self._stagetrace = Exchange(self.scope["headers"])
-        EXCHANGE.set(exchange)
-
-    return Around(before)
-
-
-def send(hook: Hook) -> Around:
-    """uvicorn's RequestResponseCycle.send: a part of the response was handed to the socket."""
-    state = hook.recorder.state
-
-    def after(self: Any, message: Any) -> None:
-        if message["type"] != "http.response.body" or self.disconnected:
-            return
-        exchange: Exchange | None = getattr(self, "_stagetrace", None)
-        if exchange is None or not exchange.handles:
-            return
-        first, last = not exchange.sent and message.get("body"), not message.get("more_body", False)
-        if not first and not last:
-            return
-        time_ns = now()
-        if first:
-            exchange.sent = True
-        for handle in exchange.handles:
-            if first:
-                state(_FIRST_SENT, time_ns, handle)
-            if last:
-                state(_LAST_SENT, time_ns, handle)
-
-    return Around(after=after)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from stagetrace.instrument.hooks import HookPoint
 from stagetrace.instrument.stages import Collective, Level
 
+from ..http import HTTP_POINTS
 from . import front_end, layers, scheduler, startup, worker
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
@@ -17,10 +18,6 @@ _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 _STEP_TIMING = "vllm.v1.worker.gpu.async_utils:StepTimingCollector"
 _LOADER = "vllm.model_executor.model_loader"
-_CYCLES = (
-    "uvicorn.protocols.http.httptools_impl:RequestResponseCycle",
-    "uvicorn.protocols.http.h11_impl:RequestResponseCycle",
-)
 # The releases that the table is held against (tests/contracts): what docs/compatibility.md says of them is so.
 RELEASES = ("0.20.2", "0.24.0", "0.28.0", "0.30.0", "0.32.0", "0.33.0")
 _FRONT, _CORE, _RANK = "front end", "engine core", "worker"
@@ -151,10 +148,7 @@ _LAYER_POINTS = (
         compiled=True,
     ),
     _in_a_layer(
-        f"{_MOE}.router.fused_moe_router:FusedMoERouter.select_experts",
-        ("self", "hidden_states"),
-        "moe_route",
-        since="0.24",  # before, what it is that is called is a method of its subclass
+        f"{_MOE}.router.base_router:BaseRouter._select_experts", ("self", "hidden_states"), "moe_route", since="0.24"
     ),
     _in_a_layer(f"{_KERNEL}._prepare", ("self", "hidden_states"), "expert_dispatch"),
     _in_a_layer(f"{_KERNEL}._fused_experts", ("self", "in_dtype", "a1q"), "expert_compute"),
@@ -262,16 +256,7 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
     HookPoint(
         f"{_OUTPUTS}.abort_requests", ("self", "request_ids"), Level.REQUEST, _FRONT, front_end.abort_requests, "aborts"
     ),
-    *(
-        HookPoint(f"{cycle}.run_asgi", ("self", "app"), Level.REQUEST, _FRONT, front_end.run_asgi, "traceparent")
-        for cycle in _CYCLES
-    ),
-    *(
-        HookPoint(
-            f"{cycle}.send", ("self", "message"), Level.REQUEST, _FRONT, front_end.send, "first and last byte sent"
-        )
-        for cycle in _CYCLES
-    ),
+    *HTTP_POINTS,
     HookPoint(
         f"{_SCHEDULER}.__init__",
         ("self", "vllm_config"),

@@ -1,11 +1,13 @@
 """A real server, a real load, and where the time went, on a machine without a GPU and without a download.
 
     make quickstart                                                     makes the environments, then runs this
+    make quickstart ENGINE=sglang                                       the same with SGLang
     .venv/bin/python examples/quickstart/quickstart.py                  a tiny Mixture of Experts under vLLM
+    .venv/bin/python examples/quickstart/quickstart.py --engine sglang  under SGLang
     .venv/bin/python examples/quickstart/quickstart.py --untraced       the same without stagetrace, to compare
 
-It builds a tiny model, starts `stagetrace run -- <vLLM server>`, waits until it is ready, puts a load on it and ends
-it; `stagetrace run` then prints the breakdown and the session's path.
+It builds a tiny model, starts `stagetrace run -- <server>`, waits until it is ready, puts a load on it and ends it;
+`stagetrace run` then prints the breakdown and the session's path.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from rich.console import Console
 from rich.markup import escape
 from servers import (
     CHECKOUT,
+    ENGINES,
     HOST,
     MODEL_NAME,
     MODEL_SCRIPT,
     START_TIMEOUT_S,
-    VLLM,
+    Engine,
     StartError,
     free_port,
     tail,
@@ -38,8 +41,11 @@ if TYPE_CHECKING:
     from types import FrameType
 
 FOLDER = CHECKOUT / "build" / "quickstart"
-# Small enough that the longer prompts of the load are prefilled in chunks.
-ARGUMENTS = ("--enforce-eager", "--max-num-batched-tokens", "512", "--max-num-seqs", "32")
+# The same limits for both, small enough that the longer prompts of the load are prefilled in chunks.
+ARGUMENTS = {
+    "vllm": ("--enforce-eager", "--max-num-batched-tokens", "512", "--max-num-seqs", "32"),
+    "sglang": ("--chunked-prefill-size", "512", "--max-running-requests", "32"),
+}
 # How a server that was told to end by SIGINT ends, itself or as a shell reports it.
 ENDED_BY_US = (0, -signal.SIGINT, 128 + signal.SIGINT)
 END_TIMEOUT_S = 120.0
@@ -48,7 +54,8 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Trace a real vLLM server under a load and show where the time went.")
+    parser = argparse.ArgumentParser(description="Trace a real server under a load and show where the time went.")
+    parser.add_argument("--engine", choices=sorted(ENGINES), default="vllm", help="whose server it is (vllm)")
     parser.add_argument("--dense", action="store_true", help="a dense model instead of a Mixture of Experts")
     parser.add_argument("--requests", type=int, default=REQUESTS, help=f"requests to send ({REQUESTS})")
     parser.add_argument("--seed", type=int, default=SEED, help=f"of the load ({SEED})")
@@ -60,27 +67,28 @@ def main() -> int:
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(stop, _interrupt)
     try:
-        return run(arguments.dense, arguments.requests, arguments.seed, arguments.untraced)
+        return run(ENGINES[arguments.engine], arguments.dense, arguments.requests, arguments.seed, arguments.untraced)
     except KeyboardInterrupt:
         say("stopped")
         return 128 + signal.SIGINT
 
 
-def run(dense: bool, requests: int, seed: int, untraced: bool) -> int:
+def run(engine: Engine, dense: bool, requests: int, seed: int, untraced: bool) -> int:
     """The whole quickstart; returns its exit status."""
-    if not VLLM.python.is_file():
-        problem(f"there is no engine in {VLLM.python.parent.parent}: run `make quickstart`, which installs it first")
+    if not engine.python.is_file():
+        place = engine.python.parent.parent
+        problem(f"there is no {place}: run `make quickstart ENGINE={engine.name}`, which makes it first")
         return 1
     model = FOLDER / ("model-dense" if dense else "model-moe")
-    build = [str(VLLM.python), str(MODEL_SCRIPT), str(model), *(["--dense"] if dense else [])]
-    built = subprocess.run(build, env=VLLM.environment(), check=False)
+    build = [str(engine.python), str(MODEL_SCRIPT), str(model), *(["--dense"] if dense else [])]
+    built = subprocess.run(build, env=engine.environment(), check=False)
     if built.returncode:
         problem("the model could not be built (the message is above)")
         return built.returncode
     log = FOLDER / "server.log"
     log.unlink(missing_ok=True)
     port = free_port()
-    server = start(VLLM.command(model, port, *ARGUMENTS), log, untraced)
+    server = start(engine.command(model, port, *ARGUMENTS[engine.name]), engine, log, untraced)
     results: list[Result] = []
     unready: StartError | None = None
     try:
@@ -109,13 +117,13 @@ def run(dense: bool, requests: int, seed: int, untraced: bool) -> int:
     return 1 if failed else 0
 
 
-def start(server: list[str], log: Path, untraced: bool) -> subprocess.Popen[bytes]:
+def start(server: list[str], engine: Engine, log: Path, untraced: bool) -> subprocess.Popen[bytes]:
     """Starts the server, under `stagetrace run` unless `untraced`, with its output in the log."""
     stagetrace = Path(sys.executable).parent / "stagetrace"
     wrapper = [] if untraced else [str(stagetrace), "run", "--log", str(log), "--"]
     say(f"$ {shlex.join([*wrapper, *server])}")
     say(f"the server's log is {log}; it takes about half a minute to start")
-    variables = VLLM.environment()
+    variables = engine.environment()
     # A process group of its own: Ctrl-C reaches this process alone, which then sends one SIGINT, as after the load.
     if not untraced:
         return subprocess.Popen([*wrapper, *server], env=variables, stdin=subprocess.DEVNULL, process_group=0)
@@ -174,8 +182,10 @@ def problem(text: str) -> None:
 
 
 def _starting(elapsed: float, log: Path) -> str:
-    # vLLM's own lines end in what it does: `(EngineCore pid=1) INFO 11-23 14:57:38 [core.py:402] init engine ...`
-    said = [line.rpartition("] ")[2].strip() for line in tail(log, 20).splitlines() if " INFO " in line]
+    # The engines' own lines end in what they do. vLLM: `(EngineCore pid=1) INFO 11-23 14:57:38 [core.py:402] init ...`,
+    # SGLang: `[2026-11-23 14:57:38] Load weight begin.`
+    own = [line for line in tail(log, 20).splitlines() if " INFO " in line or line.startswith("[20")]
+    said = [line.rpartition("] ")[2].strip() for line in own]
     doing = next((text for text in reversed(said) if len(text) > 20), "")
     return f"starting, {elapsed:.0f} s  {doing[: max(0, console.width - 35)]}".rstrip()
 

@@ -22,8 +22,9 @@ each_release = pytest.mark.parametrize("release", RELEASES, ids=str)
 
 
 def of_engine(release: Release) -> list[HookPoint]:
-    """The hook points in what the release has."""
-    return [p for points in tables().values() for p in points if package_of(p.target) == release.name]
+    """The hook points in what the release has; those that several engines share once."""
+    points = dict.fromkeys(point for table in tables().values() for point in table)
+    return [point for point in points if package_of(point.target) == release.name]
 
 
 @pytest.mark.parametrize("engine", tables())

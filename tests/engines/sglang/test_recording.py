@@ -112,8 +112,7 @@ def test_times_are_those_of_the_responses(recorded: Recorded) -> None:
         assert abs(queued - meta["queue_time"]) <= max(0.02 * meta["queue_time"], 100e-6)
         theirs = meta["prefill_finished_time"] - meta["forward_entry_time"]
         ours = (row["first_token_ns"] - row["scheduled_ns"]) / 1e9
-        # The first token is there when the whole batch's results are taken in, which is after this request's own.
-        assert theirs - 100e-6 <= ours <= theirs + 20e-3
+        assert abs(ours - theirs) <= max(0.02 * theirs, 100e-6)
 
 
 def test_counts_are_those_of_sglangs_own_metrics(recorded: Recorded) -> None:
@@ -150,7 +149,7 @@ def test_accounting(recorded: Recorded) -> None:
         "grammar": {BY_NAME["sample"].id},
         "emit": {BY_NAME["update"].id},
     }.items():
-        rows = segments[segments["stage"] == BY_NAME[name].id]
+        rows = segments[(segments["stage"] == BY_NAME[name].id) & segments["step"].notna()]
         assert set(rows["parent_stage"].fillna(0)) == parents, name
         assert set(rows["step"]) <= set(steps["step"]), name
     for name in ("schedule", "update", "prepare", "forward"):

@@ -1,4 +1,4 @@
-"""The caller's trace context of a request: from its HTTP headers, from what vLLM was given, or from around the call."""
+"""A request's trace context: from its HTTP headers, from what the engine was given, or from around the call."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def of_headers(headers: Iterable[tuple[bytes, bytes]]) -> str:
 
 
 def of_mapping(headers: Mapping[str, str] | None) -> str:
-    """The same of the headers that a request to vLLM can carry, in any case."""
+    """The same of the headers that a request to an engine can carry, in any case."""
     found = {name.lower(): value for name, value in (headers or {}).items()}
     return f"{found['traceparent']}\n{found.get('tracestate', '')}" if "traceparent" in found else ""
 
