@@ -6,6 +6,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
 from engines.recording import STAGETRACE
 from engines.server import environment
 
@@ -31,6 +32,7 @@ def run(engine_python: Path, model: Path, directory: Path, **variables: str) -> 
     return Session.open(directory / "session"), generated
 
 
+@pytest.mark.matrix
 def test_offline_with_an_engine_of_its_own(model: Path, engine_python: Path, tmp_path: Path) -> None:
     """And with a job around it that says by a variable what trace it is part of."""
     session, generated = run(engine_python, model, tmp_path, TRACEPARENT=f"00-{TRACE_ID}-{PARENT_ID}-01")

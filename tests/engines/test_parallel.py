@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from engines.recording import record
 from quickstart.load import run_load
 
@@ -40,6 +41,7 @@ def test_tensor_parallel(model, tmp_path_factory) -> None:  # type: ignore[no-un
     assert (awaited["end_ns"] <= awaited["end_ns_step"]).all()
 
 
+@pytest.mark.matrix
 def test_data_parallel(dense_model, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
     """Two engines, each with a scheduler and a worker. (Those of a dense model do not wait for each other.)"""
     directory = tmp_path_factory.mktemp("dp")

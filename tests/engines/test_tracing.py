@@ -17,6 +17,7 @@ from quickstart.servers import VLLM, Engine
 if TYPE_CHECKING:
     import pandas as pd
 
+pytestmark = pytest.mark.matrix
 TRACE_ID, PARENT_ID = "6bf92f3577b34da6a3ce929d0e0e4736", "20f067aa0ba902b7"
 REQUESTS = 24
 
