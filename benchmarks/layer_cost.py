@@ -70,8 +70,8 @@ class Model:
             ) -> None:
                 pass
 
-        class FusedMoERouter:
-            def select_experts(
+        class BaseRouter:
+            def _select_experts(
                 self, hidden_states: Any, router_logits: Any, topk_indices_dtype: Any = None, *, input_ids: Any = None
             ) -> None:
                 pass
@@ -138,13 +138,13 @@ class Model:
 
         classes = (
             MoERunner,
-            FusedMoERouter,
+            BaseRouter,
             FusedMoEKernelModularImpl,
             VocabParallelEmbedding,
             LogitsProcessor,
             GroupCoordinator,
         )
-        self.attention, self.moe, self.router = AttentionImpl(), MoERunner(), FusedMoERouter()
+        self.attention, self.moe, self.router = AttentionImpl(), MoERunner(), BaseRouter()
         self.kernel, self.embedding, self.logits = (
             FusedMoEKernelModularImpl(),
             VocabParallelEmbedding(),
@@ -181,7 +181,7 @@ class Model:
         for _ in range(LAYERS):
             self.attention.forward(self, hidden, hidden, hidden, None, None, hidden)
             self.moe._forward_impl(hidden, hidden, None)
-            self.router.select_experts(hidden_states=hidden, router_logits=hidden)
+            self.router._select_experts(hidden_states=hidden, router_logits=hidden)
             if self.capture_fn is not None:
                 self.capture_fn(chosen)
             self.kernel._prepare(hidden, hidden, chosen, 8, None, False)
@@ -227,7 +227,7 @@ def alternatives(recorder: Recorder, ring: Ring) -> tuple[Model, dict[str, Calla
 
     one = {
         "attention": "{}.attention.forward(None, hidden, hidden, hidden, None, None, hidden)",
-        "moe_route": "{}.router.select_experts(hidden_states=hidden, router_logits=hidden)",
+        "moe_route": "{}.router._select_experts(hidden_states=hidden, router_logits=hidden)",
         "expert_dispatch": "{}.kernel._prepare(hidden, hidden, chosen, 8, None, False)",
         "embed": "{}.embedding.forward(hidden)",
         "collective": "{}.group._all_reduce_out_place(hidden)",

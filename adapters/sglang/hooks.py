@@ -3,6 +3,8 @@
 SGLang's own HookRegistry is not used. It imports every module that it patches, in every process (the tokenizer and the
 detokenizer would import the model), looks through all loaded modules for each target, and lets a hook's error through.
 The plugin's door is: from there modules are patched when the engine imports them, so each process has what it runs.
+
+A function that has another name or other leading parameters in some releases has a row for each, with its range.
 """
 
 from __future__ import annotations
@@ -202,6 +204,16 @@ _SCHEDULER_POINTS = (
         _CORE,
         scheduler.launch_sample,
         "rank_step of sampling that waits for the last step's tokens",
+        since="0.5.16",
+    ),
+    HookPoint(
+        f"{_SCHEDULER}.launch_batch_sample_if_needed",
+        ("self", "batch_result"),
+        Level.STEP,
+        _CORE,
+        scheduler.launch_sample_of_current,
+        "rank_step of sampling that waits for the last step's tokens",
+        before="0.5.16",
     ),
     HookPoint(
         f"{_SCHEDULER}.process_batch_result",
@@ -234,6 +246,17 @@ _SCHEDULER_POINTS = (
         _CORE,
         scheduler.abort_output,
         "end of a request outside a batch",
+        since="0.5.23",
+    ),
+    HookPoint(
+        "sglang.srt.managers.scheduler_components.output_sender:SenderWrapper.send_output",
+        ("self", "output", "recv_obj"),
+        Level.REQUEST,
+        _CORE,
+        scheduler.output_sent,
+        "end of a request outside a batch",
+        before="0.5.23",
+        stands_for=f"{_SCHEDULER}.send_abort_output",
     ),
     HookPoint(
         "sglang.srt.managers.scheduler_components.output_streamer:SchedulerOutputStreamer.stream_output",

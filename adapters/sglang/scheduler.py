@@ -388,6 +388,17 @@ def abort_output(hook: Hook) -> Around:
     return Around(after=after)
 
 
+def output_sent(hook: Hook) -> Around:
+    """SenderWrapper.send_output before 0.5.23: the same, in what is sent to the tokenizer with its request."""
+
+    def after(output: Any, recv_obj: Any) -> None:
+        tracker = _Here.tracker
+        if tracker is not None and type(output).__name__ == "AbortReq" and recv_obj is not None:
+            tracker.free(recv_obj, now(), 0, Finish.ABORT)
+
+    return Around(after=after)
+
+
 def completed(hook: Hook) -> Around:
     """SchedulerReqTimeStats.set_completion_time: a request of the batch whose result is taken in has ended."""
 
@@ -443,17 +454,27 @@ def run_batch(hook: Hook) -> Around:
 
 def launch_sample(hook: Hook) -> Around:
     """Scheduler.launch_batch_sample_if_needed: sampling that had to wait for the last step's tokens (a grammar)."""
-    recorder, rank = hook.recorder, RANK
-
-    def before(batch_result: Any, cur_batch: Any, begin: int) -> None:
-        rank.step = 0
-        if batch_result is not None and batch_result.delay_sample_func is not None and extract.is_step(cur_batch):
-            rank.start(cur_batch.forward_iter, _tokens(cur_batch), begin)
+    recorder = hook.recorder
 
     def after(end: int) -> None:
         _hand_back(recorder, end)
 
-    return Around(before, after, off=rank.forget)
+    return Around(_launch_sample, after, off=RANK.forget)
+
+
+def launch_sample_of_current(hook: Hook) -> Around:
+    """The same before 0.5.16: the batch is the scheduler's current one."""
+
+    def before(self: Any, batch_result: Any, begin: int) -> None:
+        _launch_sample(batch_result, self.cur_batch, begin)
+
+    return Around(before, launch_sample(hook).after, off=RANK.forget)
+
+
+def _launch_sample(batch_result: Any, cur_batch: Any, begin: int) -> None:
+    RANK.step = 0
+    if batch_result is not None and batch_result.delay_sample_func is not None and extract.is_step(cur_batch):
+        RANK.start(cur_batch.forward_iter, _tokens(cur_batch), begin)
 
 
 def _hand_back(recorder: Recorder, end: int) -> None:

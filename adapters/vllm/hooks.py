@@ -148,10 +148,7 @@ _LAYER_POINTS = (
         compiled=True,
     ),
     _in_a_layer(
-        f"{_MOE}.router.fused_moe_router:FusedMoERouter.select_experts",
-        ("self", "hidden_states"),
-        "moe_route",
-        since="0.24",  # before, what it is that is called is a method of its subclass
+        f"{_MOE}.router.base_router:BaseRouter._select_experts", ("self", "hidden_states"), "moe_route", since="0.24"
     ),
     _in_a_layer(f"{_KERNEL}._prepare", ("self", "hidden_states"), "expert_dispatch"),
     _in_a_layer(f"{_KERNEL}._fused_experts", ("self", "in_dtype", "a1q"), "expert_compute"),
@@ -420,7 +417,7 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
     ),
     HookPoint(f"{_WORKER}.__init__", ("self", "vllm_config"), Level.OFF, _RANK, startup.begins, "imports"),
     *(
-        HookPoint(target, parameters, Level.OFF, process, startup.part(stage, stage == "warm_up"), stage)
+        HookPoint(target, parameters, Level.OFF, process, startup.part(stage, stage == "warm_up"), "start-up")
         for target, parameters, process, stage in _STARTUP
     ),
     *_LAYER_POINTS,

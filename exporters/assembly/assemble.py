@@ -20,7 +20,7 @@ from stagetrace.instrument.stages import STEP_RESULT, Level
 
 from ..drain import SLOT, Batch
 from ..session import TABLES
-from .decode import Records, decode
+from .decode import Records, Rows, decode
 from .experts import ExpertCounts
 from .instances import Instance
 from .long_records import Parts
@@ -48,6 +48,7 @@ REQUEST_PATIENCE_NS = 60_000_000_000  # a request that ended on one side is clos
 STEP_PATIENCE_NS = 1_000_000_000  # a request waits so long for the end of its last step
 _FOREVER = 1 << 62  # ns
 _MOST_INSTANCES = 256
+_MOST_CUT_SHORT = 10_000
 _MOST_RANKS = 1 << 20
 _BYTES = np.dtype((np.void, SLOT.itemsize))
 
@@ -83,6 +84,7 @@ class Assembler:
         self._experts = ExpertCounts()
         self._counts: Counter[str] = Counter()
         self._over: Column = np.empty(0, np.int64)  # requests that were over at the last take
+        self._cut_short: dict[int, None] = {}  # requests that have their row since a switch cut them, the newest last
 
     @property
     def requests(self) -> Mapping[int, Request]:
@@ -183,10 +185,17 @@ class Assembler:
             else:
                 self._told(process, record.handle, record.kind, record.text)
         self._changes(records)
-        self._requests.add(records.states, records.events)
+        self._requests.add(*(self._not_cut_short(rows) for rows in (records.states, records.events)))
         for rows in (records.states, records.events):
             if len(rows):
                 source.last_ns = max(source.last_ns, int(rows.words[1].max()))
+
+    def _not_cut_short(self, rows: Rows) -> Rows:
+        """The records but those of requests that went on, and were seen again, after a switch had cut them."""
+        if not self._cut_short or not len(rows):
+            return rows
+        kept = ~np.isin(rows.words[2], np.array([*self._cut_short], np.int64))
+        return rows if kept.all() else Rows(rows.number[kept], rows.stage[kept], rows.words[:, kept])
 
     def _told(self, process: int, handle: int, kind: int, text: str) -> None:
         data = parse(text)
@@ -370,6 +379,9 @@ class Assembler:
         late = ~any_of(family, ~ending | (now_ns - last_ns <= REQUEST_PATIENCE_NS))
         self._count("requests_given_up", int(np.count_nonzero(crowded)))
         closing = cut | late | crowded | is_over & np.isin(handle, self._over)
+        self._cut_short |= dict.fromkeys(handle[cut].tolist())
+        for oldest in [*self._cut_short][: len(self._cut_short) - _MOST_CUT_SHORT]:
+            del self._cut_short[oldest]
         self._over = handle[is_over]
         return self._close_requests(lives, closing, cut | crowded, OPEN)
 

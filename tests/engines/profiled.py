@@ -1,6 +1,7 @@
 """Run by the engine's Python: a long prefill under torch.profiler, with ranges opened around what the hooks are on.
 
-Prints JSON: name of a range -> how often, and how long together in µs.
+Prints JSON: `ranges`, name -> how often, and how long together in µs; `chosen`, what every call of a router returned,
+in the order of the calls: how many tokens for each expert.
 """
 
 import json
@@ -11,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from vllm import LLM, SamplingParams
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernelModularImpl
+from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 
@@ -41,15 +43,24 @@ def main() -> None:
         ("rank", GPUModelRunner, "execute_model"),
     ):
         setattr(owner, function, ranged(name, getattr(owner, function)))
+    chosen: list[list[int]] = []
+    select_experts = FusedMoERouter.select_experts
+
+    def counted(*given: Any, **named: Any) -> Any:
+        weights, experts = select_experts(*given, **named)
+        chosen.append([int((experts == expert).sum()) for expert in range(8)])
+        return weights, experts
+
+    FusedMoERouter.select_experts = counted
     tokens = [{"prompt_token_ids": [7 + (number * 31 + at) % 900 for at in range(2000)]} for number in range(3)]
     with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as profiler:
         llm.generate(tokens, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
-    found = {
+    ranges = {
         event.key: [event.count, event.cpu_time_total]
         for event in profiler.key_averages()
         if event.key in ("attention", "expert_compute", "rank")
     }
-    print(json.dumps(found))
+    print(json.dumps({"ranges": ranges, "chosen": chosen}))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def assert_nested(one: Recorded) -> None:
     outer = {stage for stage in found if BY_ID[stage].level != Level.LAYER}
     assert outer == {BY_NAME["forward"].id}
     forward = one.segments("forward")
-    inside = layers[layers["parent_stage"] == BY_NAME["forward"].id]
+    inside = segments[segments["parent_stage"] == BY_NAME["forward"].id]  # of the garbage collector, too
     spent = (inside["end_ns"] - inside["begin_ns"]).sum()
     assert spent + forward["self_ns"].sum() == (forward["end_ns"] - forward["begin_ns"]).sum()
 
@@ -266,14 +266,20 @@ def test_one_of_ranks_with_the_same_tokens_counts_experts(parallel: Recorded) ->
 
 
 def test_agrees_with_ranges_of_torch_profiler(model: Path, engine_python: Path, tmp_path: Path) -> None:
-    """Ranges opened around the same functions, whose calls take more than 1 ms: as often, and within 5 % as long."""
+    """Ranges opened around the same functions, whose calls take more than 1 ms: as often, and within 5 % as long.
+
+    And what vLLM's routers returned is what was counted, layer by layer.
+    """
     env = environment({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "STAGETRACE_RING_DIR": str(tmp_path / "rings")})
     command = [*STAGETRACE, "run", *AT_LAYER, "--session", str(tmp_path / "session"), "--", str(engine_python)]
     script = Path(__file__).with_name("profiled.py")
     done = subprocess.run([*command, str(script), str(model)], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    ranges = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    segments = load(Session.open(tmp_path / "session"))["segments"]
+    said = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    ranges, frames = said["ranges"], load(Session.open(tmp_path / "session"))
+    counts = frames["experts"].sort_values(["step", "layer"])["counts"]
+    assert [[*map(int, row)] for row in counts] == said["chosen"] and len(said["chosen"]) >= 3 * LAYERS
+    segments = frames["segments"]
     duration = segments["end_ns"] - segments["begin_ns"]
     found = {}
     for name, stages in (
@@ -326,7 +332,7 @@ def test_layer_hooks_that_raise_on_every_call_leave_the_server_serving(
     assert [result.text for result in results] == [result.text for result in moe.results[: len(QUESTIONS)]]
     (worker,) = [process for process in recording.manifest.processes if "rank" in process.info]
     out = {hook["name"].rpartition(".")[2] for hook in worker.hooks if hook["status"] == "out"}
-    called = {"_forward_impl", "select_experts", "_prepare", "_fused_experts", "_finalize", "set_capture_fn"}
+    called = {"_forward_impl", "_select_experts", "_prepare", "_fused_experts", "_finalize", "set_capture_fn"}
     assert {"forward", *called} <= out
     assert all(ERRORS_UNTIL_OUT <= count <= 2 * ERRORS_UNTIL_OUT for count in worker.errors.values())
     frames = recording.frames()

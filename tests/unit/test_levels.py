@@ -112,6 +112,27 @@ def test_what_a_switch_cuts_is_partial(tmp_path: Path) -> None:
     assert not tables["requests"].num_rows
 
 
+def test_a_request_that_was_cut_has_one_row(tmp_path: Path) -> None:
+    """It has its row when it is seen again: by its last tokens, or because it was preempted and is resumed."""
+    names = ("request_tokenize", "queue", "prefill", "decode")
+    tokenize, queue, prefill, decode = (header_word(RecordType.STATE, BY_NAME[name].id) for name in names)
+    finished = header_word(RecordType.EVENT, Event.FINISHED)
+    with opened(tmp_path) as (recorder, reader):
+        recorder.state(tokenize, 160, 4)
+        recorder.state(queue, 170, 4)
+        assembler = Assembler(b"key")
+        assembler.switches = [Switch(300, 310, Level.STEP, Level.OFF), Switch(390, 395, Level.OFF, Level.STEP)]
+        assembler.add(read_all(reader))
+        (row,) = assembler.take(311 + SWITCH_PATIENCE_NS)["requests"].to_pylist()
+        assert (row["handle"], row["status"], row["partial"]) == (4, "open", True)
+        for request in (4, 5):
+            recorder.state(prefill, 6 * 10**9, request, 9, 1)
+            recorder.state(decode, 7 * 10**9, request, 9, 1, 1)
+            recorder.state(finished, 8 * 10**9, request, 9, 2, 2, 5, 5)
+        assembler.add(read_all(reader))
+    assert [row["handle"] for row in assembler.finish()["requests"].to_pylist()] == [5]
+
+
 def test_steps_that_a_switch_cuts(tmp_path: Path) -> None:
     with opened(tmp_path) as (recorder, reader):
         for step, begin, end in ((1, 100, 200), (2, 210, 320), (3, 290, 0), (4, 400, 500)):

@@ -114,7 +114,10 @@ hooks = install("stagetrace.adapters.vllm").hooks
 print([type(finder).__name__ for finder in sys.meta_path].count("Hooks"), {hook.status for hook in hooks})
 """
     session = {**clean_variables(), "STAGETRACE_SESSION": str(tmp_path / "session")}
-    assert command(installed, "-I", "-c", source, env=session).strip() == "1 {'waiting'}"
+    assert command(installed, "-I", "-c", source, env=session).strip() in (
+        "1 {'waiting', 'left out'}",
+        "1 {'left out', 'waiting'}",
+    )
 
 
 def test_command_is_the_console_script_of_the_wheel(installed: Path):
