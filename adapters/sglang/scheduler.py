@@ -76,6 +76,7 @@ class Tracker:
         self.ended = 0  # requests that ended since the last look
         self.last_end = 0  # end of the last segment on this timeline
         self.idle = False  # no request was left then
+        self.company = 0  # begin of a run of an empty batch, beside other data-parallel ranks' work
         self.woken = 0  # when the first request came after that, if it is known
         self.preempted = 0  # since the last step
         self.context = -1  # sum of the last step's contexts, if that was decode alone
@@ -166,6 +167,7 @@ class Tracker:
         if not extract.is_step(batch):
             for request in batch.reqs:
                 self.waiting.discard(request.rid)
+            self.company = 0 if batch.reqs else begin
             return False
         deep = recorder.level[0] >= _STEP_LEVEL
         chunks: Sequence[tuple[int, int, int]] = ()
@@ -206,21 +208,16 @@ class Tracker:
             extract.kv_usage(scheduler),
             self.preempted,
         )
-        put, last_end = recorder.put, self.last_end
+        put = recorder.put
         tail = _pack_tail(self.instance, step)
         recorder.step_begin(scheduled, end, self.instance, step, words)
-        if last_end and last_end < scheduled:
-            if self.idle:
-                woken = min(max(self.woken or scheduled, last_end), scheduled)
-                put(self.idling, last_end, woken, _NO_WORK)
-                last_end = woken
-            put(self.between, last_end, scheduled, _OF_NO_STEP)
+        self._gap(scheduled)
         put(self.schedule, scheduled, end, tail)
         synced, done = self.synced
         if synced >= scheduled:
             put(self.dp_sync, synced, done, tail)
         if self.pipeline and end < begin:
-            put(self.idling, max(end, last_end), begin, _OTHER_RANK)
+            put(self.idling, end, begin, _OTHER_RANK)
         self.idle = False
         self.woken = self.preempted = 0
         return True
@@ -270,6 +267,26 @@ class Tracker:
             if deep and handle:
                 recorder.member(_CHUNK, handle, q, kv, instance, step, int(last), cached)
         return chunks, complete, decodes, context
+
+    def _gap(self, until: int) -> None:
+        """Records the time since the last segment: without work until a request came, then the loop's own."""
+        put, since = self.recorder.put, self.last_end
+        if not since or since >= until:
+            return
+        if self.idle:
+            woken = min(max(self.woken or until, since), until)
+            put(self.idling, since, woken, _NO_WORK)
+            since = woken
+        if since < until:
+            put(self.between, since, until, _OF_NO_STEP)
+
+    def kept_company(self, end: int) -> None:
+        """An empty batch was run, because other data-parallel ranks have work and all meet in collectives."""
+        if self.recorder.level[0] >= _STEP_LEVEL:
+            self._gap(self.company)
+            self.recorder.put(self.idling, self.company, end, _OTHER_RANK)
+            self.last_end = end
+        self.company = 0
 
     def executed(self, step: int, begin: int, end: int) -> None:
         """The batch was handed to the rank, which ran or launched it."""
@@ -483,6 +500,8 @@ def _hand_back(recorder: Recorder, end: int) -> None:
         RANK.end(recorder.put, end)
         if tracker is not None:
             tracker.executed(step, RANK.begin, end)
+    elif tracker is not None and tracker.company:
+        tracker.kept_company(end)
 
 
 def _tokens(batch: Any) -> int:

@@ -428,7 +428,9 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
         "the process is to be an engine core; start_workers",
     ),
     # The last that EngineCore.__init__ calls.
-    HookPoint("vllm.v1.engine.core:enable_envs_cache", (), Level.OFF, _CORE, startup.is_ready, "startup of the core"),
+    HookPoint(
+        "vllm.v1.engine.core:enable_envs_cache", (), Level.OFF, _CORE, startup.core_is_ready, "startup of the core"
+    ),
     *(
         HookPoint(f"{target}.__init__", ("self", "vllm_config"), Level.OFF, _FRONT, startup.whole, "startup")
         for target in ("vllm.v1.engine.async_llm:AsyncLLM", "vllm.v1.engine.llm_engine:LLMEngine")

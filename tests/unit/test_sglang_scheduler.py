@@ -15,7 +15,7 @@ from stagetrace.adapters.sglang import worker
 from stagetrace.adapters.sglang.scheduler import Tracker
 from stagetrace.exporters.assembly.assemble import Assembler
 from stagetrace.instrument import records
-from stagetrace.instrument.stages import BY_NAME, Level
+from stagetrace.instrument.stages import BY_NAME, IdleReason, Level
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -266,6 +266,8 @@ def test_an_empty_batch_and_a_health_check_are_no_steps(engine: tuple[Engine, Ri
     assert [row["step"] for row in found["steps"]] == [3]
     assert [row["handle"] for row in found["requests"]] == [loop.recorder.handle("real")]
     assert not loop.tracker.live
+    idle = [row["a0"] for row in found["segments"] if row["stage"] == BY_NAME["idle"].id]
+    assert IdleReason.WAITING_FOR_RANK in idle
 
 
 def test_a_request_that_is_aborted_while_it_waits(engine: tuple[Engine, RingReader]) -> None:
