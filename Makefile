@@ -82,11 +82,13 @@ engines: dev engines-env ## tests against a real vLLM and a real SGLang
 faults: dev engines-env ## tests that kill, stop and starve
 	$(call pytest,faults)
 
-bench: dev vllm-env ## what recording and collecting cost, in four programs; docs/performance.md says how to measure
+bench: dev vllm-env ## what recording and collecting cost, in five programs; docs/performance.md says how to measure
 	@echo "== record_cost: a record, a hooked call (a minute)"
 	$(DEV) benchmarks/record_cost.py $(BENCH)
 	@echo "== step_cost: a step, by the size of its batch (a minute)"
 	$(DEV) benchmarks/step_cost.py $(BENCH)
+	@echo "== layer_cost: inside the forward pass (a minute)"
+	$(DEV) benchmarks/layer_cost.py $(BENCH)
 	@echo "== engine_overhead: a real engine under load (five minutes)"
 	$(DEV) benchmarks/engine_overhead.py $(BENCH)
 	@echo "== collector: records a second, its share of a core (five minutes)"

@@ -97,8 +97,9 @@ def _engine_troubles(engine: Mapping[str, Any]) -> list[str]:
             " What to do: install stagetrace into the engine's environment again (pip install --no-deps)."
         )
     if engine["unusable"]:
+        there = sum(point["status"] != ABSENT for point in engine["points"])
         found.append(
-            f"{len(engine['unusable'])} of {len(engine['points'])} hook points do not fit {engine['name']}"
+            f"{len(engine['unusable'])} of {there} hook points do not fit {engine['name']}"
             f" {engine['version']}: what they give will be missing, the engine runs all the same."
             " What to do: a release of stagetrace for this version of the engine, or an issue with this output."
         )

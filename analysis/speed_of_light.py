@@ -28,9 +28,9 @@ from .operations import StepWork, step_work
 from .sharding import Sharding
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from stagetrace.exporters.session import Manifest, Process
+    from stagetrace.exporters.session import Manifest
 
     from .operations import Work
     from .sharding import Collective
@@ -122,8 +122,48 @@ class SpeedOfLight:
 
     @property
     def against(self) -> str | None:
-        """The kind of ceilings to compare with: measured ones where there are any."""
-        return MEASURED if MEASURED in self.ceilings else DATA_SHEET if DATA_SHEET in self.ceilings else None
+        """The kind of ceilings to compare with."""
+        return preferred(self.ceilings)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model as a session's engine served it."""
+
+    model: Model
+    config: Path
+    ranks: Sharding
+
+
+def served(manifest: Manifest, kept: Path, config: Path | None = None) -> Served | str | None:
+    """What was served, or why that is not known; None where no process said anything.
+
+    `config`: the model's config.json or its directory, else `kept`, that of the session, else in the directory that was
+    recorded. Raises ConfigError when one that was named cannot be read.
+    """
+    process = next((each for each in manifest.processes if each.info.get("model_path")), None)
+    if process is None and config is None:
+        return None
+    info = process.info if process else {}
+    recorded = kept if kept.is_file() else Path(str(info.get("model_path", "")))
+    path = recorded if config is None else config
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        model = load_model(path, str(info.get("dtype", "auto")), str(info.get("kv_cache_dtype", "auto")))
+    except ConfigError as error:
+        if config is not None:
+            raise
+        return f"no speed of light: {error}. Name it with --model-config."
+    try:
+        return Served(model, path, _ranks(info))
+    except ValueError as error:
+        return f"no speed of light: the recorded ranks do not fit: {error}."
+
+
+def work_of(found: Served, steps: pd.DataFrame, experts: pd.DataFrame) -> tuple[StepWork, tuple[str, ...]]:
+    """The work of each of the steps, and what it rests on."""
+    columns = {str(name): column for name, column in steps.items()}
+    return _work(found.model, Batch.of_steps(columns, _touched(steps, experts)), found.ranks)
 
 
 def speed_of_light(
@@ -136,45 +176,34 @@ def speed_of_light(
     config: Path | None = None,
     calibration: Path | None = None,
 ) -> SpeedOfLight:
-    """Of the complete steps in `steps`.
+    """Of the complete steps in `steps`; `kept` and `config` as in `served`.
 
-    `config`: the model's config.json or its directory, else `kept`, that of the session, else in the directory that was
-    recorded. `calibration`: a file that `stagetrace
-    calibrate` made, else the one that is kept for the device that was recorded. Raises ConfigError and CalibrationError
-    when one that was named cannot be read; one that was not named is a note.
+    `calibration`: a file that `stagetrace calibrate` made, else the one that is kept for the device that was recorded.
+    Raises ConfigError and CalibrationError when one that was named cannot be read; one that was not named is a note.
     """
     steps = steps[steps["status"] == "complete"]
-    process = _server(manifest)
-    if not len(steps) or (process is None and config is None):
+    found = served(manifest, kept, config) if len(steps) else None
+    if found is None:
         return SpeedOfLight()
-    info = process.info if process else {}
-    recorded = kept if kept.is_file() else Path(str(info.get("model_path", "")))
-    path = recorded if config is None else config
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        model = load_model(path, str(info.get("dtype", "auto")), str(info.get("kv_cache_dtype", "auto")))
-    except ConfigError as error:
-        if config is not None:
-            raise
-        return SpeedOfLight(notes=(f"no speed of light: {error}. Name it with --model-config.",))
-    ceilings, notes = _ceilings(_device(manifest), calibration)
-    try:
-        ranks = _ranks(info)
-    except ValueError as error:
-        return SpeedOfLight(notes=(f"no speed of light: the recorded ranks do not fit: {error}.",))
-    columns = {str(name): column for name, column in steps.items()}
-    work, assumed = _work(model, Batch.of_steps(columns, _touched(steps, experts)), ranks)
-    times = own_times(steps)
-    kind = MEASURED if MEASURED in ceilings else DATA_SHEET
+    if isinstance(found, str):
+        return SpeedOfLight(notes=(found,))
+    ceilings, notes = ceilings_for(manifest, calibration)
+    work, assumed = work_of(found, steps, experts)
+    kind = preferred(ceilings)
     return SpeedOfLight(
-        model=model.kind or None,
-        config=str(path),
+        model=found.model.kind or None,
+        config=str(found.config),
         ceilings=ceilings,
-        phases=_by_phase(steps, times, work, ceilings),
+        phases=_by_phase(steps, own_times(steps), work, ceilings),
         stages=_by_stage(steps, segments, work, ceilings),
-        requests=_of_requests(model, ranks, requests, ceilings[kind]) if kind in ceilings else None,
+        requests=_of_requests(found.model, found.ranks, requests, ceilings[kind]) if kind else None,
         notes=(*assumed, *notes),
     )
+
+
+def preferred(ceilings: Mapping[str, Ceilings]) -> str | None:
+    """The kind of ceilings to compare with: measured ones where there are any."""
+    return MEASURED if MEASURED in ceilings else DATA_SHEET if DATA_SHEET in ceilings else None
 
 
 def _device(manifest: Manifest) -> dict[str, Any]:
@@ -183,8 +212,12 @@ def _device(manifest: Manifest) -> dict[str, Any]:
     return next((info for info in infos if info.get("device_name")), next(iter(infos), {}))
 
 
-def _ceilings(info: dict[str, Any], named: Path | None) -> tuple[dict[str, Ceilings], list[str]]:
-    """Those of the data sheet and those that were measured, as far as there are any; and what is to be said."""
+def ceilings_for(manifest: Manifest, named: Path | None = None) -> tuple[dict[str, Ceilings], list[str]]:
+    """Those of the data sheet and those that were measured, as far as there are any; and what is to be said.
+
+    `named`: the calibration to take. Raises CalibrationError when that cannot be read.
+    """
+    info = _device(manifest)
     name, threads = str(info.get("device_name", "")), _whole(info.get("device_threads"))
     found: dict[str, Ceilings] = {}
     notes: list[str] = []
@@ -222,10 +255,6 @@ def own_times(steps: pd.DataFrame) -> pd.Series[int]:
     before = ordered.groupby("instance")["end_ns"].shift(fill_value=0)
     times = ordered["end_ns"] - np.maximum(ordered["begin_ns"], before)
     return times.clip(lower=0).reindex(steps.index)
-
-
-def _server(manifest: Manifest) -> Process | None:
-    return next((each for each in manifest.processes if each.info.get("model_path")), None)
 
 
 def _whole(value: Any, default: int | None = None) -> int | None:

@@ -30,6 +30,7 @@ def export(
 
     from rich.console import Console
 
+    from stagetrace.analysis.step_light import with_light
     from stagetrace.exporters.background import stop_at_signal
     from stagetrace.exporters.follow import Follower, Taken
     from stagetrace.exporters.otel_settings import destination
@@ -42,7 +43,7 @@ def export(
         _fail("set OTEL_EXPORTER_OTLP_ENDPOINT to where the spans should go, http://127.0.0.1:4317 for example")
     try:
         opened = Session.newest() if session is None else Session.open(session)
-        follower = Follower(opened, OtlpSink.to(wanted, opened.identity.key), wanted)
+        follower = Follower(opened, OtlpSink.to(wanted, opened.identity.key), wanted, enrich=with_light(opened))
     except (SessionError, BadSettings, Taken, OSError) as error:
         _fail(str(error))
     told = stop_at_signal()

@@ -15,6 +15,7 @@ PATIENCE_S = 1.0  # after the end of the session; less than the collector has (e
 def follow(session: Annotated[Path, typer.Argument(help="The session's directory.")]) -> None:
     """Sends a session that is being recorded to where the OTEL_* variables say."""
     # Imported here: the OpenTelemetry SDK takes longer to import than most commands to run.
+    from stagetrace.analysis.step_light import with_light
     from stagetrace.exporters.background import Orders
     from stagetrace.exporters.follow import follow_session
     from stagetrace.exporters.otel_settings import destination
@@ -31,7 +32,8 @@ def follow(session: Annotated[Path, typer.Argument(help="The session's directory
     wanted = destination(os.environ)
     try:
         counts = destination(os.environ, "metrics")
-        status = follow_session(Session.open(session), wanted, counts, told) if wanted else 2
+        opened = Session.open(session)
+        status = follow_session(opened, wanted, counts, told, with_light(opened)) if wanted else 2
     except (SessionError, BadSettings) as error:
         logging.error("%s", error)
         status = 2

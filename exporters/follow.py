@@ -22,11 +22,14 @@ from .parts import END
 from .session import TABLES, Export, Manifest, Session, SessionError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from opentelemetry.sdk.trace import ReadableSpan
 
     from .otel_settings import Destination
+
+    Tables = Mapping[str, pa.Table]
+    Enrich = Callable[[Tables, Manifest], Tables]
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +56,24 @@ class _Request:
 
 
 class Follower:
-    """Sends one session to one destination. Raises Taken when another process does."""
+    """Sends one session to one destination. Raises Taken when another process does.
 
-    def __init__(self, session: Session, sink: OtlpSink, destination: Destination, metrics: MetricsSink | None = None):
+    `enrich` adds columns to a commit's tables before spans are made of them (spans.STEP_LIGHT): what it knows is the
+    analysis's, of which this package knows nothing.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        sink: OtlpSink,
+        destination: Destination,
+        metrics: MetricsSink | None = None,
+        enrich: Enrich | None = None,
+    ):
         self.session = session
         self.sink = sink
         self.metrics = metrics
+        self._enrich = enrich
         self.name = destination.name
         self.state = session.read_exports().get(self.name, Export(destination.target))
         self.state.trouble = ""
@@ -165,13 +180,23 @@ class Follower:
             return
         self.manifest = self.session.read_manifest()  # it knows the clocks and processes of these tables
         try:
-            made = self.sink.spans(tables, self.manifest)
+            made = self.sink.spans(self._enriched(number, tables), self.manifest)
         except Exception:  # or it would stop at this commit for good
             log.exception("no spans could be made of commit %d", number)
             self._leave_out(Counter(rows_that_failed=rows))
             return
         self._leave_out(made.left_out)
         self._queue.extend(_Request(number, spans) for spans in batches(made.spans))
+
+    def _enriched(self, number: int, tables: Tables) -> Tables:
+        if self._enrich is None:
+            return tables
+        try:
+            return self._enrich(tables, self.manifest)
+        except Exception:
+            log.exception("the spans of commit %d, and of all that follow, go without the speed of light", number)
+            self._enrich = None
+            return tables
 
     def _leave_out(self, reasons: Counter[str]) -> None:
         for reason, count in reasons.items():
@@ -229,7 +254,11 @@ class Follower:
 
 
 def follow_session(
-    session: Session, destination: Destination, metrics: Destination | None, told: Callable[[], bool]
+    session: Session,
+    destination: Destination,
+    metrics: Destination | None,
+    told: Callable[[], bool],
+    enrich: Enrich | None = None,
 ) -> int:
     """The export process of a collector: follows until told. Its exit status: 0, or 2 where it makes no sense again.
 
@@ -240,7 +269,7 @@ def follow_session(
     sink = OtlpSink.to(destination, session.identity.key)
     try:
         counts = None if metrics is None else MetricsSink(metrics, REQUEST_S)
-        follower = Follower(session, sink, destination, counts)
+        follower = Follower(session, sink, destination, counts, enrich)
     except Taken as error:
         log.error("%s", error)
         return 2

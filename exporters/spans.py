@@ -49,6 +49,10 @@ if TYPE_CHECKING:
 
 LINK_LIMIT = 1024
 
+# Attributes of a step's span, of one rank, where the speed of light is known (analysis/step_light.py): operations and
+# bytes that it needs, and the shares of its duration that they would take at the device's ceilings.
+STEP_LIGHT = ("operations", "moved_bytes", "link_bytes", "mfu", "mbu", "light_share")
+
 # OpenTelemetry's GenAI conventions. Written out since their Python module is marked as subject to change and
 # opentelemetry-sdk is not pinned; tests/unit/test_spans.py holds them against the installed module.
 GEN_AI_REQUEST_MODEL = "gen_ai.request.model"
@@ -240,6 +244,7 @@ def _step_span(row: Row, trace: _Trace, source: Source) -> ReadableSpan:
             f"stagetrace.{name}": row[name]
             for name in ("output_tokens", "accepted_tokens", "padded_tokens", "graph_mode")
         },
+        **{f"stagetrace.{name}": row[name] for name in STEP_LIGHT if name in row},
         "thread.id": row["thread"],
     }
     return _span(

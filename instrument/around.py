@@ -66,8 +66,15 @@ class Guards:
         torch = sys.modules.get("torch")
         if torch is None:
             return None
+        if not torch.backends.cuda.is_built():
+            return cls(torch.compiler.is_compiling)
         cuda = torch.cuda
-        return cls(torch.compiler.is_compiling, cuda.is_current_stream_capturing if cuda.is_available() else None)
+
+        def capturing() -> bool:
+            # Whether there is a device is not asked: in a process that forks later the question alone does harm.
+            return bool(cuda.is_initialized() and cuda.is_current_stream_capturing())
+
+        return cls(torch.compiler.is_compiling, capturing)
 
 
 @dataclass(frozen=True)

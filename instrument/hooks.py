@@ -242,6 +242,9 @@ class Hooks(importlib.abc.MetaPathFinder):
 
     def install(self) -> None:
         """Patches what is imported already and waits for the import of the rest."""
+        if log.level == logging.NOTSET:
+            # A library in vLLM's API server (model_hosting_container_standards) sets the root logger to ERROR.
+            log.setLevel(logging.WARNING)
         for hook in self.hooks:
             if hook.point.level > self.maximum:
                 hook.set("left out", f"it records at level {hook.point.level.name.lower()}, above the maximum level")

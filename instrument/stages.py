@@ -81,8 +81,8 @@ class QueueCause(IntEnum):
         """The cause in words."""
         return {
             QueueCause.UNKNOWN: "unknown",
-            QueueCause.GRAMMAR: "its grammar is being compiled",
-            QueueCause.TURN: "its turn: room in the batch and in the KV cache",
+            QueueCause.GRAMMAR: "its grammar",
+            QueueCause.TURN: "its turn",
         }[self]
 
 
@@ -139,7 +139,7 @@ class Attribute:
     name: str
     unit: Unit
     means: str
-    choices: type[IdleReason] | type[AttentionKind] | type[Collective] | None = None
+    choices: type[IdleReason] | type[AttentionKind] | type[Collective] | type[QueueCause] | None = None
 
     def text(self, value: int) -> str | None:
         """What a value stands for in words; None where it is a number, or one of a newer vocabulary."""
@@ -148,7 +148,9 @@ class Attribute:
         return self.choices(value).text
 
 
-def _one_of(name: str, choices: type[IdleReason] | type[AttentionKind] | type[Collective]) -> Attribute:
+def _one_of(
+    name: str, choices: type[IdleReason] | type[AttentionKind] | type[Collective] | type[QueueCause]
+) -> Attribute:
     return Attribute(name, Unit.ENUM, ", ".join(f"{each.value} {each.text}" for each in choices), choices)
 
 
@@ -263,7 +265,7 @@ STAGES: tuple[Stage, ...] = (
         ("request",),
         (
             _PROMPT,
-            Attribute("cause", Unit.ENUM, ", ".join(f"{cause.value} {cause.text}" for cause in QueueCause)),
+            _one_of("cause", QueueCause),
         ),
     ),
     Stage(

@@ -235,7 +235,7 @@ def abort_request(hook: Hook) -> Around:
 
     def before(self: Any, rid: str) -> None:
         exchange, request = EXCHANGE.get(), self.rid_to_state.get(rid)
-        if exchange is None or request is None or request.abort_sent:
+        if exchange is None or request is None or getattr(request, GONE_ATTRIBUTE, False):
             return
         handle = recorder.handle(rid)
         if handle in exchange.handles:

@@ -193,15 +193,16 @@ def max_tokens(request: Any) -> int:
     return int(getattr(request.sampling_params, "max_tokens", None) or 0)
 
 
-def ranks(rank: int) -> dict[str, int]:
+def ranks(config: Any) -> dict[str, int]:
     """The ranks of this process's worker: among all of its engine (`rank`), and in each parallel group."""
     from vllm.distributed import parallel_state
 
-    found = {"rank": rank}
+    found = {"rank": int(config.parallel_config.rank)}
     for name in ("tp", "pp", "dp", "ep"):
         group = getattr(parallel_state, f"_{name.upper()}", None)  # None: there is no such group
         if group is not None:
             found[f"{name}_rank"] = int(group.rank_in_group)
+    found["dp_rank"] = int(getattr(config.parallel_config, "data_parallel_index", found.get("dp_rank", 0)))
     return found
 
 
@@ -228,7 +229,8 @@ def process_info(config: Any, version: str) -> dict[str, object]:
         "tensor_parallel": int(parallel.tensor_parallel_size),
         "pipeline_parallel": int(parallel.pipeline_parallel_size),
         "data_parallel": int(parallel.data_parallel_size),
-        "data_parallel_rank": int(parallel.data_parallel_rank),
+        # A dense model's replicas are told that they are alone; their index says which one it is.
+        "data_parallel_rank": int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)),
         "expert_parallel": bool(getattr(parallel, "enable_expert_parallel", False)),
         "world_size": int(parallel.world_size),
         "pid": os.getpid(),

@@ -5,6 +5,8 @@ A function that has another name or other leading parameters in some releases ha
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from stagetrace.instrument.hooks import HookPoint
 from stagetrace.instrument.stages import Collective, Level
 
@@ -23,13 +25,26 @@ RELEASES = ("0.20.2", "0.24.0", "0.28.0", "0.30.0", "0.32.0", "0.33.0")
 _FRONT, _CORE, _RANK = "front end", "engine core", "worker"
 
 _SPECULATORS = "vllm.v1.worker.gpu.spec_decode"
-_V2_SPECULATORS = {  # and the first release that has each
-    "target_dependent_ar.speculator:TargetDependentARSpeculator": "0.32",
-    "multi_module_mtp.speculator:MultiModuleMTPSpeculator": "0.28",
-    "standalone_ar.speculator:StandaloneARSpeculator": "0.32",
-    "ngram.speculator:NgramGPUSpeculator": "0.32",
-    "dflash.speculator:DFlashSpeculator": "0.24",
-}
+# Those of Model Runner V2, each from the release that has its way of drafting; then what drafted in place of the first.
+_V2_SPECULATORS = (
+    ("target_dependent_ar.speculator:TargetDependentARSpeculator", "0.32"),
+    ("multi_module_mtp.speculator:MultiModuleMTPSpeculator", "0.28"),
+    ("standalone_ar.speculator:StandaloneARSpeculator", "0.32"),
+    ("ngram.speculator:NgramGPUSpeculator", "0.32"),
+    ("dflash.speculator:DFlashSpeculator", "0.24"),
+)
+_EARLIER_V2_SPECULATORS = (
+    ("autoregressive.speculator:AutoRegressiveSpeculator", "0.23", "0.32"),
+    ("eagle.speculator:EagleSpeculator", "", "0.23"),
+)
+
+
+def _drafts(speculator: str) -> HookPoint:
+    """A speculator of Model Runner V2."""
+    target = f"{_SPECULATORS}.{speculator}.propose"
+    return HookPoint(target, ("self",), Level.STEP, _RANK, worker.propose_drafts, "draft", missed=False)
+
+
 _LOADERS = ("default_loader:DefaultModelLoader", "dummy_loader:DummyModelLoader")
 _CPU_WORKER = "vllm.v1.worker.cpu_worker:CPUWorker"
 _STARTUP = (
@@ -45,6 +60,7 @@ _STARTUP = (
     *((f"{owner}.compile_or_warm_up_model", ("self",), _RANK, "warm_up") for owner in (_WORKER, _CPU_WORKER)),
 )
 _MOE = "vllm.model_executor.layers.fused_moe"
+_ROUTER = f"{_MOE}.router.base_router:BaseRouter"
 _KERNEL = f"{_MOE}.modular_kernel:FusedMoEKernelModularImpl"
 _GROUP = "vllm.distributed.parallel_state:GroupCoordinator"
 _COMMUNICATORS = "vllm.distributed.device_communicators"
@@ -147,8 +163,11 @@ _LAYER_POINTS = (
         "which layer's experts run",
         compiled=True,
     ),
-    _in_a_layer(
-        f"{_MOE}.router.base_router:BaseRouter._select_experts", ("self", "hidden_states"), "moe_route", since="0.24"
+    _in_a_layer(f"{_ROUTER}._select_experts", ("self", "hidden_states"), "moe_route", since="0.24"),
+    replace(
+        _in_a_layer(f"{_ROUTER}.select_experts", ("self", "hidden_states"), "moe_route"),
+        before="0.24",
+        stands_for=f"{_ROUTER}._select_experts",
     ),
     _in_a_layer(f"{_KERNEL}._prepare", ("self", "hidden_states"), "expert_dispatch"),
     _in_a_layer(f"{_KERNEL}._fused_experts", ("self", "in_dtype", "a1q"), "expert_compute"),
@@ -372,11 +391,10 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
     ),
     HookPoint(f"{_RUNNER_V2}.sample", ("self",), Level.STEP, _RANK, worker.sample, "where sampling ends"),
     HookPoint(f"{_RUNNER}.propose_draft_token_ids", ("self",), Level.STEP, _RANK, worker.propose_drafts, "draft"),
+    *(replace(_drafts(name), since=since) for name, since in _V2_SPECULATORS),
     *(
-        HookPoint(
-            f"{_SPECULATORS}.{name}.propose", ("self",), Level.STEP, _RANK, worker.propose_drafts, "draft", since=since
-        )
-        for name, since in _V2_SPECULATORS.items()
+        replace(_drafts(name), since=since, before=before, stands_for=_drafts(_V2_SPECULATORS[0][0]).target)
+        for name, since, before in _EARLIER_V2_SPECULATORS
     ),
     *(
         HookPoint(target, ("self",), Level.STEP, _RANK, worker.verify_drafts, "verify")
@@ -410,7 +428,9 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
         "the process is to be an engine core; start_workers",
     ),
     # The last that EngineCore.__init__ calls.
-    HookPoint("vllm.v1.engine.core:enable_envs_cache", (), Level.OFF, _CORE, startup.is_ready, "startup of the core"),
+    HookPoint(
+        "vllm.v1.engine.core:enable_envs_cache", (), Level.OFF, _CORE, startup.core_is_ready, "startup of the core"
+    ),
     *(
         HookPoint(f"{target}.__init__", ("self", "vllm_config"), Level.OFF, _FRONT, startup.whole, "startup")
         for target in ("vllm.v1.engine.async_llm:AsyncLLM", "vllm.v1.engine.llm_engine:LLMEngine")

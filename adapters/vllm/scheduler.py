@@ -295,7 +295,7 @@ class Tracker:
         """The step's tokens are about to be taken in. `given`: the ModelRunnerOutput."""
         self.finished = ()  # requests that end from here on end with the step
         self.accepted = 0
-        if output.scheduled_spec_decode_tokens:
+        if output.scheduled_spec_decode_tokens and self.recorder.level[0] >= _STEP_LEVEL:
             tokens, requests = extract.sampled_tokens(output, given, self.dropped_requests)
             self.accepted = tokens - requests
 
@@ -305,7 +305,7 @@ class Tracker:
         instance, step, _ = getattr(output, STEP_ATTRIBUTE, NO_STEP)
         scheduled_end, first_tokens, tail = self.in_flight.pop(step, _NOT_IN_FLIGHT)
         received = 0
-        if output.scheduled_spec_decode_tokens:
+        if output.scheduled_spec_decode_tokens and self.recorder.level[0] >= _STEP_LEVEL:
             received, _ = extract.sampled_tokens(output, given, self.dropped_requests)
         if first_tokens:
             self._first_tokens(first_tokens, finished or (), end, instance, step)
@@ -458,7 +458,7 @@ def starts_workers(hook: Hook) -> Around:
         from vllm import __version__
 
         hook.recorder.open("engine_core", extract.process_info(vllm_config, __version__))
-        startup.begun(hook.recorder, begin)
+        startup.begun(hook.recorder, startup.CORE, begin)
 
     return Around(before, startup.part("start_workers")(hook).after)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stagetrace.instrument.hooks import Hook
     from stagetrace.instrument.recorder import Recorder
 
+FRONT_END, CORE, WORKER = "front end", "engine core", "worker"
 _MOST_WAITING = 64  # parts
 _IMPORTS = header_word(RecordType.SEGMENT, BY_NAME["imports"].id)
 _STARTUP = header_word(RecordType.SEGMENT, BY_NAME["startup"].id)
@@ -26,7 +27,8 @@ class _Start:
     """How far this process has come, and what is still to be written of that."""
 
     pid = 0  # whose; a forked child starts anew
-    begin = 0  # ns
+    begin = 0  # ns; 0: it is ready
+    part = ""  # of the engine, that began first in the process; others that share it are within its start-up
     waiting: list[tuple[int, int, int]] = []  # header, begin, end
 
 
@@ -54,41 +56,41 @@ def flush(recorder: Recorder) -> None:
             _write(recorder, *part)
 
 
-def begun(recorder: Recorder, time_ns: int) -> None:
-    """The engine begins to build itself in this process; what came before it is imports, once a process."""
+def begun(recorder: Recorder, part: str, time_ns: int) -> None:
+    """A part of the engine begins to build itself; what came before it is imports, once a process."""
     if _Start.pid != os.getpid():
-        _Start.pid, _Start.begin, _Start.waiting = os.getpid(), process_started_ns(), []
+        _Start.pid, _Start.begin, _Start.part, _Start.waiting = os.getpid(), process_started_ns(), part, []
         _write(recorder, _IMPORTS, _Start.begin, time_ns)
     elif not _Start.begin:
-        _Start.begin = time_ns  # one more engine in a process that has had one
+        _Start.begin, _Start.part = time_ns, part  # one more engine in a process that has had one
     flush(recorder)
 
 
-def ready(recorder: Recorder) -> None:
-    """This process, or the part of the engine that was built last in it, is ready."""
+def ready(recorder: Recorder, part: str) -> None:
+    """A part of the engine is ready, and with it the process, if it is the part that began first."""
     flush(recorder)
-    if _Start.begin:
+    if _Start.begin and _Start.part == part:
         _write(recorder, _STARTUP, _Start.begin, now())
+        _Start.begin = 0
 
 
 def whole(hook: Hook) -> Around:
     """A function that builds the front end, and waits until the engine is there."""
 
     def before(begin: int) -> None:
-        begun(hook.recorder, begin)
+        begun(hook.recorder, FRONT_END, begin)
 
     def after() -> None:
-        ready(hook.recorder)
-        _Start.begin = 0
+        ready(hook.recorder, FRONT_END)
 
     return Around(before, after)
 
 
-def is_ready(hook: Hook) -> Around:
-    """The last function that the process calls before it is ready."""
+def core_is_ready(hook: Hook) -> Around:
+    """The last function that an engine core calls before it is ready."""
 
     def after() -> None:
-        ready(hook.recorder)
+        ready(hook.recorder, CORE)
 
     return Around(after=after)
 
@@ -97,7 +99,7 @@ def begins(hook: Hook) -> Around:
     """Where a worker begins to build itself."""
 
     def before(begin: int) -> None:
-        begun(hook.recorder, begin)
+        begun(hook.recorder, WORKER, begin)
 
     return Around(before)
 
@@ -113,7 +115,7 @@ def part(stage: str, last: bool = False) -> Callable[[Hook], Around]:
             flush(recorder)
             _write(recorder, header, begin, end)
             if last:
-                ready(recorder)
+                ready(recorder, WORKER)
 
         return Around(after=after)
 

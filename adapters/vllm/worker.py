@@ -98,7 +98,7 @@ def opens_recorder(hook: Hook) -> Around:
         RANK.rank = int(vllm_config.parallel_config.rank)
         info = extract.process_info(vllm_config, __version__)
         device = device_info(str(info["device"]))
-        hook.recorder.open("worker", {**info, **device, **extract.ranks(RANK.rank)})
+        hook.recorder.open("worker", {**info, **device, **extract.ranks(vllm_config)})
         startup.flush(hook.recorder)
 
     return Around(after=after)

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pytest
 from backends.receiver import GrpcReceiver, HttpReceiver, Receiver
 from backends.tables import MS, Builder, serving
@@ -69,7 +70,9 @@ def session(tmp_path: Path) -> Session:
     return session
 
 
-def follower_of(session: Session, receiver: Receiver | None = None, timeout_s: float = 0.3) -> Follower:
+def follower_of(
+    session: Session, receiver: Receiver | None = None, timeout_s: float = 0.3, enrich: Any = None
+) -> Follower:
     environ = dict(os.environ)
     if receiver is not None:
         environ |= {
@@ -78,7 +81,7 @@ def follower_of(session: Session, receiver: Receiver | None = None, timeout_s: f
         }
     wanted = destination(environ)
     assert wanted is not None
-    made = Follower(session, OtlpSink.to(wanted, session.identity.key, timeout_s=timeout_s), wanted)
+    made = Follower(session, OtlpSink.to(wanted, session.identity.key, timeout_s=timeout_s), wanted, enrich=enrich)
     made.remember()
     return made
 
@@ -105,6 +108,25 @@ def test_everything_arrives_once(session: Session, receiver: Receiver) -> None:
     assert (state.commit, state.end, state.sent, state.refused) == (3, True, 4 * STEPS, 0)
     finish(follower_of(session, receiver))  # another time there is nothing to send
     assert steps_of(receiver) == dict.fromkeys(ALL_STEPS, 1)
+
+
+def test_what_cannot_be_added_to_the_spans_keeps_none_of_them(session: Session, receiver: Receiver) -> None:
+    calls = []
+
+    def enrich(tables: Any, manifest: Manifest) -> Any:
+        calls.append(manifest.session)
+        if len(calls) > 1:
+            raise ValueError("nobody thought of this model")
+        steps = tables["steps"]
+        return {**tables, "steps": steps.append_column("operations", pa.array([1.0] * steps.num_rows))}
+
+    finish(follower_of(session, receiver, enrich=enrich))
+    assert steps_of(receiver) == dict.fromkeys(ALL_STEPS, 1)
+    assert calls == [session.identity.session] * 2  # not again after it failed
+    known = [
+        item.attributes["stagetrace.step"] for item in receiver.received() if "stagetrace.operations" in item.attributes
+    ]
+    assert sorted(known) == list(range(STEPS, 2 * STEPS))
 
 
 @pytest.mark.parametrize("trouble", TROUBLES)

@@ -140,10 +140,11 @@ def judged(facts: Facts, point: HookPoint) -> tuple[str, str]:
 
 
 def main() -> None:
-    """Reads every release of the lock again."""
-    for release in locked():
-        if not targets_of(release.name):
-            continue
+    """Reads every release of the lock again; what is kept of others goes."""
+    releases = [release for release in locked() if targets_of(release.name)]
+    for path in {*KEPT.glob("*.json")} - {Facts(release, {}, {}).path for release in releases}:
+        path.unlink()
+    for release in releases:
         facts = fetch(release)
         changed = "" if facts.path.is_file() and facts.path.read_text("utf-8") == as_json(facts) else ", changed"
         keep(facts)

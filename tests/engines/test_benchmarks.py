@@ -29,6 +29,7 @@ def test_step_cost(engine_python: Path) -> None:
     assert isinstance(found["speculation_us_per_request"], float)
 
 
+@pytest.mark.matrix  # engine_overhead runs it as well
 def test_layer_cost(engine_python: Path) -> None:
     found = object_of("layer_cost.py", "--python", str(engine_python))
     own = found["nanoseconds"]

@@ -186,6 +186,7 @@ def test_report(moe: Recorded) -> None:
     assert layers.not_visible == [] and {"mlp", "collective"} <= {*layers.not_in_model}
 
 
+@pytest.mark.matrix
 def test_output_is_the_same_without_stagetrace(moe: Recorded, model: Path) -> None:
     with serve(model, "--enforce-eager", "--max-num-batched-tokens", "256") as server:
         results = ask(server, *QUESTIONS)
@@ -195,6 +196,7 @@ def test_output_is_the_same_without_stagetrace(moe: Recorded, model: Path) -> No
 # Dense, eager
 
 
+@pytest.mark.matrix
 def test_dense(model: Path, tmp_path_factory: pytest.TempPathFactory, engine_python: Path) -> None:
     directory = tmp_path_factory.mktemp("layers-dense")
     dense = directory / "model"
@@ -265,6 +267,7 @@ def test_one_of_ranks_with_the_same_tokens_counts_experts(parallel: Recorded) ->
 # Against what is not ours
 
 
+@pytest.mark.matrix
 def test_agrees_with_ranges_of_torch_profiler(model: Path, engine_python: Path, tmp_path: Path) -> None:
     """Ranges opened around the same functions, whose calls take more than 1 ms: as often, and within 5 % as long.
 

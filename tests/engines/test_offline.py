@@ -6,6 +6,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
 from engines.recording import STAGETRACE
 from engines.server import environment
 
@@ -31,13 +32,14 @@ def run(engine_python: Path, model: Path, directory: Path, **variables: str) -> 
     return Session.open(directory / "session"), generated
 
 
+@pytest.mark.matrix
 def test_offline_with_an_engine_of_its_own(model: Path, engine_python: Path, tmp_path: Path) -> None:
     """And with a job around it that says by a variable what trace it is part of."""
     session, generated = run(engine_python, model, tmp_path, TRACEPARENT=f"00-{TRACE_ID}-{PARENT_ID}-01")
     manifest = session.read_manifest()
     assert manifest.counts["accounting_conflict"] == 0
     assert not any(process.errors for process in manifest.processes)
-    assert {process.role for process in manifest.processes} == {"front_end", "engine_core+worker"}
+    assert {process.role for process in manifest.processes} == {"front_end", "engine_core", "worker"}
     frames = load(session)
     requests, steps = frames["requests"].sort_values("arrival_ns"), frames["steps"]
     counts = requests[["prompt_tokens", "output_tokens"]].astype(int).to_numpy().tolist()

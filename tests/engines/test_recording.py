@@ -299,6 +299,8 @@ def test_otlp_attributes_and_links(recorded: Recorded) -> None:
     assert attributes["gen_ai.usage.output_tokens"] == result.output_tokens
     expected = (row["first_output_ns"] - row["arrival_ns"]) / 1e9
     assert attributes["gen_ai.latency.time_to_first_token"] == pytest.approx(expected)
+    stepped = [item.attributes for item in recorded.spans if item.span.name.startswith("step ")]
+    assert stepped and all(item["stagetrace.operations"] > 0 < item["stagetrace.moved_bytes"] for item in stepped)
     # Alone in the engine: its steps are those with a link, one a token.
     assert len(span.span.links) == result.output_tokens
     runs = recorded.frames["members"].query("handle == @row.handle")

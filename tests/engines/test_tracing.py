@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from quickstart.servers import VLLM, Engine
 if TYPE_CHECKING:
     import pandas as pd
 
+pytestmark = pytest.mark.matrix
 TRACE_ID, PARENT_ID = "6bf92f3577b34da6a3ce929d0e0e4736", "20f067aa0ba902b7"
 REQUESTS = 24
 
@@ -54,10 +56,12 @@ def recorded(model, tmp_path_factory) -> Recorded:  # type: ignore[no-untyped-de
             "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint,
             "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
             "OTEL_EXPORTER_OTLP_INSECURE": "true",
+            "OTEL_BSP_SCHEDULE_DELAY": "100",  # ms; vLLM's exporter sends nothing at its process's end
         }
         arguments = ("--enforce-eager", "--api-server-count", "2", "--otlp-traces-endpoint", receiver.endpoint)
         with record(model, directory, *arguments, env=env, run=("--no-report",), engine=engine) as recording:
             answers = asyncio.run(_load(recording.server.base_url, recording.server.model))
+            time.sleep(2)
         spans = receiver.received()
     return Recorded(recording, answers, spans)
 

@@ -414,8 +414,10 @@ class Torch(types.ModuleType):
         super().__init__("torch")
         self.is_compiling = self.is_capturing = False
         self.compiler = types.SimpleNamespace(is_compiling=lambda: self.is_compiling)
+        self.backends = types.SimpleNamespace(cuda=types.SimpleNamespace(is_built=lambda: cuda))
+        self.is_initialized = True
         self.cuda = types.SimpleNamespace(
-            is_available=lambda: cuda, is_current_stream_capturing=lambda: self.is_capturing
+            is_initialized=lambda: self.is_initialized, is_current_stream_capturing=lambda: self.is_capturing
         )
 
 
@@ -441,6 +443,9 @@ def test_nothing_is_recorded_while_a_compiler_traces_or_a_stream_is_captured(
     torch.is_compiling, torch.is_capturing = False, True
     assert wrapper(4) == 6
     assert called.calls[2:] == ([("off", (4,))] if cuda else [("before", ()), ("after", ())])
+    torch.is_initialized = False  # there is no stream yet
+    assert wrapper(4) == 6
+    assert called.calls[-2:] == [("before", ()), ("after", ())]
 
 
 def test_without_pytorch_there_is_nothing_to_ask(monkeypatch: pytest.MonkeyPatch):

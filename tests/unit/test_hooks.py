@@ -648,3 +648,16 @@ def test_above_the_maximum_level_no_object_is_hooked(name: str, pair: tuple[Reco
     assert hook.status == "left out"
     assert not hook.on(module.Runner(), "run", times(hook))
     assert other.others[f"{name}:Runner.run"] is hook
+
+
+def test_warnings_are_said_whatever_the_root_logger_lets_through(monkeypatch):
+    """A library in an engine's process may have set it to ERROR; a level of the user's own for our logger stays."""
+    log, root = logging.getLogger("stagetrace"), logging.getLogger()
+    for own, expected in ((logging.NOTSET, True), (logging.ERROR, False)):
+        monkeypatch.setattr(log, "level", own)
+        monkeypatch.setattr(root, "level", logging.ERROR)
+        log.manager._clear_cache()
+        Hooks([], Recorder()).install()
+        assert log.isEnabledFor(logging.WARNING) is expected
+    monkeypatch.undo()
+    log.manager._clear_cache()

@@ -16,12 +16,16 @@ from unit.test_report import shown
 from stagetrace.analysis.batch import Batch
 from stagetrace.analysis.ceilings import Ceilings, least_times
 from stagetrace.analysis.hardware import match
+from stagetrace.analysis.load import load
 from stagetrace.analysis.model_config import ConfigError, describe
 from stagetrace.analysis.operations import step_work
 from stagetrace.analysis.report import as_dict, summarise
 from stagetrace.analysis.sharding import Sharding
 from stagetrace.analysis.speed_of_light import DATA_SHEET
+from stagetrace.analysis.step_light import step_light, with_light
 from stagetrace.cli.report import report
+from stagetrace.exporters.session import TABLES
+from stagetrace.exporters.spans import STEP_LIGHT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -233,3 +237,29 @@ def test_shards_of_sglang(tmp_path: Path):
     assert (attention.tensor, attention.data, attention.expert, attention.expert_tensor) == (2, 4, 8, 1)
     info = {"engine": "sglang", "device_name": H100, "tensor_parallel": 4, "attention_data_parallel": 3}
     assert "No speed of light: the recorded ranks do not fit" in shown(summarise(built(tmp_path / "s", **info).write()))
+
+
+def test_steps_have_it_one_by_one_in_frames_and_spans(tmp_path: Path):
+    session = built(tmp_path / "s", device_name=H100).write()
+    frames = load(session)
+    found = step_light(session, frames.manifest, frames["steps"], frames["experts"])
+    assert tuple(found.columns) == STEP_LIGHT and found.index.equals(frames["steps"].index)
+    work = step_work(describe(MIXTRAL_8X7B), Batch.of_requests(PREFILL), Sharding.vllm())
+    first = found.iloc[0]
+    assert first["operations"] == float(work.operations()) and first["moved_bytes"] == float(work.bytes())
+    assert first["mfu"] == pytest.approx(first["operations"] / 989.5e12 / 0.2)
+    assert first["mbu"] == pytest.approx(first["moved_bytes"] / 3.35e12 / 0.2)
+    assert first["light_share"] == max(first["mfu"], first["mbu"])
+    tables = {name: session.read_table(name) for name in TABLES}
+    lit = with_light(session)(tables, frames.manifest)
+    assert lit["steps"].to_pandas()["light_share"].tolist() == found["light_share"].tolist()
+
+
+def test_steps_of_an_unknown_model_stay_as_they_are(tmp_path: Path):
+    session = built(tmp_path / "s", config=None).write()
+    tables = {name: session.read_table(name) for name in TABLES}
+    assert with_light(session)(tables, session.read_manifest())["steps"].equals(tables["steps"])
+    cpu = built(tmp_path / "t", device="cpu").write()
+    frames = load(cpu)
+    known = step_light(cpu, frames.manifest, frames["steps"], frames["experts"])
+    assert tuple(known.columns) == STEP_LIGHT[:3]

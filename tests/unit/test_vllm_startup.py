@@ -1,0 +1,75 @@
+"""vLLM's start-up: what waits for the ring, and that parts which share a process are within one start-up."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from unit.rings import opened, read_all
+
+from stagetrace.adapters.vllm import startup
+from stagetrace.adapters.vllm.startup import CORE, FRONT_END, WORKER
+from stagetrace.exporters.assembly.assemble import Assembler
+from stagetrace.instrument.recorder import Recorder, now
+from stagetrace.instrument.stages import BY_ID
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has not begun."""
+    for name, value in (("pid", 0), ("begin", 0), ("part", ""), ("waiting", [])):
+        monkeypatch.setattr(startup._Start, name, value)
+
+
+def test_the_start_of_this_process_is_known() -> None:
+    age_ns = now() - startup.process_started_ns()
+    assert 0 < age_ns < 3600 * 10**9
+    with open(f"/proc/{os.getpid()}/stat", "rb") as file:
+        assert int(file.read().rpartition(b")")[2].split()[19]) > 0
+
+
+def test_what_happens_before_the_ring_waits_for_it(tmp_path: Path) -> None:
+    closed = Recorder()
+    startup.begun(closed, WORKER, now())
+    startup._write(closed, startup._IMPORTS, 5, 7)
+    assert len(startup._Start.waiting) == 2
+    with opened(tmp_path) as (recorder, reader):
+        startup.flush(recorder)
+        assert startup._Start.waiting == []
+        startup.ready(recorder, WORKER)
+        startup.ready(recorder, WORKER)
+        names = segments(reader)
+    assert names == ["imports", "imports", "startup"]
+
+
+def test_parts_that_share_a_process_are_within_one_start_up(tmp_path: Path) -> None:
+    """The offline class with its engine in the same process: it begins first and is ready last."""
+    with opened(tmp_path) as (recorder, reader):
+        startup.begun(recorder, FRONT_END, now())
+        startup.begun(recorder, CORE, now())
+        startup.begun(recorder, WORKER, now())
+        for part in (WORKER, CORE):
+            startup.ready(recorder, part)
+        assert startup._Start.begin
+        startup.ready(recorder, FRONT_END)
+        assert not startup._Start.begin
+        assert segments(reader) == ["imports", "startup"]
+        # A second engine in the process has a start-up, and no imports.
+        time.sleep(0.001)
+        startup.begun(recorder, FRONT_END, now())
+        startup.ready(recorder, FRONT_END)
+        assert segments(reader) == ["startup"]
+
+
+def segments(reader: object) -> list[str]:
+    """The stages of what was recorded since the last look."""
+    assembler = Assembler(b"key")
+    assembler.add(read_all(reader))  # type: ignore[arg-type]
+    rows = assembler.finish()["segments"].to_pylist()
+    assert assembler.counts["accounting_conflict"] == 0
+    return sorted(BY_ID[row["stage"]].name for row in rows)
