@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def register() -> None:
     """Puts the mends in, by SGLang's own registry."""
     import torch
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     around = HookType.AROUND
@@ -24,11 +25,8 @@ def register() -> None:
     HookRegistry.register(
         "sglang.srt.distributed.parallel_state.GroupCoordinator.reduce_scatterv", reduce_scatterv, around
     )
-    HookRegistry.register(
-        "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value",
-        lambda original, self: 1,
-        around,
-    )
+    backend: Any = TorchNativeAttnBackend  # has no such function, so there is nothing for the registry to go around
+    backend.get_cpu_graph_seq_len_fill_value = lambda self: 1
     cpu: Any = torch.cpu
     cpu.is_current_stream_capturing = lambda: False
     cpu.empty_cache = lambda: None
