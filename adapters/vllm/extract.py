@@ -165,8 +165,8 @@ def graph(stats: Any) -> tuple[int, int]:
 
 def external_tokens(request: Any) -> int:
     """Of a request that is scheduled first: prompt tokens whose KV came from outside the engine, by a connector."""
-    stats = request.prefill_stats  # taken from it with its first token
-    return int(stats.num_external_cached_tokens) if stats is not None else 0
+    # Taken from it with its first token; older releases have none.
+    return int(getattr(getattr(request, "prefill_stats", None), "num_external_cached_tokens", 0))
 
 
 def finish_of_reason(reason: Any) -> Finish:

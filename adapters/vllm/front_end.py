@@ -76,7 +76,7 @@ def add_request(hook: Hook) -> Around:
             context = trace_context.of_surroundings()
         if context:
             recorder.text(handle, Text.TRACE_CONTEXT, context, _MAX_CONTEXT)
-        if self.tracing_enabled and not request.trace_headers:
+        if getattr(self, "tracing_enabled", False) and not request.trace_headers:
             traceparent, _, state = context.partition("\n")
             request.trace_headers = (
                 {"traceparent": traceparent, "tracestate": state}
