@@ -35,8 +35,8 @@ NOT_INHERITED = ("VLLM_", "SGLANG_", "STAGETRACE_", "OTEL_", "PYTHON", "VIRTUAL_
 END_TIMEOUT_S = 60.0
 SHARED_MEMORY = "/dev/shm/"
 # What the engines themselves leave, without stagetrace too: the memory of vLLM's all_reduce on the CPU, which 0.32.0
-# under tensor parallel never unlinks, and the snapshots of its load that SGLang, which ends by SIGKILL, never unlinks.
-ENGINES_OWN = re.compile(r"/dev/shm/(vllm_dist_.*-cpushm_\d+|sglang_loads_\w+\.shm)")
+# under tensor parallel never unlinks; of SGLang, which ends its processes by SIGKILL, its load and its ranks' queue.
+ENGINES_OWN = re.compile(r"/dev/shm/(vllm_dist_.*-cpushm_\d+|sglang_loads_\w+\.shm|sgl_shm_mq_\w+)")
 
 LIVE: list[Server] = []
 

@@ -10,13 +10,13 @@ from engines.server import environment
 from quickstart.servers import SGLANG
 
 from stagetrace.adapters.sglang.hooks import HOOK_POINTS
-from stagetrace.instrument.hooks import release_of, rows_for
+from stagetrace.instrument.hooks import in_range, release_of
 from stagetrace.instrument.stages import Level
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-ROWS = rows_for(HOOK_POINTS, release_of("0.5.23"))
+ROWS = [point for point in HOOK_POINTS if in_range(point, release_of("0.5.23"))]
 TARGETS = [point.target for point in ROWS if point.level <= Level.STEP]  # as without STAGETRACE_MAX_LEVEL
 
 # As SGLang's processes do it: plugins first, then the modules. What the hooked functions are before and after.
