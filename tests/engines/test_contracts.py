@@ -15,7 +15,7 @@ from contracts.sources import Release
 from engines.server import environment
 from quickstart.servers import ENGINES, Engine
 
-from stagetrace.adapters.inspect import inspect_environment
+from stagetrace.adapters.inspect import NO_MODULE, inspect_environment
 from stagetrace.instrument.hooks import ABSENT, in_range, release_of, rows_for
 
 # What is made at run time, as a dataclass's functions are, has no source: only what a file defines counts, under the
@@ -117,4 +117,8 @@ def test_doctor_and_the_sources_say_the_same_of_every_hook_point(installed: Inst
         point.target: judge(point, facts[point.target])[0] if in_range(point, release_here) else ABSENT
         for point in rows_for(points, release_here)
     }
-    assert said == read
+    # An HTTP parser that is not installed has its sources in uvicorn all the same.
+    elsewhere = {target for target, status in said.items() if status == NO_MODULE and target.startswith("uvicorn.")}
+    assert {target: status for target, status in said.items() if target not in elsewhere} == {
+        target: status for target, status in read.items() if target not in elsewhere
+    }

@@ -16,7 +16,8 @@ from stagetrace.instrument.stages import Level
 if TYPE_CHECKING:
     from pathlib import Path
 
-ROWS = [point for point in HOOK_POINTS if in_range(point, release_of("0.5.23"))]
+# Its lock has uvicorn without httptools.
+ROWS = [point for point in HOOK_POINTS if in_range(point, release_of("0.5.23")) and "httptools" not in point.module]
 TARGETS = [point.target for point in ROWS if point.level <= Level.STEP]  # as without STAGETRACE_MAX_LEVEL
 
 # As SGLang's processes do it: plugins first, then the modules. What the hooked functions are before and after.
@@ -72,5 +73,5 @@ def test_armed_every_function_is_hooked_when_its_module_is_imported(engine_pytho
     found = loaded(engine_python, tmp_path, STAGETRACE_SESSION=str(session))
     assert found["wrappers"] == dict.fromkeys(TARGETS, 1)
     assert found["early"] == [], "the plugin imported what it hooks"
-    assert not found["waits"]  # for any module
+    assert found["waits"]  # for httptools alone, which never comes
     assert not session.exists()  # no scheduler and no front end was made, so nothing was recorded
