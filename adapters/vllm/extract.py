@@ -91,7 +91,8 @@ def composition(
     if drafts:
         sizes = set(map(len, drafts.values()))
         q = 1 + max(sizes)
-        if len(sizes) == 1 and decode_tokens == decode_requests * q:  # the same number for everyone
+        # The same number for everyone, and for nobody else: a request that is resumed has drafts in its prefill.
+        if len(sizes) == 1 and len(drafts) == decode_requests and decode_tokens == decode_requests * q:
             draft_tokens = decode_tokens - decode_requests
             decode_q_q, decode_q_kv = decode_tokens * q, decode_context * q
         else:

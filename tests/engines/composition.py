@@ -27,14 +27,16 @@ def batch(chance: random.Random) -> tuple[SchedulerOutput, list[tuple[int, int, 
     cached = CachedRequestData.make_empty()
     output = SchedulerOutput.make_empty()
     chunks = []
+    everybody, width = chance.random() < 0.5, chance.choice((0, 3))
     for number in range(chance.randint(1, 40)):
         name = f"request-{number}"
         before = chance.randint(0, 500)
         new = chance.random() < 0.2
         in_prefill = new or chance.random() < 0.2
         q = chance.randint(1, 300) if in_prefill else 1
-        if not in_prefill and chance.random() < 0.3:
-            drafts = [0] * chance.randint(1, 5)
+        # Drafts: of everybody in decode or of some, equally many or not; and of a request that is resumed.
+        if not new and chance.random() < (0.2 if in_prefill else 1.0 if everybody else 0.3):
+            drafts = [0] * (width or chance.randint(1, 5))
             output.scheduled_spec_decode_tokens[name] = drafts
             q += len(drafts)
             expected["draft_tokens"] += len(drafts)
