@@ -72,7 +72,7 @@ with open(output, "w") as file:
         "hooks": {
             hook.point.target: [hook.status, hook.why, wrappers(hook)]
             for hook in hooks
-            if hook.status != "not in this version"
+            if hook.status not in ("not in this version", "left out")
         },
         "finders": [type(finder).__name__ for finder in sys.meta_path],
     }, file)
