@@ -133,7 +133,7 @@ class Output:
     """What the hooks read of a SchedulerOutput."""
 
     total_num_scheduled_tokens = 256
-    _stagetrace = (1 << 62, 1)
+    _stagetrace = (1 << 62, 1, False)  # adapters.vllm.scheduler.STEP_ATTRIBUTE
 
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
@@ -183,7 +183,7 @@ def alternatives(recorder: Recorder, ring: Ring, hooked: Engine) -> dict[str, Ca
 
         def between() -> float:
             worker.RANK.start(
-                *Output._stagetrace, Output.total_num_scheduled_tokens, 0
+                *Output._stagetrace[:2], Output.total_num_scheduled_tokens, 0
             )  # without a step it would record nothing
             return run()
 
@@ -194,7 +194,7 @@ def alternatives(recorder: Recorder, ring: Ring, hooked: Engine) -> dict[str, Ca
 
         def between() -> float:
             worker.RANK.start(
-                *Output._stagetrace, Output.total_num_scheduled_tokens, 0
+                *Output._stagetrace[:2], Output.total_num_scheduled_tokens, 0
             )  # so that it is the level that is looked at
             rings.set_level(ring, Level.OFF)
             taken = run()
@@ -329,10 +329,12 @@ def main() -> int:
         times = measure.rounds(alternatives(recorder, ring, hooked), QUICK_ROUNDS if options.quick else ROUNDS)
         if rings.dropped(ring):
             raise RuntimeError(f"{rings.dropped(ring)} records were dropped: dropping one is not what is measured")
+        engine = Engine(recorder, ALL)
+        engine.step(Output())  # between this one and the next the rank is idle, which is recorded as well
         before = rings.detail_slots(ring)
-        Engine(recorder, ALL).step(Output())
+        engine.step(Output())
         rank_slots = rings.detail_slots(ring) - before
-        worker.RANK.start(*Output._stagetrace, Output.total_num_scheduled_tokens, 0)
+        worker.RANK.start(*Output._stagetrace[:2], Output.total_num_scheduled_tokens, 0)
         growth = memory_growth(call, records)
         counted = counters(call, records)
         no_call = makes_no_system_call(call, records)
