@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from openai import AsyncOpenAI
+import httpx2 as httpx
+from openai import AsyncOpenAI, OpenAI, OpenAIError
 from quickstart.load import Request, Result, plan, send
 
 if TYPE_CHECKING:
@@ -77,3 +79,33 @@ def texts(results: list[Result]) -> list[str]:
     """The answers, all of them whole."""
     assert [result.error for result in results] == [None] * len(results)
     return [result.text for result in results]
+
+
+@contextmanager
+def long_request(server: Server) -> Iterator[str]:
+    """A request that is under way while the body runs, which gets the id that its client has seen.
+
+    It would take longer than any test waits: the server is to end while it goes on.
+    """
+    first: queue.Queue[str] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            with OpenAI(base_url=server.base_url, api_key="none", max_retries=0, timeout=TIMEOUT_S) as client:
+                options: dict[str, Any] = {"ignore_eos": True}
+                said = [{"role": "user", "content": "on and on"}]
+                stream = client.chat.completions.create(
+                    model=server.model, messages=said, max_tokens=3_000, stream=True, extra_body=options
+                )
+                for chunk in stream:
+                    first.put(chunk.id)
+        except (OpenAIError, httpx.HTTPError):
+            pass  # as it was meant to be
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield first.get(timeout=TIMEOUT_S)
+    finally:
+        thread.join(TIMEOUT_S)
+        assert not thread.is_alive(), "the request goes on"
