@@ -244,10 +244,11 @@ def raise_in_hooks(model: Path, directory: Path) -> Raising:
         run.server.process.send_signal(signal.SIGTERM)
         status = run.server.process.wait(PATIENCE_S)
         results += load.results
-        with collecting(run) as collector:  # a worker may outlive the server by more than `run` waits for
-            wait_for(lambda: not ring_files(run), "the last drain")
-            collector.terminate()
-            assert collector.wait(PATIENCE_S) == 0
+        if ring_files(run):  # of a worker that outlived the server by more than `run` waits for
+            with collecting(run) as collector:
+                wait_for(lambda: not ring_files(run), "the last drain")
+                collector.terminate()
+                assert collector.wait(PATIENCE_S) == 0
     return Raising(run, results, run.server.log.read_text("utf-8", "replace"), status)
 
 
