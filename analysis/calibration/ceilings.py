@@ -37,17 +37,11 @@ def ceilings_of(calibration: Calibration) -> Ceilings:
     )
 
 
-def working_set(row: Row) -> int:
-    """Bytes that a memory row touches over and over: a copy moves each byte of it once."""
-    return row.bytes
-
-
 def _bandwidths(rows: list[Row]) -> tuple[tuple[float, float], ...]:
     """(bytes of the working set, bytes per second) with sizes that grow and rates that fall."""
     best: dict[int, float] = {}
-    for row in rows:
-        size = working_set(row)
-        best[size] = max(best.get(size, 0.0), row.bytes_per_s)
+    for row in rows:  # each touches its bytes over and over
+        best[row.bytes] = max(best.get(row.bytes, 0.0), row.bytes_per_s)
     envelope: list[tuple[float, float]] = []
     highest = 0.0
     for size in sorted(best, reverse=True):
