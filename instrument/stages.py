@@ -747,7 +747,7 @@ STAGES: tuple[Stage, ...] = (
         Level.STEP,
         "a connector's call that loads KV blocks, or begins to; at layer level also each layer's wait for its own",
         "the whole of a transfer, which can go on beside steps; KV found in the device's own cache",
-        ("prepare", "forward", "sample", "return", "rank_step", "execute"),
+        ("prepare", "forward", "sample", "return", "rank_step", "execute", "idle"),
     ),
     Stage(
         125,
@@ -757,7 +757,7 @@ STAGES: tuple[Stage, ...] = (
         Level.STEP,
         "a connector's call that waits until KV blocks are stored; at layer level also the storing of each layer's",
         "the whole of a transfer, which can go on beside steps; writing KV in attention",
-        ("prepare", "forward", "sample", "return", "rank_step", "execute"),
+        ("prepare", "forward", "sample", "return", "rank_step", "execute", "idle"),
     ),
     Stage(
         126,
