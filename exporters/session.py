@@ -168,6 +168,7 @@ SEGMENTS_SCHEMA = pa.schema(
         pa.field("instance", _I64),
         pa.field("step", _I64),
         pa.field("phase", pa.string()),  # of its step
+        pa.field("partial", pa.bool_(), nullable=False),  # recording at its level was switched during its step
         *_ATTRIBUTES,
     ]
 )

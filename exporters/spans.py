@@ -273,6 +273,7 @@ def _segment_span(row: Row, root: Row, trace: _Trace, known: _Segments, source: 
         "stagetrace.engine_instance": hex_instance(root["instance"]),
         "stagetrace.self_ns": row["self_ns"],
         "thread.id": row["thread"],
+        "stagetrace.partial": True if row["partial"] else None,
         **_stage_attributes(row, stage, source.names),
     }
     return _span(
