@@ -28,7 +28,7 @@ from .breakdown import (
     stage_breakdown,
     step_breakdown,
 )
-from .layers import ATTRIBUTES, EXPERTS, Layers, layer_breakdown
+from .layers import EXPERTS, SEGMENTS, Layers, layer_breakdown
 from .load import load
 from .show import MISSING, Grid, Part, duration_text, number_text, plain, print_parts, rate_text, share_text
 from .speed_of_light import DATA_SHEET, Done, RequestLight, SpeedOfLight, speed_of_light
@@ -107,7 +107,7 @@ def summarise(
     `stagetrace calibrate` made, else the one that is kept for the device. Raises ConfigError and CalibrationError when
     one that was named cannot be read.
     """
-    columns = COLUMNS | {"segments": [*(COLUMNS["segments"] or ()), *ATTRIBUTES], "experts": EXPERTS}
+    columns = COLUMNS | {"segments": [*(COLUMNS["segments"] or ()), *SEGMENTS], "experts": EXPERTS}
     frames = load(session, last_s, columns)
     manifest = frames.manifest
     requests, steps, segments = frames["requests"], frames["steps"], frames["segments"]
