@@ -110,7 +110,8 @@ class Spent:
                 "communication and imbalance are told where level layer recorded the collectives on the host's clock,"
                 " uncompiled"
             )
-        return f"in the gap, {' and '.join(self.untold)} are in the kernels' part: {'; '.join(why)}" if why else ""
+        are = "is" if len(self.untold) == 1 else "are"
+        return f"in the gap, {', '.join(self.untold)} {are} in the kernels' part: {'; '.join(why)}" if why else ""
 
 
 class Cover:

@@ -96,7 +96,7 @@ def test_one_rank_on_a_processor(tmp_path: Path):
     assert gap.total_ns == 200 * MS - round(least)
     assert (gap.host_ns, gap.launch_ns, gap.communication_ns, gap.imbalance_ns) == (192 * MS, None, 0, 0)
     assert gap.kernel_ns == 8 * MS - round(least)
-    assert any("launch are in the kernels' part: without records of the device's own clock" in x for x in light.notes)
+    assert any("launch is in the kernels' part: without records of the device's own clock" in x for x in light.notes)
     # The decode steps have no rank's record: nothing is said of where their time went, and it adds up.
     decode = light.phases["decode"].gap
     assert decode is not None and decode.untold_ns == decode.total_ns and decode.host_ns == decode.kernel_ns == 0
