@@ -89,14 +89,14 @@ def composition(
         decode_q_q, decode_q_kv = decode_requests, decode_context  # every q is 1
     draft_tokens = 0
     if drafts:
-        sizes = set(map(len, drafts.values()))
-        q = 1 + max(sizes)
-        # The same number for everyone, and for nobody else: a request that is resumed has drafts in its prefill.
-        if len(sizes) == 1 and len(drafts) == decode_requests and decode_tokens == decode_requests * q:
-            draft_tokens = decode_tokens - decode_requests
-            decode_q_q, decode_q_kv = decode_tokens * q, decode_context * q
+        # Whoever decodes has a token and its drafts in the step: no list of drafts is looked at, each a cache miss. (In
+        # the one step after a connector failed to load KV, tokens computed again count as drafts.) A request that is
+        # resumed has drafts in its prefill.
+        draft_tokens = sum(map(len, drafts.values())) if prefill_requests else tokens - requests
+        chunk = max(output.num_scheduled_tokens.values())
+        if chunk * requests == tokens and not prefill_requests:  # the same for everyone
+            decode_q_q, decode_q_kv = decode_tokens * chunk, decode_context * chunk
         else:
-            draft_tokens = sum(map(len, drafts.values()))
             q_q, q_kv = _products(output)
             decode_q_q, decode_q_kv = q_q - prefill_q_q, q_kv - prefill_q_kv
     return (
@@ -122,7 +122,10 @@ def composition(
 def _products(output: Any) -> tuple[int, int]:
     """Sums of q squared and of q times kv over the whole batch; in C, since a loop would cost 0.3 µs a request."""
     scheduled, cached = output.num_scheduled_tokens, output.scheduled_cached_reqs
-    chunks = list(map(scheduled.__getitem__, cached.req_ids))
+    if [*scheduled] == cached.req_ids:  # in one order where none is new: comparing pointers is cheaper than looking up
+        chunks = [*scheduled.values()]
+    else:
+        chunks = list(map(scheduled.__getitem__, cached.req_ids))
     q_q = sum(map(mul, chunks, chunks))
     q_kv = q_q + sum(map(mul, chunks, cached.num_computed_tokens))
     for new in output.scheduled_new_reqs:
@@ -132,20 +135,34 @@ def _products(output: Any) -> tuple[int, int]:
     return q_q, q_kv
 
 
-def sampled_tokens(output: Any, given: Any, dropped: Collection[str]) -> tuple[int, int]:
-    """How many tokens a step sampled, and how many requests it sampled for.
+def sampled_tokens(output: Any, given: Any, dropped: Collection[str]) -> int:
+    """How many tokens a step sampled.
 
     `output` is the SchedulerOutput, `given` the ModelRunnerOutput; `dropped` are requests that ended meanwhile: what
-    was sampled for them counts for nothing. Before update the difference is what was accepted of drafts, as in vLLM's
-    metrics; update takes off what lies behind a stop. In C: a loop would cost 0.2 µs a request.
+    was sampled for them counts for nothing. update takes off what lies behind a stop. In C: a loop would cost 0.2 µs a
+    request.
     """
     sampled = given.sampled_token_ids
-    tokens, requests = sum(map(len, sampled)), len(sampled) - sampled.count([])
-    for request_id in dropped:
-        if request_id in output.num_scheduled_tokens and (lost := len(sampled[given.req_id_to_index[request_id]])):
-            tokens -= lost
-            requests -= 1
-    return tokens, requests
+    return sum(map(len, sampled)) - sum(map(len, _lost(output, given, dropped)))
+
+
+def accepted_tokens(output: Any, given: Any, dropped: Collection[str]) -> int:
+    """How many draft tokens a step accepted, as in vLLM's metrics: before update takes off what lies behind a stop.
+
+    Of each request that it sampled for all tokens but one. Arguments as in sampled_tokens.
+    """
+    sampled, lost = given.sampled_token_ids, _lost(output, given, dropped)
+    requests: int = len(sampled) - sampled.count([]) - (len(lost) - lost.count([]))
+    return sampled_tokens(output, given, dropped) - requests
+
+
+def _lost(output: Any, given: Any, dropped: Collection[str]) -> list[list[int]]:
+    """What a step sampled for requests that had ended meanwhile."""
+    return [
+        given.sampled_token_ids[given.req_id_to_index[request_id]]
+        for request_id in dropped
+        if request_id in output.num_scheduled_tokens
+    ]
 
 
 def drafted(request: Any) -> tuple[int, int] | None:

@@ -296,8 +296,7 @@ class Tracker:
         self.finished = ()  # requests that end from here on end with the step
         self.accepted = 0
         if output.scheduled_spec_decode_tokens and self.recorder.level[0] >= _STEP_LEVEL:
-            tokens, requests = extract.sampled_tokens(output, given, self.dropped_requests)
-            self.accepted = tokens - requests
+            self.accepted = extract.accepted_tokens(output, given, self.dropped_requests)
 
     def updated(self, scheduler: Any, output: Any, given: Any, begin: int, end: int) -> None:
         """The step is over. `given`: the ModelRunnerOutput."""
@@ -306,7 +305,7 @@ class Tracker:
         scheduled_end, first_tokens, tail = self.in_flight.pop(step, _NOT_IN_FLIGHT)
         received = 0
         if output.scheduled_spec_decode_tokens and self.recorder.level[0] >= _STEP_LEVEL:
-            received, _ = extract.sampled_tokens(output, given, self.dropped_requests)
+            received = extract.sampled_tokens(output, given, self.dropped_requests)
         if first_tokens:
             self._first_tokens(first_tokens, finished or (), end, instance, step)
         if finished:
