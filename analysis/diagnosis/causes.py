@@ -22,6 +22,7 @@ class Phase(StrEnum):
     TTFT = "TTFT"  # arrival until the front end had the first token
     TPOT = "TPOT"  # the time between tokens, from the first to the last
     E2E = "end-to-end latency"  # arrival until the last byte was handed to the socket
+    THROUGHPUT = "throughput"  # all the time of requests, because the engine gives all that it can
 
     @property
     def means(self) -> str:
@@ -30,6 +31,7 @@ class Phase(StrEnum):
             Phase.TTFT: "from arrival until the front end had the first token",
             Phase.TPOT: "from the first token to the last, as the engine had them",
             Phase.E2E: "from arrival until the last byte was handed to the client's socket",
+            Phase.THROUGHPUT: "all the time of requests: the engine gives all that it can, and all of them share it",
         }[self]
 
 
@@ -64,7 +66,7 @@ CAUSES: tuple[Cause, ...] = (
         "the number of requests in the engine grows as long as they arrive, and it is busy all the while",
         "that a larger batch would not help: where the batch is full and steps do not get longer with it, that is"
         " batch_cap",
-        (Phase.TTFT, Phase.TPOT),
+        (Phase.THROUGHPUT,),
         {
             "vllm": (
                 Try("--data-parallel-size N", "more replicas behind one address, where there are devices for them"),

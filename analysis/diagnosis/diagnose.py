@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..architecture import Experts
 from ..ceilings import least_times
 from ..load import load
 from ..speed_of_light import Served, ceilings_for, preferred, served, work_of
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from stagetrace.exporters.session import Session
 
+    from ..architecture import Model
     from .finding import Answer
 
 CHECKS: dict[str, Callable[[Facts], Answer]] = {
@@ -90,9 +92,10 @@ def diagnose(
 def with_light(facts: Facts, session: Session, model_config: Path | None, calibration: Path | None) -> Facts:
     """The facts with each step's least time, or with the reason why it is not known."""
     found = served(facts.manifest, session.model_config, model_config)
+    ceilings, notes = ceilings_for(facts.manifest, calibration)
     if not isinstance(found, Served):
         return replace(facts, no_light=found or "no process said which model it serves")
-    ceilings, notes = ceilings_for(facts.manifest, calibration)
+    facts = replace(facts, has_experts=_has_experts(found.model))
     kind = preferred(ceilings)
     if kind is None or not len(facts.steps):
         return replace(facts, no_light=" ".join(notes))
@@ -106,6 +109,10 @@ def with_light(facts: Facts, session: Session, model_config: Path | None, calibr
     return replace(
         facts, least_ns=whole, memory_ns=memory, no_light="" if whole is not None else "a ceiling is missing"
     )
+
+
+def _has_experts(model: Model) -> bool:
+    return any(isinstance(layer.feed_forward, Experts) for layer in model.layers)
 
 
 def of_facts(facts: Facts, path: str = "", last_s: float | None = None) -> Diagnosis:

@@ -44,7 +44,6 @@ _PER_STEP = tuple(
 COLUMNS: dict[str, list[str] | None] = {
     "requests": None,
     "steps": None,
-    "states": ["handle", "stage", "begin_ns", "end_ns", "instance", "a0", "a1"],
     "segments": [
         *("process", "sequence", "thread", "stage", "begin_ns", "end_ns", "self_ns", "instance", "step"),
         *("a0", "a1", "a2", "a3", "a4"),
@@ -98,13 +97,13 @@ class Facts:
     key: bytes  # of the session's ids
     requests: pd.DataFrame  # neither lost, open nor partial, in order of arrival
     steps: pd.DataFrame  # complete, in order of their end
-    states: pd.DataFrame  # parts of the queue, of `requests`
     segments: pd.DataFrame  # after the start-up
     intervals: pd.DataFrame  # of complete steps
     experts: pd.DataFrame  # of complete steps
     least_ns: Values | None = None  # of each step at the speed of light; None without model or ceilings
     memory_ns: Values | None = None  # of it: to move its bytes
     no_light: str = ""  # why there is none
+    has_experts: bool | None = None  # whether the model is a Mixture of Experts; None: its config is not known
 
     @classmethod
     def of(cls, manifest: Manifest, key: bytes, tables: dict[str, pd.DataFrame]) -> Facts:
@@ -113,15 +112,12 @@ class Facts:
         measured = requests[~requests["status"].isin(["lost", "open"]) & ~requests["partial"].astype(bool)]
         measured = measured.sort_values("arrival_ns", kind="stable").reset_index(drop=True)
         complete = steps[steps["status"] == "complete"].sort_values("end_ns", kind="stable").reset_index(drop=True)
-        states, segments = tables["states"], tables["segments"]
-        queued = states[(states["stage"] == BY_NAME["queue"].id) & states["handle"].isin(measured["handle"])]
-        experts = tables["experts"]
+        segments, experts = tables["segments"], tables["experts"]
         return cls(
             manifest=manifest,
             key=key,
             requests=measured,
             steps=complete,
-            states=queued.reset_index(drop=True),
             segments=segments[~within_start_up(segments)],
             intervals=outside_of(tables["intervals"], steps[steps["status"] != "complete"]),
             experts=experts.merge(complete[STEP_KEY], on=STEP_KEY) if len(experts) else experts,

@@ -108,7 +108,7 @@ def seen(
 
 def of_requests(facts: Facts, phase: Phase, part: Values) -> Part:
     """Of each request a time that is a part of its phase."""
-    whole = {Phase.TTFT: facts.ttft, Phase.E2E: facts.e2e, Phase.TPOT: facts.decode}[phase]
+    whole = {Phase.TTFT: facts.ttft, Phase.E2E: facts.e2e, Phase.THROUGHPUT: facts.e2e, Phase.TPOT: facts.decode}[phase]
     known = ~(np.isnan(part) | np.isnan(whole))
     return Part(phase, np.where(known, np.maximum(part, 0.0), 0.0), np.where(known, whole, 0.0))
 

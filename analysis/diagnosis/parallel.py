@@ -147,8 +147,7 @@ def dispatch_combine_share(facts: Facts) -> Answer:
 def expert_imbalance(facts: Facts) -> Answer:
     """Experts get uneven numbers of tokens over all steps."""
     if not len(facts.experts):
-        has = any("local_experts" in each.info or "experts" in each.info for each in facts.manifest.processes)
-        return _layers(facts, "tokens by expert") if has else None
+        return None if facts.has_experts is False else _layers(facts, "tokens by expert")
     by_rank = experts_by_rank(facts.manifest.processes)
     loads = expert_loads(facts.experts, by_rank)
     if not loads:

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stagetrace.instrument.stages import QueueCause
-
 from .causes import Phase
 from .facts import Covered, Facts, Flags, Values, line
 from .finding import Evidence, Missing, of_requests, seen
@@ -16,8 +14,8 @@ from .thresholds import limit
 if TYPE_CHECKING:
     from .finding import Answer, Part
 
-KV, BATCH, BUDGET = "KV_SPACE", "BATCH_FULL", "TOKEN_BUDGET"  # as QueueCause has them
-_TOLD = {name: number for name in (KV, BATCH, BUDGET) if (number := QueueCause.__members__.get(name)) is not None}
+KV, BATCH, BUDGET = "kv", "batch", "budget"
+TOLD = {KV: "kv_space_ns", BATCH: "batch_full_ns", BUDGET: "token_budget_ns"}  # where the engine says
 _LITTLE_KV = 0.5  # of the cache; with less in use it is not what is waited for
 
 
@@ -49,11 +47,8 @@ def why_waiting(facts: Facts) -> dict[str, Flags]:
 
 def queued_by(facts: Facts, cause: str) -> Values:
     """Of each request its time in the queue for a cause, ns: as the engine said, else by the steps meanwhile."""
-    told = facts.states["a1"].isin([*_TOLD.values()]).any()
-    if told:
-        rows = facts.states[facts.states["a1"] == _TOLD[cause]]
-        times = (rows["end_ns"] - rows["begin_ns"]).groupby(rows["handle"]).sum()
-        return facts.requests["handle"].map(times).fillna(0).to_numpy(dtype=np.float64)
+    if any(name in facts.requests and facts.requests[name].notna().any() for name in TOLD.values()):
+        return np.nan_to_num(facts.request(TOLD[cause])[0])
     begins, lengths = facts.since_schedule
     chosen = why_waiting(facts)[cause]
     covered = Covered(facts.step_instance[chosen], begins[chosen], lengths[chosen], lengths[chosen])
@@ -87,6 +82,21 @@ def larger_batch_gain(facts: Facts) -> float:
     return 2 * now / then - 1 if then > 0 else 0.0
 
 
+def left_of(facts: Facts, queue: Values, flags: Flags) -> float:
+    """What of a time in the queue would be saved if all that waited ran: less what their steps would get longer, ns.
+
+    By a line through the steps of decode; prefill is the same work either way.
+    """
+    if not flags.any() or not facts.decode_only.any():
+        return float(queue.sum())
+    size = facts.step("decode_requests")
+    fixed, each = line(size[facts.decode_only], facts.own[facts.decode_only])
+    now = float(facts.step("running")[flags].mean())
+    then = now + float(facts.step("waiting")[flags].mean())
+    longer = each * (then - now) / (fixed + each * now) if fixed + each * now > 0 else 0.0
+    return float(queue.sum()) - longer * float(np.nansum(facts.decode))
+
+
 def batch_cap(facts: Facts) -> Answer:
     """The batch is as large as it may be."""
     if not len(facts.steps):
@@ -99,6 +109,7 @@ def batch_cap(facts: Facts) -> Answer:
     return seen(
         (of_requests(facts, Phase.TTFT, queue),),
         "queue_share",
+        lambda _: left_of(facts, queue, why_waiting(facts)[BATCH]),
         also=gain >= limit("larger_batch_gain"),
         evidence=(
             Evidence("requests that may run at once", cap, "requests"),
@@ -121,50 +132,40 @@ def arrival_above_capacity(facts: Facts) -> Answer:
         return Missing("too few steps were recorded")
     arrivals, ends = facts.request("arrival_ns", "last_token_ns")
     known = ~(np.isnan(arrivals) | np.isnan(ends))
-    arrivals, ends = np.sort(arrivals[known]), np.sort(ends[known])
-    if len(arrivals) < limit("requests"):
+    if known.sum() < limit("requests"):
         return Missing("too few requests were recorded")
-    # Open requests at each arrival: in the first half of the arrivals, and in the second.
-    there = np.arange(1, len(arrivals) + 1) - np.searchsorted(ends, arrivals)
-    half = len(there) // 2
-    early, late = float(there[half // 2 : half].mean()), float(there[half + half // 2 :].mean())
-    first, last = arrivals[half // 2], arrivals[-1]
-    busy = float(
-        np.clip(
-            np.minimum(facts.step("end_ns"), last) - np.maximum(facts.step("end_ns") - facts.period, first), 0, None
-        ).sum()
+    # Requests in the engine when each arrived, itself included: arrivals are in order.
+    there = np.full(len(arrivals), np.nan)
+    there[known] = np.arange(1, known.sum() + 1) - np.searchsorted(np.sort(ends[known]), arrivals[known])
+    among, quarter = there[known], max(int(known.sum()) // 4, 1)
+    first, early, late = (
+        float(part.mean()) for part in (among[:quarter], among[quarter : 2 * quarter], among[-quarter:])
     )
-    instances = max(len(np.unique(facts.step_instance)), 1)
-    busy /= max(last - first, 1.0) * instances
-    capped = (
-        bool(full_batch(facts)[facts.step("waiting") > 0].mean() > 0.5) if (facts.step("waiting") > 0).any() else False
-    )
-    gain = larger_batch_gain(facts)
-    kv = float(np.nansum(queued_by(facts, KV)))
-    queue, dispatch = facts.request("queue_ns", "dispatch_ns")
-    queued = np.nan_to_num(queue) + np.nan_to_num(dispatch)
-    # What requests take longer than those that came first, in proportion to their tokens.
-    (tokens,) = facts.request("output_tokens")
-    per_token = facts.decode / np.maximum(tokens - 1, 1)
-    begin = per_token[~np.isnan(per_token)][: max(len(per_token) // 8, 1)]
-    slower = (
-        np.maximum(per_token - float(np.median(begin)), 0) * np.maximum(tokens - 1, 0) if len(begin) else per_token * 0
-    )
-    lost = queued + np.nan_to_num(slower)
+    since, until = float(arrivals[known][quarter]), float(arrivals[known][-1])
+    end = facts.step("end_ns")
+    within = np.clip(np.minimum(end, until) - np.maximum(end - facts.period, since), 0, None)
+    busy = float(within.sum()) / max((until - since) * max(len(np.unique(facts.step_instance)), 1), 1.0)
+    waiting = facts.step("waiting") > 0
+    capped = bool(waiting.any() and full_batch(facts)[waiting].mean() > 0.5)
+    for_blocks = float(queued_by(facts, KV).sum()) > 0.5 * float(np.nansum(facts.request("queue_ns")[0]))
+    # By Little's law a request is in the engine for as long as there are others, over what is finished in that time.
+    lost = np.nan_to_num(facts.e2e * np.clip(1 - first / there, 0, None))
     return seen(
-        (of_requests(facts, Phase.E2E, lost),),
+        (of_requests(facts, Phase.THROUGHPUT, lost),),
         "queue_share",
         also=late >= limit("backlog_growth") * early
         and late - early >= limit("backlog")
         and busy >= limit("busy")
-        and not (capped and gain >= limit("larger_batch_gain"))
-        and kv < 0.5 * float(queued.sum() or 1.0),
+        and not (capped and larger_batch_gain(facts) >= limit("larger_batch_gain"))
+        and not (for_blocks and waiting.any()),
         evidence=(
             Evidence("requests in the engine, second quarter of the arrivals", early, "requests"),
             Evidence("requests in the engine, last quarter of the arrivals", late, "requests"),
             Evidence("the scheduler's time in steps meanwhile", min(busy, 1.0), "share"),
-            Evidence("arrivals", len(arrivals) * 1e9 / max(arrivals[-1] - arrivals[0], 1.0), "requests/s"),
-            Evidence("finished", len(ends) * 1e9 / max(ends[-1] - arrivals[0], 1.0), "requests/s"),
+            Evidence("arrivals", known.sum() * 1e9 / max(until - float(arrivals[known][0]), 1.0), "requests/s"),
+            Evidence(
+                "finished", known.sum() * 1e9 / max(float(ends[known].max() - arrivals[known][0]), 1.0), "requests/s"
+            ),
         ),
         examples=facts.request_examples(lost),
     )
@@ -226,6 +227,7 @@ def kv_exhausted(facts: Facts) -> Answer:
     return seen(
         (of_requests(facts, Phase.TTFT, queued), decode),
         "kv_share",
+        lambda part: left_of(facts, queued, why_waiting(facts)[KV]) if part.phase is Phase.TTFT else part.part.sum(),
         evidence=(
             Evidence("preemptions", float(np.nansum(times)), "times"),
             Evidence("requests that were preempted", float((times > 0).sum()), "requests"),

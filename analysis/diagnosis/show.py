@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..show import Grid, Part, duration_text, number_text, plain, share_text
-from .causes import BY_ID, Cause
+from .causes import Cause
 from .finding import Evidence, Seen
 
 if TYPE_CHECKING:
@@ -117,10 +117,12 @@ def value_text(each: Evidence) -> str:
 
 
 def _missing(found: Diagnosis) -> Grid:
-    rows = []
+    """By reason: that of several causes is often one."""
+    reasons: dict[str, list[str]] = {}
     for name, each in found.missing.items():
-        remedy = f"; record at --level {each.level.name.lower()}" if each.level is not None else ""
-        rows.append((BY_ID[name].id, plain(each.why, _LONGEST) + remedy))
+        remedy = f": record with --level {each.level.name.lower()}" if each.level is not None else ""
+        reasons.setdefault(plain(each.why, _LONGEST) + remedy, []).append(name)
+    rows = [(", ".join(names), why) for why, names in reasons.items()]
     return Grid("Could not be looked at", ("", ""), rows, text=True)
 
 
