@@ -25,7 +25,7 @@ EAGER = "--enforce-eager"
 
 @dataclass(frozen=True)
 class Ask:
-    """One request of a load. Lengths are of words, about a token and a half each."""
+    """One request of a load. Lengths are of words, about three tokens each."""
 
     at_s: float  # when it is sent: since the begin, or in a closed load after a place is free
     words: int
@@ -121,7 +121,7 @@ def long_prompts(chance: random.Random) -> Planned:
     seconds = 14
     talk = _asks(chance, 36, (10, 30), (80, 140), 36 / seconds)
     rate = chance.uniform(1.2, 2.0)
-    long = _asks(chance, int(rate * seconds), (1200, 2000), (2, 4), rate)
+    long = _asks(chance, int(rate * seconds), (700, 1300), (2, 4), rate)
     asks = tuple(sorted((*talk, *long), key=lambda ask: ask.at_s))
     arguments = (EAGER, "--max-num-batched-tokens", "4096", "--no-enable-prefix-caching")
     return Planned("long_prompts", ("prefill_delays_decode",), asks, None, arguments)

@@ -226,8 +226,8 @@ def diagnosis_page() -> str:
         "## What a finding says",
         "* **Request time**: a step is shared, so its time counts once for each request that waited for it: for its"
         " next token, its chunk of prefill, or its turn. Of what happens to one request (queue, tokenizer, client) it"
-        " is that request's time. Findings can overlap: a request that waits in a full queue behind slow steps waits for"
-        " both.\n"
+        " is that request's time. Findings can overlap: a request that waits in a full queue behind slow steps waits"
+        " for both.\n"
         f"* **Share**: of the phase's time, with the {CONFIDENCE:.0%} interval of a bootstrap: at most {MOST_BLOCKS}"
         f" blocks of consecutive requests or steps, drawn {RESAMPLES} times. The lower end has to reach the"
         " threshold. It says how much this session's requests and steps vary, not how another day would be.\n"
