@@ -13,7 +13,7 @@ from ..load import load
 from ..speed_of_light import Served, ceilings_for, preferred, served, work_of
 from . import front_end, graphs, host, parallel, prefill, queueing, roofs
 from .causes import BY_ID, CAUSES, Cause, Phase
-from .facts import COLUMNS, Facts
+from .facts import STAGES, Facts, columns
 from .finding import Missing, Seen
 from .thresholds import limit
 
@@ -83,7 +83,7 @@ def diagnose(
 
     Raises SessionError, ConfigError and CalibrationError.
     """
-    frames = load(session, last_s, COLUMNS)
+    frames = load(session, last_s, columns(session.read_manifest()), STAGES)
     facts = Facts.of(frames.manifest, session.identity.key, frames.tables)
     facts = with_light(facts, session, model_config, calibration)
     return of_facts(facts, str(session.path), last_s)

@@ -40,17 +40,27 @@ _PER_STEP = tuple(
         *("attention", "mlp", "expert_dispatch", "expert_compute", "expert_combine", "collective"),
     )
 )
-# The columns that are read of each table: what to ask of load().
-COLUMNS: dict[str, list[str] | None] = {
-    "requests": None,
-    "steps": None,
-    "segments": [
-        *("process", "sequence", "thread", "stage", "begin_ns", "end_ns", "self_ns", "instance", "step"),
-        *("a0", "a1", "a2", "a3", "a4"),
-    ],
-    "intervals": None,
-    "experts": ["instance", "step", "rank", "layer", "tokens", "counts"],
+# The stages whose segments are read, and the columns of each table: what to ask of load().
+STAGES = {
+    *_PER_STEP,
+    *(BY_NAME[name].id for name in ("rank_step", "detokenize", "gc_pause", "between")),
+    *(BY_NAME[name].id for name in ("startup", "compile", "graph_capture")),
 }
+_ATTRIBUTES = ["a0", "a1", "a2", "a3", "a4"]
+
+
+def columns(manifest: Manifest) -> dict[str, list[str] | None]:
+    """Of a session: attributes take half of the memory, and only the layer level's are needed."""
+    segments = ["process", "thread", "stage", "begin_ns", "end_ns", "self_ns", "instance", "step"]
+    level = Level.__members__.get(manifest.level.upper(), Level.LAYER)  # as it was switched last
+    deep = level >= Level.LAYER or any("visible" in process.info for process in manifest.processes)
+    return {
+        "requests": None,
+        "steps": None,
+        "segments": [*segments, *_ATTRIBUTES] if deep else segments,
+        "intervals": None,
+        "experts": ["instance", "step", "rank", "layer", "tokens", "counts"],
+    }
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ class Facts:
     key: bytes  # of the session's ids
     requests: pd.DataFrame  # neither lost, open nor partial, in order of arrival
     steps: pd.DataFrame  # complete, in order of their end
-    segments: pd.DataFrame  # after the start-up
+    segments: pd.DataFrame  # of STAGES; the start-up's are among them
     intervals: pd.DataFrame  # of complete steps
     experts: pd.DataFrame  # of complete steps
     least_ns: Values | None = None  # of each step at the speed of light; None without model or ceilings
@@ -107,7 +117,7 @@ class Facts:
 
     @classmethod
     def of(cls, manifest: Manifest, key: bytes, tables: dict[str, pd.DataFrame]) -> Facts:
-        """From the tables that COLUMNS names."""
+        """From the tables that columns() names."""
         requests, steps = tables["requests"], tables["steps"]
         measured = requests[~requests["status"].isin(["lost", "open"]) & ~requests["partial"].astype(bool)]
         measured = measured.sort_values("arrival_ns", kind="stable").reset_index(drop=True)
@@ -118,7 +128,7 @@ class Facts:
             key=key,
             requests=measured,
             steps=complete,
-            segments=segments[~within_start_up(segments)],
+            segments=segments,
             intervals=outside_of(tables["intervals"], steps[steps["status"] != "complete"]),
             experts=experts.merge(complete[STEP_KEY], on=STEP_KEY) if len(experts) else experts,
         )
@@ -241,40 +251,51 @@ class Facts:
             place[known], weights=values.to_numpy(dtype=np.float64)[known], minlength=len(self.steps)
         ).astype(np.float64)
 
-    @cached_property
-    def _index(self) -> pd.MultiIndex:
-        return pd.MultiIndex.from_frame(self.steps[STEP_KEY].astype("int64"))
-
     def place(self, rows: pd.DataFrame) -> npt.NDArray[np.int64]:
         """Which of the steps each row is of; -1 for none of them."""
-        if not len(rows) or not len(self.steps):
-            return np.full(len(rows), -1)
-        wanted = pd.MultiIndex.from_frame(rows[STEP_KEY].fillna(-1).astype("int64"))
-        return np.asarray(self._index.get_indexer(wanted), dtype=np.int64)
+        found = np.full(len(rows), -1)
+        of, number = (rows[name].to_numpy(dtype=np.int64, na_value=-1) for name in STEP_KEY)
+        numbers = self.steps["step"].to_numpy(dtype=np.int64)
+        for instance in np.unique(self.step_instance):
+            mine = np.flatnonzero(self.step_instance == instance)
+            order = mine[np.argsort(numbers[mine], kind="stable")]
+            wanted = np.flatnonzero(of == instance)
+            place = order[np.minimum(np.searchsorted(numbers[order], number[wanted]), len(order) - 1)]
+            found[wanted] = np.where(numbers[place] == number[wanted], place, -1)
+        return found
 
     @cached_property
     def _stages(self) -> dict[int, Values]:
         """Of each step the self time of every stage, on one rank where several have it."""
         found: dict[int, Values] = {}
-        rows = self.segments[self.segments["step"].notna() & self.segments["stage"].isin(_PER_STEP)]
-        place = self.place(rows)
-        stages, times = rows["stage"].to_numpy(), rows["self_ns"].to_numpy(dtype=np.float64)
+        place = self.place(self.segments)
+        stages, times = self.segments["stage"].to_numpy(), self.segments["self_ns"].to_numpy()
         ranks = np.maximum(self.step("ranks_reported"), 1.0)
         for stage in _PER_STEP:
             mine = (stages == stage) & (place >= 0)
             if mine.any():
-                total: Values = np.zeros(len(self.steps))
-                np.add.at(total, place[mine], times[mine])
+                total: Values = np.asarray(
+                    np.bincount(place[mine], weights=times[mine], minlength=len(self.steps)), dtype=np.float64
+                )
                 found[stage] = total / ranks if stage >= BY_NAME["prepare"].id else total
         # What belongs to no step goes with the step that waited for it.
         found[_BETWEEN] = self._between
         began = self.step("end_ns") - self.period
-        found[_GC] = self._waited_for(self.segments[self.segments["stage"] == _GC], began)
+        found[_GC] = self._waited_for(self.of_no_step("gc_pause"), began)
         return found
 
     @cached_property
     def _between(self) -> Values:
-        return self._waited_for(self.segments[self.segments["stage"] == _BETWEEN])
+        return self._waited_for(self.of_no_step("between"))
+
+    @cached_property
+    def _of_no_step(self) -> pd.DataFrame:
+        rows = self.segments[self.segments["step"].isna().to_numpy(dtype=bool)]
+        return rows[~within_start_up(rows)]
+
+    def of_no_step(self, *names: str) -> pd.DataFrame:
+        """The segments of stages that belong to no step, after the start-up."""
+        return self._of_no_step[self._of_no_step["stage"].isin([BY_NAME[name].id for name in names])]
 
     def _waited_for(self, rows: pd.DataFrame, since: Values | None = None) -> Values:
         """Time of rows without a step of their own, of processes that make steps, in the step that was held up.

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stagetrace.instrument.stages import BY_NAME
-
 from .causes import Phase
 from .facts import Covered, Facts, Values
 from .finding import Evidence, Missing, above, of_requests, seen
@@ -17,8 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .finding import Answer
-
-_DETOKENIZE = BY_NAME["detokenize"].id
 
 
 def _late(facts: Facts) -> tuple[Values, Values, Values]:
@@ -82,7 +78,7 @@ def _saturated(facts: Facts, detokenizing: bool) -> Answer:
         return Missing("too few requests were recorded")
     way, back, end = _late(facts)
     (tokenizing,) = facts.request("tokenize_ns")
-    rows = facts.segments[facts.segments["stage"] == _DETOKENIZE]
+    rows = facts.of_no_step("detokenize")
     busy = float(rows["self_ns"].sum())
     arrival, last = facts.request("arrival_ns", "last_output_ns")
     threads = max(len(rows.drop_duplicates(["process", "thread"])), 1)

@@ -76,7 +76,7 @@ def compile_in_window(facts: Facts) -> Answer:
     """Compiling or capturing after the start-up."""
     if not len(facts.steps):
         return Missing("no steps were recorded")
-    rows = facts.segments[facts.segments["stage"].isin(_BUILDS)]
+    rows = facts.of_no_step(*_BUILDS.values())
     # Ranks compile at the same time: what any of them did, once.
     ordered = rows.sort_values("begin_ns")
     begin, end = (ordered[name].to_numpy(dtype=np.float64) for name in ("begin_ns", "end_ns"))

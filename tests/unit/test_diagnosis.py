@@ -18,7 +18,7 @@ from unit.simulated import Engine, simulate
 
 from stagetrace.analysis.diagnosis.causes import CAUSES
 from stagetrace.analysis.diagnosis.diagnose import CHECKS, Diagnosis, diagnose, of_facts
-from stagetrace.analysis.diagnosis.facts import COLUMNS, Covered, Facts, line
+from stagetrace.analysis.diagnosis.facts import STAGES, Covered, Facts, columns, line
 from stagetrace.analysis.diagnosis.finding import Seen
 from stagetrace.analysis.diagnosis.shares import share_of
 from stagetrace.analysis.diagnosis.show import next_experiments, parts, to_json
@@ -40,7 +40,7 @@ def of(path: Path, engine: Engine) -> Diagnosis:
 
 def facts_of(path: Path, engine: Engine) -> Facts:
     session = simulate(path, engine)
-    frames = load(session, None, COLUMNS)
+    frames = load(session, None, columns(session.read_manifest()), STAGES)
     return Facts.of(frames.manifest, session.identity.key, frames.tables)
 
 
