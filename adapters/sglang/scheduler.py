@@ -14,6 +14,7 @@ from _thread import get_ident
 from typing import TYPE_CHECKING, Any
 
 from stagetrace.adapters.device import device_info
+from stagetrace.adapters.kernel_window import KernelWindow
 from stagetrace.adapters.members import Members
 from stagetrace.instrument.around import Around
 from stagetrace.instrument.recorder import now
@@ -352,6 +353,7 @@ def opens_recorder(hook: Hook) -> Around:
         parallel = get_parallel()
         dp_rank = int(parallel.dp_rank or 0)
         RANK.instance, RANK.rank = extract.instance_of(port_args, dp_rank), extract.rank_of(parallel)
+        RANK.window = KernelWindow(hook.recorder)
         info = extract.process_info(server_args, self.model_config, parallel, __version__)
         info["data_parallel_rank"] = dp_rank
         if extract.is_first(parallel):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from stagetrace.instrument.hooks import Hook
 
+    from ..kernel_window import KernelWindow
+
 _HEADERS = tuple(
     header_word(RecordType.SEGMENT, BY_NAME[name].id)
     for name in ("rank_step", "prepare", "forward", "sample", "return", "draft")
@@ -37,6 +39,7 @@ class _Rank:
         self.batch: Any = None  # ForwardBatch of its forward pass
         self.at_start: tuple[Callable[[], None], ...] = ()  # called around every forward pass of the model, on its
         self.at_end: tuple[Callable[[], None], ...] = ()  # stream; they raise nothing
+        self.window: KernelWindow | None = None
         self.begin = 0  # of the rank's step
         self.reached = 0  # end of the last segment in it
         self.of_rank = self.of_tokens = b""  # tails of the step's segments: with the rank; with its tokens as well
@@ -57,12 +60,16 @@ class _Rank:
         self.of_rank = _pack_tail(self.instance, step, self.rank)
         self.of_tokens = _pack_longer_tail(self.instance, step, self.rank, tokens)
         self.step, self.tokens = step, tokens
+        if self.window is not None:
+            self.window.step_begins(self.instance, step, self.rank)
 
     def end(self, put: Callable[[bytes, int, int, bytes], None], end: int) -> None:
         """The step is handed back; `put` writes a segment."""
         if self.reached:
             put(self.return_, self.reached, end, self.of_rank)
         put(self.rank_step, self.begin, end, self.of_tokens)
+        if self.window is not None:
+            self.window.step_ends()
         self.step, self.batch = 0, None
 
     def forget(self) -> None:
