@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import httpx2 as httpx
 import pytest
 from engines.conftest import python_of
 from engines.recording import STAGETRACE, Recording, ask, record
@@ -33,6 +35,10 @@ SETTINGS = {
     "vllm": ("--enforce-eager", "--max-model-len", "4096", "--no-enable-prefix-caching"),
     "sglang": ("--disable-radix-cache", "--chunked-prefill-size", "4096", "--context-length", "4096"),
 }
+
+
+# How much of a stage that is little but operators they fill; SGLang's experts are many small ones on the processor.
+FILLED = {"vllm": {"expert_compute": 0.95, "attention": 0.9}, "sglang": {"expert_compute": 0.8, "attention": 0.9}}
 
 
 def long(number: int) -> Request:
@@ -77,7 +83,12 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 @pytest.mark.parametrize("engine", [VLLM, SGLANG], ids=lambda engine: engine.name)
 def test_a_window_on_a_server_that_goes_on_serving(engine: Engine, model: Path, tmp_path: Path) -> None:
     python_of(engine)
-    with record(model, tmp_path, *SETTINGS[engine.name], run=("--level", "layer"), engine=engine) as recording:
+    settings = list(SETTINGS[engine.name])
+    if engine is VLLM:
+        profiler = {"profiler": "torch", "torch_profiler_dir": str(tmp_path / "profiler")}
+        profiler |= {"torch_profiler_with_stack": False}
+        settings += ["--profiler-config", json.dumps(profiler)]
+    with record(model, tmp_path, *settings, run=("--level", "layer"), engine=engine) as recording:
         (before,) = ask(recording.server, SHORT)
         with load(recording):
             first = start(recording, "--steps", str(STEPS))
@@ -92,6 +103,8 @@ def test_a_window_on_a_server_that_goes_on_serving(engine: Engine, model: Path, 
         assert after.text == before.text and after.error is None
         assert session_level(recording.path) is Level.LAYER
         assert read_request(recording.path) is None
+        if engine is VLLM:
+            leaves_the_engines_profiler_alone(recording)
         # No step comes to a server that nobody asks anything.
         status, _, err = ended(start(recording, "--wait", "1"))
         assert status == 1 and "send the server requests" in err
@@ -108,8 +121,20 @@ def test_a_window_on_a_server_that_goes_on_serving(engine: Engine, model: Path, 
     assert not sum(sum(process.errors.values()) for process in recording.manifest.processes)
 
 
+def leaves_the_engines_profiler_alone(recording: Recording) -> None:
+    server = recording.server.root_url
+    assert httpx.post(f"{server}/start_profile", timeout=60).status_code == 200
+    window = start(recording)
+    wait_for(lambda: read_request(recording.path) is not None, 60)
+    ask(recording.server, SHORT)
+    status, _, err = ended(window)
+    assert status == 1 and "the engine's own profiler is running" in err
+    assert httpx.post(f"{server}/stop_profile", timeout=300).status_code == 200
+    assert list((recording.path.parent / "profiler").glob("*.json*"))
+
+
 def agrees_with_segments(recording: Recording, engine: Engine) -> None:
-    """Operators fill the segments of stages that are little but operators, and never more than that."""
+    """Operators fill the segments of stages that are little but operators, and no stage's more than that."""
     (rank,) = summarise_kernels(recording.session, 1)
     segments = read(recording.session, "segments")
     begin, end = rank.events["begin_ns"].min(), rank.events["end_ns"].max()
@@ -120,7 +145,7 @@ def agrees_with_segments(recording: Recording, engine: Engine) -> None:
         ratios[stage] = float(rank.events.loc[rank.events["segment"] == stage, "own_ns"].sum() / own)
     print(ratios)
     assert all(ratio <= 1.05 for ratio in ratios.values()), ratios
-    assert ratios["expert_compute"] > 0.95 and ratios["attention"] > 0.9, ratios
+    assert all(ratios[stage] > share for stage, share in FILLED[engine.name].items()), ratios
 
 
 def test_a_server_that_dies_in_the_window(model: Path, tmp_path: Path) -> None:
