@@ -53,12 +53,14 @@ def composition(
     running: int,
     kv_usage: float,
     preempted: int,
+    per_decode: int = 1,
 ) -> tuple[int, ...]:
     """What is in a batch, in the order of stages.STEP_COMPOSITION.
 
     `chunks` has (q, kv, cached) of every request in prefill: its tokens in the step, its context after it, and the
-    prompt tokens found in a cache when it joined (0 in later chunks). The others are in decode, with one token each;
-    `decode_context` is the sum of their contexts after the step. `kv_usage` is a fraction.
+    prompt tokens found in a cache when it joined (0 in later chunks). The others are in decode, with `per_decode`
+    tokens each: one, and with speculation the drafts to verify; `decode_context` is the sum of their contexts after
+    the step. `kv_usage` is a fraction.
     """
     prefill_tokens = prefill_context = prefill_q_q = prefill_q_kv = cached_tokens = 0
     for q, kv, cached in chunks:
@@ -74,16 +76,16 @@ def composition(
         prefill_context,
         prefill_q_q,
         prefill_q_kv,
-        decode_requests,
+        decode_requests * per_decode,
         decode_context,
-        decode_requests,
-        decode_context,
+        decode_requests * per_decode * per_decode,
+        decode_context * per_decode,
         cached_tokens,
         waiting,
         running,
         int(kv_usage * 1_000_000 + 0.5),
         preempted,
-        0,
+        decode_requests * (per_decode - 1),
     )
 
 
@@ -95,15 +97,32 @@ def kv_usage(scheduler: Any) -> float:
     return 1.0 - float(free) / float(scheduler.max_total_num_tokens)
 
 
-def decode_context(batch: Any) -> int:
+def decode_context(batch: Any, per_decode: int = 1) -> int:
     """Sum of the contexts of a ScheduleBatch in decode, the tokens of this step included; its own column, on the host.
 
-    While speculation has not resolved that, the requests' own lengths.
+    With speculation (`per_decode` > 1) that column is another, and the requests' own lengths are taken: with overlap
+    they lack what the last step gave, which is not known yet.
     """
     lengths = batch.seq_lens_cpu
-    if lengths is None:
-        return sum(len(each.origin_input_ids) + len(each.output_ids) for each in batch.reqs)
+    if lengths is None or per_decode > 1:
+        tokens = sum(len(each.origin_input_ids) + len(each.output_ids) for each in batch.reqs)
+        return tokens + len(batch.reqs) * (per_decode - 1)
     return int(lengths.sum())
+
+
+def per_decode(args: Any) -> int:
+    """Tokens of a request in a decode step, by the ServerArgs: its last one, and with speculation the drafts."""
+    if not getattr(args, "speculative_algorithm", None):
+        return 1
+    return max(1, int(getattr(args, "speculative_num_draft_tokens", None) or 1))
+
+
+def drafted(request: Any, per_decode: int) -> tuple[int, int] | None:
+    """Draft tokens that were verified for a Req, and accepted of them; None where there were none."""
+    steps = int(getattr(request, "spec_verify_ct", 0) or 0)
+    if not steps or per_decode == 1:
+        return None
+    return steps * (per_decode - 1), int(request.spec_num_correct_drafts)
 
 
 def finish_of(reason: Any) -> Finish:

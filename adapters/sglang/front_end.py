@@ -16,7 +16,7 @@ from stagetrace.instrument.stages import BY_NAME, Finish, Level
 
 from .. import trace_context
 from ..http import EXCHANGE
-from . import extract
+from . import extract, startup
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -286,9 +286,13 @@ def detokenize(hook: Hook) -> Around:
 
 
 def _opens(hook: Hook, role: str) -> Around:
-    def after() -> None:
+    def before(begin: int) -> None:
+        startup.begun(hook.recorder, role, begin)
+
+    def after(self: Any) -> None:
         from sglang.version import __version__
 
         hook.recorder.open(role, {"engine": "sglang", "engine_version": __version__})
+        startup.built(hook, role, self)
 
-    return Around(after=after)
+    return Around(before, after)

@@ -13,7 +13,7 @@ from stagetrace.instrument.hooks import HookPoint
 from stagetrace.instrument.stages import Collective, Level
 
 from ..http import HTTP_POINTS
-from . import front_end, layers, scheduler, worker
+from . import front_end, layers, scheduler, startup, worker
 
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
 _CONTROLLER = "sglang.srt.managers.data_parallel_controller:DataParallelController"
@@ -283,6 +283,14 @@ _RANK_POINTS = (
     HookPoint(
         f"{_RUNNER}.sample", ("self", "logits_output", "forward_batch"), Level.STEP, _RANK, worker.sample, "sample"
     ),
+    HookPoint(
+        "sglang.srt.speculative.eagle_utils:eagle_sample",
+        ("verify_input", "batch", "logits_output"),
+        Level.STEP,
+        _RANK,
+        worker.verify,
+        "verify",
+    ),
 )
 
 _LAYERS = "sglang.srt.layers"
@@ -407,4 +415,33 @@ _LAYER_POINTS = (
     ),
 )
 
-HOOK_POINTS: tuple[HookPoint, ...] = (*_FRONT_POINTS, *_SCHEDULER_POINTS, *_RANK_POINTS, *_LAYER_POINTS)
+_LOADER = "sglang.srt.model_loader.loader"
+_STARTUP_POINTS = tuple(
+    HookPoint(target, parameters, Level.OFF, process, handler, f"start-up: {stage}")
+    for target, parameters, process, handler, stage in (
+        (
+            "sglang.srt.entrypoints.engine:_wait_for_scheduler_ready",
+            (),
+            _FRONT,
+            startup.schedulers_are_ready,
+            "start_workers, and its end",
+        ),
+        (f"{_RUNNER}.init_torch_distributed", ("self",), _RANK, startup.piece("init_device"), "init_device"),
+        (f"{_RUNNER}.load_model", ("self",), _RANK, startup.piece("model_load"), "model_load"),
+        (f"{_LOADER}:_initialize_model", ("model_config",), _RANK, startup.build_model, "build_model"),
+        *(
+            (f"{_LOADER}:{loader}.load_model", ("self",), _RANK, startup.weights_loaded, "load_weights")
+            for loader in ("DefaultModelLoader", "DummyModelLoader")
+        ),
+        (f"{_RUNNER}.alloc_memory_pool", ("self",), _RANK, startup.piece("allocate_kv_cache"), "allocate_kv_cache"),
+        (f"{_RUNNER}.init_cuda_graphs", ("self",), _RANK, startup.captured, "graph_capture"),
+    )
+)
+
+HOOK_POINTS: tuple[HookPoint, ...] = (
+    *_FRONT_POINTS,
+    *_SCHEDULER_POINTS,
+    *_RANK_POINTS,
+    *_STARTUP_POINTS,
+    *_LAYER_POINTS,
+)

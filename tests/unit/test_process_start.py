@@ -1,4 +1,4 @@
-"""vLLM's start-up: what waits for the ring, and that parts which share a process are within one start-up."""
+"""The start of an engine's process: what waits for the ring, and that parts which share one are within one start-up."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 import pytest
 from unit.rings import opened, read_all
 
-from stagetrace.adapters.vllm import startup
-from stagetrace.adapters.vllm.startup import CORE, FRONT_END, WORKER
+from stagetrace.adapters import startup
 from stagetrace.exporters.assembly.assemble import Assembler
 from stagetrace.instrument.recorder import Recorder, now
 from stagetrace.instrument.stages import BY_ID
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+FRONT_END, CORE, WORKER = "front end", "engine core", "worker"
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,7 @@ def test_the_start_of_this_process_is_known() -> None:
 def test_what_happens_before_the_ring_waits_for_it(tmp_path: Path) -> None:
     closed = Recorder()
     startup.begun(closed, WORKER, now())
-    startup._write(closed, startup._IMPORTS, 5, 7)
+    startup.write(closed, startup._IMPORTS, 5, 7)
     assert len(startup._Start.waiting) == 2
     with opened(tmp_path) as (recorder, reader):
         startup.flush(recorder)
