@@ -21,13 +21,14 @@ _FINISH_BY_TYPE = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish
 _CLIENT_ERROR = 400  # from this HTTP status on an abort is an error that the client is told
 
 
-def instance_of(port_args: Any, dp_rank: int) -> int:
+def instance_of(port_args: Any, dp_rank: int, token: str = "") -> int:
     """The engine instance of a scheduler: the same on all its ranks, another after a restart.
 
     Nothing travels from a scheduler to its ranks, since every rank schedules for itself. What they share is the token
-    of the server's start in PortArgs.instance_id, and their data-parallel rank.
+    of the server's start in PortArgs.instance_id, or on several nodes `token`, and their data-parallel rank.
     """
-    token = getattr(port_args, "instance_id", "") or port_args.tokenizer_ipc_name  # without the token: random too
+    # Without an instance_id: the name of a socket, which is random too.
+    token = token or getattr(port_args, "instance_id", "") or port_args.tokenizer_ipc_name
     return handle(b"", f"sglang {token} {dp_rank}") or 1
 
 

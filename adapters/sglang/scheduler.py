@@ -20,7 +20,7 @@ from stagetrace.instrument.recorder import now
 from stagetrace.instrument.records import HEAD, TAILS, Change, Event, RecordType, header_word
 from stagetrace.instrument.stages import BY_NAME, Finish, GraphMode, IdleReason, Level
 
-from . import extract, layers, startup
+from . import extract, layers, nodes, startup
 from .worker import RANK
 
 if TYPE_CHECKING:
@@ -373,7 +373,8 @@ def opens_recorder(hook: Hook) -> Around:
 
         parallel = get_parallel()
         dp_rank = int(parallel.dp_rank or 0)
-        RANK.instance, RANK.rank = extract.instance_of(port_args, dp_rank), extract.rank_of(parallel)
+        RANK.instance = extract.instance_of(port_args, dp_rank, nodes.shared_token(server_args))
+        RANK.rank = extract.rank_of(parallel)
         RANK.per_decode = extract.per_decode(server_args)
         info = extract.process_info(server_args, self.model_config, parallel, __version__)
         info["data_parallel_rank"] = dp_rank

@@ -337,7 +337,9 @@ def test_an_overloaded_rank_has_the_other_wait(parallel: Recorded) -> None:
     computing = parallel.segments("expert_compute")
     spent = (computing["end_ns"] - computing["begin_ns"]).groupby(computing["process"]).sum()
     assert spent[first] > 2 * spent[second]
-    rows = with_waiting(parallel.segments("collective"), names_of(parallel.recording.manifest.processes))
+    rows = parallel.segments("collective")
+    rows = rows.assign(duration=rows["end_ns"] - rows["begin_ns"])
+    rows = with_waiting(rows, names_of(parallel.recording.manifest.processes))
     reduced = rows[rows["a0"] == Collective.ALL_REDUCE].sort_values("begin_ns")
     place = reduced.groupby(["process", "instance", "step"]).cumcount()  # 0: of the embedding, then two a layer
     waited = reduced[(place > 0) & (place % 2 == 0)].groupby("process")["waiting"].sum()
