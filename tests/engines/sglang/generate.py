@@ -24,14 +24,23 @@ class Answer:
     tokens: list[int]  # that were generated
 
 
-def generate(server: Server, rid: str, prompt: str | list[int], max_new_tokens: int, **sampling: Any) -> Answer:
+def generate(
+    server: Server,
+    rid: str,
+    prompt: str | list[int],
+    max_new_tokens: int,
+    session_params: dict[str, Any] | None = None,
+    **sampling: Any,
+) -> Answer:
     """One request under an id of its own, greedy and to its full length unless `sampling` says otherwise.
 
-    The prompt is a text, or its tokens.
+    The prompt is a text, or its tokens; `session_params` make it a request of a session.
     """
     params = {"temperature": 0, "ignore_eos": True, "max_new_tokens": max_new_tokens, **sampling}
     kind = "text" if isinstance(prompt, str) else "input_ids"
-    body = {"rid": rid, kind: prompt, "sampling_params": params}
+    body: dict[str, Any] = {"rid": rid, kind: prompt, "sampling_params": params}
+    if session_params is not None:
+        body["session_params"] = session_params
     response = httpx.post(f"{server.root_url}/generate", json=body, timeout=120)
     response.raise_for_status()
     answer = response.json()
