@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from unit.rings import opened, read_all
 
 from stagetrace.adapters import startup
+from stagetrace.adapters.sglang import startup as sglang
+from stagetrace.adapters.sglang.nodes import shared_token
 from stagetrace.exporters.assembly.assemble import Assembler
 from stagetrace.instrument.recorder import Recorder, now
 from stagetrace.instrument.stages import BY_ID
@@ -74,3 +78,76 @@ def segments(reader: object) -> list[str]:
     rows = assembler.finish()["segments"].to_pylist()
     assert assembler.counts["accounting_conflict"] == 0
     return sorted(BY_ID[row["stage"]].name for row in rows)
+
+
+# SGLang
+
+
+def hook_of(recorder: Recorder) -> Any:
+    return SimpleNamespace(recorder=recorder)
+
+
+def test_reading_weights_is_what_follows_the_making_of_the_modules(tmp_path: Path) -> None:
+    with opened(tmp_path) as (recorder, reader):
+        building, loading = sglang.build_model(hook_of(recorder)).after, sglang.weights_loaded(hook_of(recorder)).after
+        assert building is not None and loading is not None
+        loading(5)  # a loader of its own makes no modules
+        assert segments(reader) == []
+        building(10, 20)
+        loading(50)
+        loading(60)  # has nothing before it
+        assert segments(reader) == ["build_model", "load_weights"]
+
+
+@pytest.mark.parametrize("runner", ["decode_cuda_graph_runner", "prefill_cuda_graph_runner", "eager_runner"])
+def test_a_capture_is_recorded_where_something_was_captured(runner: str, tmp_path: Path) -> None:
+    with opened(tmp_path) as (recorder, reader):
+        after = sglang.captured(hook_of(recorder)).after
+        assert after is not None
+        after(SimpleNamespace(**{runner: object()}), 10, 20)
+        assert segments(reader) == ([] if runner == "eager_runner" else ["graph_capture"])
+
+
+class TokenizerManager:
+    pass
+
+
+class TokenizerWorker(TokenizerManager):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("role", "manager", "ready"),
+    [
+        ("front_end", TokenizerManager(), False),  # the schedulers are waited for
+        ("front_end", TokenizerWorker(), True),
+        ("detokenizer", object(), True),
+    ],
+)
+def test_who_waits_for_the_schedulers(role: str, manager: object, ready: bool, tmp_path: Path) -> None:
+    with opened(tmp_path) as (recorder, reader):
+        startup.begun(recorder, role, now())
+        sglang.built(hook_of(recorder), role, manager)
+        assert segments(reader) == (["imports", "startup"] if ready else ["imports"])
+
+
+@pytest.mark.parametrize("nodes", [None, 1, 2])
+def test_several_nodes_share_a_word(nodes: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[str, bytes] = {}
+
+    def compare_set(key: str, expected: str, desired: str) -> bytes:
+        assert expected == ""
+        return kept.setdefault(key, desired.encode())
+
+    store = SimpleNamespace(compare_set=compare_set)
+    torch = SimpleNamespace(
+        distributed=SimpleNamespace(distributed_c10d=SimpleNamespace(_get_default_store=lambda: store))
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    words = {shared_token(SimpleNamespace(nnodes=nodes)) for _ in range(3)}
+    assert len(words) == 1 and (words == {""}) == (nodes != 2)
+
+
+def test_without_a_store_each_node_is_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())
+    assert shared_token(SimpleNamespace(nnodes=2)) == ""
