@@ -13,7 +13,7 @@ from stagetrace.instrument.hooks import HookPoint
 from stagetrace.instrument.stages import Collective, Level
 
 from ..http import HTTP_POINTS
-from . import front_end, layers, scheduler, startup, worker
+from . import front_end, layers, occasions, scheduler, startup, worker
 
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
 _CONTROLLER = "sglang.srt.managers.data_parallel_controller:DataParallelController"
@@ -438,10 +438,40 @@ _STARTUP_POINTS = tuple(
     )
 )
 
+_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager"
+_HOST_CACHE = "sglang.srt.managers.cache_controller:HiCacheController"
+_OCCASIONS = tuple(
+    HookPoint(target, parameters, level, _RANK, handler, stage)
+    for target, parameters, level, handler, stage in (
+        *(
+            (
+                f"{_UPDATER}.update_weights_from_{source}",
+                ("self", "recv_req"),
+                Level.REQUEST,
+                occasions.occasion("weight_update"),
+                "weight_update",
+            )
+            for source in ("disk", "tensor", "distributed")
+        ),
+        (f"{_UPDATER}.release_memory_occupation", ("self",), Level.REQUEST, occasions.falls_asleep, "sleep"),
+        (f"{_UPDATER}.resume_memory_occupation", ("self",), Level.REQUEST, occasions.wakes_up, "sleep"),
+        (
+            "sglang.srt.eplb.expert_location_updater:ExpertLocationUpdater.update",
+            ("self",),
+            Level.REQUEST,
+            occasions.occasion("eplb_rebalance"),
+            "eplb_rebalance",
+        ),
+        (f"{_HOST_CACHE}.start_loading", ("self",), Level.STEP, occasions.occasion("kv_load"), "kv_load"),
+        (f"{_HOST_CACHE}.start_writing", ("self",), Level.STEP, occasions.occasion("kv_store"), "kv_store"),
+    )
+)
+
 HOOK_POINTS: tuple[HookPoint, ...] = (
     *_FRONT_POINTS,
     *_SCHEDULER_POINTS,
     *_RANK_POINTS,
+    *_OCCASIONS,
     *_STARTUP_POINTS,
     *_LAYER_POINTS,
 )

@@ -102,6 +102,8 @@ def recorded(model: Path, engine_python: Path, tmp_path_factory: pytest.TempPath
         generate(server, "one-token", "only one token", 1)
         generate(server, "digits", "a number of six digits", 12, regex="[0-9]{6}", ignore_eos=False)
         answers += conversation(server)
+        given = {"model_path": str(model)}
+        httpx.post(f"{server.root_url}/update_weights_from_disk", json=given, timeout=120).raise_for_status()
         time.sleep(0.5)  # the abort of a client that went away is noticed by and by
     return Recorded(recording, recording.frames(), questions, answers, results, before, after)
 
@@ -250,6 +252,13 @@ def test_a_session_goes_on(recorded: Recorded) -> None:
     first, second = (recorded.requests().loc[recorded.handle(f"session-{n}")] for n in (0, 1))
     assert second["prompt_tokens"] > first["prompt_tokens"] + first["output_tokens"]
     assert second["cached_tokens"] >= first["prompt_tokens"]
+
+
+def test_weights_are_replaced(recorded: Recorded) -> None:
+    """By the same, once, after everything else."""
+    segments = recorded.frames["segments"]
+    (row,) = segments[segments["stage"] == BY_NAME["weight_update"].id].itertuples()
+    assert row.end_ns > row.begin_ns >= segments.loc[segments["stage"] == BY_NAME["update"].id, "end_ns"].max()
 
 
 STARTUP = {
