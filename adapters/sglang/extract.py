@@ -142,6 +142,15 @@ def output_tokens(request: Any) -> int:
     return len(request.output_ids) if until_stop is None else int(until_stop)
 
 
+def queued_at(time_stats: Any) -> float:
+    """When a request was taken in, in seconds of SGLang's clock; 0 if it was not.
+
+    A server that only prefills or only decodes takes it into another queue first, until its KV has a place.
+    """
+    names = ("prefill_bootstrap_queue_entry_time", "decode_prealloc_queue_entry_time", "wait_queue_entry_time")
+    return next((float(found) for name in names if (found := getattr(time_stats, name, 0.0))), 0.0)
+
+
 def time_ns(seconds: float) -> int:
     """A time of SGLang's request statistics (time.perf_counter, on Linux the monotonic clock) in ns; 0 for none."""
     return int(seconds * 1e9)

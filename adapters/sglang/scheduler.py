@@ -393,8 +393,9 @@ def add_request(hook: Hook) -> Around:
 
     def after(self: Any, req: Any) -> None:
         tracker = _Here.tracker
-        if tracker is not None and not req.finished() and req.time_stats.wait_queue_entry_time:
-            tracker.queued(req, req.time_stats.wait_queue_entry_time)
+        since = 0.0 if tracker is None or req.finished() else extract.queued_at(req.time_stats)
+        if tracker is not None and since:
+            tracker.queued(req, since)
 
     return Around(after=after)
 

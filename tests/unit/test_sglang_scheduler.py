@@ -331,3 +331,26 @@ def test_a_switch_of_the_level_takes_up_what_the_engine_has(engine: tuple[Engine
     steps = sorted(tables(loop, reader, requests_without_state=1)["steps"], key=lambda row: row["step"])
     assert [row["phase"] for row in steps] == ["decode", "prefill", "decode"]
     assert [row["members"] for row in steps] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("times", "since"),
+    [
+        ({"wait_queue_entry_time": 7.0}, 7.0),
+        ({"wait_queue_entry_time": 0.0}, 0.0),
+        ({"wait_queue_entry_time": 0.0, "prefill_bootstrap_queue_entry_time": 5.0}, 5.0),
+        ({"wait_queue_entry_time": 9.0, "decode_prealloc_queue_entry_time": 6.0}, 6.0),
+    ],
+)
+def test_a_request_is_queued_where_it_is_taken_in_first(times: dict[str, float], since: float) -> None:
+    assert hooks.extract.queued_at(SimpleNamespace(**times)) == since
+
+
+def test_tokens_and_drafts_of_a_decode_step() -> None:
+    extract = hooks.extract
+    plain = SimpleNamespace(speculative_algorithm=None, speculative_num_draft_tokens=8)
+    drafts = SimpleNamespace(speculative_algorithm="EAGLE", speculative_num_draft_tokens=8)
+    assert (extract.per_decode(plain), extract.per_decode(drafts), extract.per_decode(SimpleNamespace())) == (1, 8, 1)
+    request = SimpleNamespace(spec_verify_ct=3, spec_num_correct_drafts=4)
+    assert extract.drafted(request, 8) == (21, 4)
+    assert extract.drafted(request, 1) is None and extract.drafted(SimpleNamespace(spec_verify_ct=0), 8) is None
