@@ -205,7 +205,11 @@ def handle_batch_output(hook: Hook) -> Around:
             end_ns = extract.time_ns(request.time_stats.finished_time)
             state(_LAST_OUTPUT, max(end_ns, begin), recorder.handle(rid), 0, 0, *words)
 
-    return Around(before, after, off=waiting.clear)
+    def woke_streams(begin: int, end: int, last: bool, recv_obj: Any) -> None:
+        if recorder.level[0] >= _STEP_LEVEL:
+            recorder.segment(_DETOKENIZE, begin, end, 0, 0, len(recv_obj.rids) if last else 0)
+
+    return Around(before, after, off=waiting.clear, stretch=woke_streams)
 
 
 def handle_abort(hook: Hook) -> Around:

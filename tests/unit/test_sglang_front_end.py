@@ -223,7 +223,8 @@ def test_a_request_from_arrival_to_its_end(tmp_path: Path) -> None:
             (handle, Text.EXTERNAL_ID): "r1",
             (handle, Text.TRACE_CONTEXT): f"{PARENT}\na=b",
         }
-        assert at.segments == ["tokenize", "dispatch"]
+        # Of each of three batches of outputs: until it waits, and what comes then.
+        assert at.segments == ["tokenize", "dispatch", *["detokenize"] * 6]
         assert not front_end._Outputs.waiting
 
 
