@@ -1,8 +1,8 @@
 """A plugin of SGLang, for tests alone: what expert and data parallelism and speculation lack on the CPU.
 
 On its path (PYTHONPATH), its entry point is found. SGLang 0.5.23's experts in plain PyTorch take ids of -1, the experts
-of other ranks, for the last expert; its attention in plain PyTorch verifies no drafts; and a collective, a kernel, two
-probes and one number exist for devices alone.
+of other ranks, for the last expert; its attention in plain PyTorch verifies no drafts; and a collective, two probes and
+one number exist for devices alone.
 """
 
 from __future__ import annotations
@@ -30,11 +30,6 @@ def register() -> None:
         "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend",
         attention_of_drafts,
         around,
-    )
-    HookRegistry.register(
-        "sglang.kernels.ops.speculative.reconstruct_tree.reconstruct_indices_from_tree_mask_func",
-        tree_of_mask,
-        HookType.REPLACE,
     )
     backend: Any = TorchNativeAttnBackend  # has no such function, so there is nothing for the registry to go around
     backend.get_cpu_graph_seq_len_fill_value = lambda self: 1
@@ -115,27 +110,3 @@ def attention_of_drafts(
         found = scaled_dot_product_attention(*heads, attn_mask=seen, scale=layer.scaling, enable_gqa=True)
         out[number] = found[0].transpose(0, 1)
     return out.view_as(q)
-
-
-def tree_of_mask(
-    tree_mask: torch.Tensor,
-    verified_seq_len: torch.Tensor,
-    positions: torch.Tensor,
-    retrieve_index: torch.Tensor,
-    retrieve_next_token: torch.Tensor,
-    retrieve_next_sibling: torch.Tensor,
-    batch_size: int,
-    draft_token_num: int,
-) -> None:
-    """Where each draft of a request is in its tree: row i of the mask says which drafts are before draft i."""
-    for row, mask in enumerate(tree_mask.view(batch_size, draft_token_num, draft_token_num).tolist()):
-        before = [[j for j in range(i) if mask[i][j]] for i in range(draft_token_num)]
-        parents = [max(each, default=-1) for each in before]
-        for i, parent in enumerate(parents):
-            at = row * draft_token_num + i
-            positions[at] = len(before[i]) + int(verified_seq_len[row])
-            retrieve_index.view(-1)[at] = at
-            children = (j for j, other in enumerate(parents) if other == i)
-            retrieve_next_token.view(-1)[at] = next(children, -1)
-            siblings = (j for j in range(i + 1, draft_token_num) if parent >= 0 and parents[j] == parent)
-            retrieve_next_sibling.view(-1)[at] = next(siblings, -1)
