@@ -430,6 +430,8 @@ def test_embeddings_have_no_output_tokens() -> None:
 def test_a_prompt_of_embeddings() -> None:
     assert extract.prompt_tokens(SimpleNamespace(input_ids=None, input_embeds=[[0.0], [0.0]])) == 2
     assert extract.prompt_tokens(SimpleNamespace(input_ids=None)) == 0
+    going_on = SimpleNamespace(input_ids=[1, 2], session_params=SimpleNamespace(id="session"))
+    assert extract.prompt_tokens(going_on) == 0, "the front end has not what came before"
     assert extract.max_tokens(SimpleNamespace(sampling_params=SimpleNamespace(max_new_tokens=None))) == 0
 
 
