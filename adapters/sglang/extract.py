@@ -214,7 +214,7 @@ def finish_of_reason(reason: Mapping[str, Any]) -> Finish:
 
 
 def prompt_tokens(request: Any) -> int:
-    """Tokens in a tokenized request's prompt; 0 where it came as embeddings of unknown length, or goes on in a session."""
+    """Tokens in a tokenized request's prompt; 0 where it is embeddings of unknown length, or goes on in a session."""
     if getattr(request, "session_params", None) is not None:
         return 0  # the scheduler has what came before
     tokens = request.input_ids if request.input_ids is not None else getattr(request, "input_embeds", None)
