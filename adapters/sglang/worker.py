@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _HEADERS = tuple(
     header_word(RecordType.SEGMENT, BY_NAME[name].id)
-    for name in ("rank_step", "prepare", "forward", "sample", "return", "draft")
+    for name in ("rank_step", "prepare", "forward", "sample", "return", "draft", "verify")
 )
 _pack_head = HEAD.pack
 _pack_tail, _pack_longer_tail = TAILS[1].pack, TAILS[2].pack
@@ -36,6 +36,7 @@ class _Rank:
         self.instance = 0  # of the scheduler; 0: it is not known
         self.step = 0  # 0: none
         self.tokens = 0  # computed in it
+        self.per_decode = 1  # tokens of a request in a decode step: with speculation its last one and the drafts
         self.batch: Any = None  # ForwardBatch of its forward pass
         self.at_start: tuple[Callable[[], None], ...] = ()  # called around every forward pass of the model, on its
         self.at_end: tuple[Callable[[], None], ...] = ()  # stream; they raise nothing
@@ -49,7 +50,7 @@ class _Rank:
         """Steps run on this thread: makes the heads of their segments."""
         self.thread = thread
         heads = (_pack_head(header, thread) for header in _HEADERS)
-        self.rank_step, self.prepare, self.forward, self.sample, self.return_, self.draft = heads
+        self.rank_step, self.prepare, self.forward, self.sample, self.return_, self.draft, self.verify = heads
 
     def start(self, step: int, tokens: int, begin: int) -> None:
         """A step begins, on the thread that calls this."""
@@ -114,6 +115,18 @@ def sample(hook: Hook) -> Around:
     def after(begin: int, end: int) -> None:
         if rank.step:
             put(rank.sample, begin, end, rank.of_rank)
+            rank.reached = end
+
+    return Around(after=after)
+
+
+def verify(hook: Hook) -> Around:
+    """eagle_sample: which drafts the model would have sampled, from its logits; then what it samples after them."""
+    put, rank = hook.recorder.put, RANK
+
+    def after(begin: int, end: int) -> None:
+        if rank.step:
+            put(rank.verify, begin, end, rank.of_rank)
             rank.reached = end
 
     return Around(after=after)
