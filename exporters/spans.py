@@ -52,7 +52,10 @@ LINK_LIMIT = 1024
 
 # Attributes of a step's span, of one rank, where the speed of light is known (analysis/step_light.py): operations and
 # bytes that it needs, and the shares of its duration that they would take at the device's ceilings.
-STEP_LIGHT = ("operations", "moved_bytes", "link_bytes", "mfu", "mbu", "light_share")
+STEP_LIGHT = ("operations", "moved_bytes", "link_bytes", "mfu", "mbu", "link_share", "light_share")
+# What the step took beyond its least time, and its parts, in ns; what could not be told apart is not there.
+GAP_PARTS = ("host", "launch", "communication", "imbalance", "kernel")
+STEP_GAP = ("gap_ns", *(f"gap_{part}_ns" for part in GAP_PARTS))
 
 # OpenTelemetry's GenAI conventions. Written out since their Python module is marked as subject to change and
 # opentelemetry-sdk is not pinned; tests/unit/test_spans.py holds them against the installed module.
@@ -249,7 +252,8 @@ def _step_span(row: Row, trace: _Trace, source: Source) -> ReadableSpan:
             f"stagetrace.{name}": row[name]
             for name in ("output_tokens", "accepted_tokens", "padded_tokens", "graph_mode")
         },
-        **{f"stagetrace.{name}": row[name] for name in STEP_LIGHT if name in row},
+        **{f"stagetrace.{name}": row[name] for name in STEP_LIGHT if row.get(name) is not None},
+        **{f"stagetrace.{name}": round(row[name]) for name in STEP_GAP if row.get(name) is not None},
         "thread.id": row["thread"],
     }
     return _span(
