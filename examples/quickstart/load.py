@@ -15,7 +15,6 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import httpx2 as httpx
 import numpy as np
 from openai import AsyncOpenAI, OpenAIError
 from rich.console import Console
@@ -178,7 +177,7 @@ async def send(client: AsyncOpenAI, model: str, request: Request) -> Result:
                     prompt_tokens, output_tokens = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
         if not output_tokens:
             error = "the stream ended without usage"
-    except (OpenAIError, httpx.HTTPError) as raised:  # the latter in the middle of a stream
+    except OpenAIError as raised:
         error = f"{type(raised).__name__}: {raised}"
     return Result(
         concurrency=1,

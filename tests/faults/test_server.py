@@ -273,15 +273,15 @@ def end_under_load(model: Path, directory: Path, worker_alone: bool) -> Ended:
             load.wait_for(12)
             run.wait_for_commit()
             before = [*load.results]
+            pids = {process.role: process.pid for process in run.manifest.processes}
+            core = [one for one in run.engine if one.pid == pids["engine_core"]]
             with long_request(run.server) as long:
-                mark = time.monotonic()
                 if worker_alone:
-                    (pid,) = [process.pid for process in run.manifest.processes if process.role == "worker"]
-                    os.kill(pid, signal.SIGKILL)
+                    os.kill(pids["worker"], signal.SIGKILL)
                 else:
                     run.server.process.send_signal(signal.SIGTERM)
-                core = next(process.pid for process in run.manifest.processes if process.role == "engine_core")
-                wait_for(lambda: gone([one for one in run.engine if one.pid == core]), "the end of the engine")
+                mark = time.monotonic()
+                wait_for(lambda: gone(core), "the end of the engine")
             # vLLM may leave a stream open that it has killed the engine of, and waits for its client then.
             status = run.server.process.wait(TIMEOUT_S + PATIENCE_S)
         cut_off = [result for result in load.ended_since(mark) if result.started_s < mark]
