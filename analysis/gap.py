@@ -171,7 +171,8 @@ def spent(
     waits = with_waiting(collectives, names)
     waits = waits[(waits["waiting"].fillna(0) > 0).to_numpy(dtype=bool)]
     launch_told = bool(len(on_device))
-    exchange_told = _exchange_told(manifest.processes, segments, len(threads) > threads["instance"].nunique())
+    ranks = len(threads) > threads["instance"].nunique()
+    exchange_told = _exchange_told(manifest.processes, _of(steps, forwards), collectives, several=ranks)
     instances, numbers = (steps[name].to_numpy(dtype=np.int64) for name in ("instance", "step"))
     for instance, process, thread in threads.itertuples(index=False):
         own, late, ran = (
@@ -240,14 +241,22 @@ def _synchronous(process: Process | None) -> bool:
     return process is None or process.info.get("device", "cpu") == "cpu"
 
 
-def _exchange_told(processes: Iterable[Process], segments: pd.DataFrame, several: bool) -> bool:
-    """Whether what ranks exchange is known: there is but one rank, or all collectives were recorded."""
+def _exchange_told(
+    processes: Iterable[Process], steps: pd.DataFrame, collectives: pd.DataFrame, *, several: bool
+) -> bool:
+    """Whether what ranks exchange is known: there is but one rank, or the collectives of all steps were recorded."""
     infos = [each.info for each in processes]
     sizes = ("tensor_parallel", "pipeline_parallel", "data_parallel", "attention_data_parallel")
     alone = not several and all(info.get(name, 1) in (0, 1) for info in infos for name in sizes)
     hidden = any("collective" in _list(info.get("not_visible_under_compile")) for info in infos)
     own_clock = all(_synchronous(each) for each in processes)  # a GPU's collectives are launched on the host's
-    return alone or (bool((segments["stage"] == _COLLECTIVE).any()) and not hidden and own_clock)
+    return alone or (0 < len(steps) == len(_of(steps, collectives)) and not hidden and own_clock)
+
+
+def _of(steps: pd.DataFrame, segments: pd.DataFrame) -> pd.DataFrame:
+    """The keys of the steps that have some of these segments."""
+    key = ["instance", "step"]
+    return steps[key].merge(segments[key].dropna().drop_duplicates().astype("int64"), on=key)
 
 
 def _list(value: object) -> list[Any]:

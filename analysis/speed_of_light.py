@@ -42,6 +42,7 @@ DATA_SHEET, MEASURED = "data sheet", "measured"  # kinds of ceilings
 MOST_WINDOWS = 12  # over time
 WINDOW_WIDTHS_S = (1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 86400)
 _STEP_KEY = ["instance", "step"]
+_LAYERS = [BY_NAME[name].id for name in ("attention", "mlp", "expert_compute")]
 
 
 @dataclass(frozen=True)
@@ -433,12 +434,16 @@ def least_and_bound(least: LeastTimes, count: int) -> tuple[Numbers, Chosen]:
 def _by_stage(
     steps: pd.DataFrame, segments: pd.DataFrame, work: RankWork, ceilings: dict[str, Ceilings]
 ) -> dict[str, Done]:
-    """Over all kinds of step; the time is that of the stage's segments, of one rank, where layers were recorded."""
-    recorded = _stage_times(steps, segments)
-    every = np.ones(len(steps), dtype=bool)
+    """Over all kinds of step; the time is that of the stage's segments, of one rank, where layers were recorded.
+
+    Where only some steps have layers (the level was switched), all of it is of these.
+    """
+    layered = _with_layers(steps, segments)
+    recorded = _stage_times(steps[layered], segments)
+    every = layered if layered.any() else np.ones(len(steps), dtype=bool)
     return {
         stage: Done(
-            count=len(steps),
+            count=int(every.sum()),
             operations=_sum(work.operations(stage), every),
             bytes=_sum(work.bytes(stage), every),
             bus_bytes=_sum(work.bus_bytes(stage), every),
@@ -499,16 +504,23 @@ def _of_requests(found: Served, requests: pd.DataFrame, ceilings: Ceilings) -> R
     )
 
 
+def _with_layers(steps: pd.DataFrame, segments: pd.DataFrame) -> Chosen:
+    """Which steps have segments of layers, as far as the level was on for all of the step."""
+    inside = segments[segments["stage"].isin(_LAYERS) & segments["step"].notna()]
+    found = inside[_STEP_KEY].drop_duplicates().astype("int64")
+    keys = steps[_STEP_KEY].astype("int64")
+    return (keys.merge(found, how="left", on=_STEP_KEY, indicator="there")["there"] == "both").to_numpy(dtype=bool)
+
+
 def _stage_times(steps: pd.DataFrame, segments: pd.DataFrame) -> dict[str, int]:
     """Self time of layer-level stages in these steps, on average over the ranks of an engine instance, of all instances
     together; nothing where no layers were recorded.
     """
-    layers = {BY_NAME[name].id for name in ("attention", "mlp", "expert_compute")}
-    if not segments["stage"].isin(layers).any():
+    if not len(steps):
         return {}
     keys = steps[_STEP_KEY].astype("Int64")
     own = segments.merge(keys, on=_STEP_KEY)
-    inside = own[own["stage"].isin({*layers, BY_NAME["forward"].id})]
+    inside = own[own["stage"].isin([*_LAYERS, BY_NAME["forward"].id])]
     ranks = inside.drop_duplicates(["instance", "process", "thread"]).groupby("instance").size()
     totals = own.groupby(["stage", "instance"])["self_ns"].sum().reset_index()
     totals = totals[totals["instance"].isin(ranks.index)]

@@ -183,6 +183,17 @@ class Change:
         return self.before.best_s / self.row.best_s
 
 
+def by_chance(now: Calibration, before: Calibration) -> float:
+    """How many rows that both have differ so by chance where nothing changed.
+
+    They do only if all rounds of one were faster than all of the other, which of n and m rounds alike in all happens
+    to 2 of the (n + m)! / (n! m!) orders that they can be in: 1 of 126 with five rounds each, 1 of 10 with three.
+    """
+    known = {row.name: len(row.rounds_s) for row in before.rows}
+    pairs = [(len(row.rounds_s), known[row.name]) for row in now.rows if row.name in known]
+    return sum(2 / math.comb(n + m, n) for n, m in pairs)
+
+
 def changes(now: Calibration, before: Calibration) -> tuple[list[Change], int]:
     """What differs by more than the spread of either, the largest first; and how many rows both have."""
     known = {row.name: row for row in before.rows}
