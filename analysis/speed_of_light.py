@@ -274,7 +274,7 @@ def speed_of_light(
         stages=_by_stage(steps, segments, work, ceilings),
         windows=over_time(steps, own, work, ceilings, window_width(steps)),
         requests=_of_requests(found, requests, ceilings[kind]) if kind else None,
-        notes=(*work.assumptions, *notes),
+        notes=(*work.assumptions, *_left_out(steps), *notes),
     )
 
 
@@ -358,6 +358,12 @@ def _ranks(info: dict[str, Any]) -> Sharding:
     if info.get("engine") == "sglang":
         return Sharding.sglang(tensor, pipeline, count("attention_data_parallel"), count("expert_parallel_size"))
     return Sharding.vllm(tensor, pipeline, count("data_parallel"), info.get("expert_parallel") is True)
+
+
+def _left_out(steps: pd.DataFrame) -> list[str]:
+    """What these steps did that is not among their work."""
+    drafts = "draft_tokens" in steps and bool((steps["draft_tokens"] > 0).any())
+    return ["what proposes draft tokens is not counted, only what verifies them."] if drafts else []
 
 
 def _work(model: Model, batch: Batch, ranks: Sharding) -> RankWork:

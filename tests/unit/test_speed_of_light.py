@@ -159,6 +159,14 @@ def test_stages_are_of_the_steps_that_have_layers(tmp_path: Path):
     assert attention.operations == float(decode.operations("attention"))
 
 
+def test_what_proposes_drafts_is_said_to_be_left_out(tmp_path: Path):
+    builder = built(tmp_path / "s", device_name=H100)
+    assert not any("draft" in note for note in summarise(builder.write()).light.notes)
+    builder = built(tmp_path / "t", device_name=H100)
+    builder.step(5, 900_000_000, 950_000_000, "decode", **sums("decode", DECODE), draft_tokens=3)
+    assert any("what proposes draft tokens is not counted" in note for note in summarise(builder.write()).light.notes)
+
+
 def test_over_time(tmp_path: Path):
     """Steps are of the window that they end in; windows add up to all."""
     builder = built(tmp_path / "s", device_name=H100)
