@@ -63,8 +63,8 @@ CONVENTIONS: tuple[tuple[str, str], ...] = (
     ),
     (
         "experts touched",
-        "as recorded, of n data-parallel ranks with r each E (1 - (1 - r/E)^n); else E (1 - (1 - k/E)^T) of E experts for"
-        " T tokens with k each, every choice as likely as any other and independent of other tokens. Skewed routing"
+        "as recorded, of n data-parallel ranks with r each E (1 - (1 - r/E)^n); else E (1 - (1 - k/E)^T) of E experts"
+        " for T tokens with k each, every choice as likely as any other and independent of other tokens. Skewed routing"
         " touches fewer, so that this is the most on average",
     ),
     ("logits", "for the last token of every prefill chunk and every decode token, draft tokens included"),
