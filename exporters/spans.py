@@ -29,6 +29,7 @@ from stagetrace.instrument import ids
 from stagetrace.instrument.stages import (
     BY_ID,
     BY_NAME,
+    QUEUE_CAUSES,
     STAGES,
     STEP_COMPOSITION,
     Finish,
@@ -66,6 +67,8 @@ GEN_AI_USAGE_INPUT_TOKENS = "gen_ai.usage.input_tokens"
 GEN_AI_USAGE_OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
 GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS = "gen_ai.usage.cache_read.input_tokens"
 
+ERROR_TYPE = "error.type"  # the HTTP status of a request that was refused, else how it ended
+
 # What vLLM and SGLang share beyond the conventions, and vLLM's definitions: seconds between two moments of a request.
 GEN_AI_REQUEST_ID = "gen_ai.request.id"
 LATENCIES: dict[str, tuple[str, str]] = {
@@ -85,18 +88,20 @@ _STATE_SUMS = tuple(
     for column in (stage.name.removeprefix("request_") + "_ns" for stage in STAGES if stage.kind is Kind.STATE)
     if column in REQUESTS_SCHEMA.names
 )
+_QUEUE_SUMS = ("grammar_ns", *(f"{cause.name.lower()}_ns" for cause in QUEUE_CAUSES))
 _MOMENTS = tuple(
-    name for name in REQUESTS_SCHEMA.names if name.endswith("_ns") and name not in (*_STATE_SUMS, "grammar_ns")
+    name for name in REQUESTS_SCHEMA.names if name.endswith("_ns") and name not in (*_STATE_SUMS, *_QUEUE_SUMS)
 )
 
 RANKS = ("rank", "tp_rank", "pp_rank", "dp_rank", "ep_rank")  # of a worker, as its process says them
 _OF_REQUESTS = (
     *("status", "partial", "preemptions", "priority", "lora", "child", "children"),
-    *("external_tokens", "draft_tokens", "accepted_tokens", "grammar_ns"),
+    *("external_tokens", "draft_tokens", "accepted_tokens"),
+    *_QUEUE_SUMS,
 )
 
 _DESCRIPTIONS = {
-    "error": "the engine ended the request with an error",
+    "error": "the engine ended the request with an error, or refused it",
     "lost": "the engine's process died while the request was open",
 }
 
@@ -272,6 +277,7 @@ def _segment_span(row: Row, root: Row, trace: _Trace, known: _Segments, source: 
         "stagetrace.engine_instance": hex_instance(root["instance"]),
         "stagetrace.self_ns": row["self_ns"],
         "thread.id": row["thread"],
+        "stagetrace.partial": True if row["partial"] else None,
         **_stage_attributes(row, stage, source.names),
     }
     return _span(
@@ -448,6 +454,7 @@ def _parent_span(children: Sequence[Row], source: Source) -> ReadableSpan:
     finishes = tuple(row["finish"] for row in children)
     attributes = {
         "stagetrace.stage": "parent_request",
+        ERROR_TYPE: failed,
         GEN_AI_REQUEST_ID: first["external_id"],
         GEN_AI_REQUEST_MODEL: source.model,
         GEN_AI_REQUEST_CHOICE_COUNT: first["children"],
@@ -473,6 +480,7 @@ def _request_attributes(row: Row, source: Source) -> dict[str, Any]:
     finish = row["finish"]
     return {
         "stagetrace.stage": "request",
+        ERROR_TYPE: str(row["refused"] or row["status"]) if row["status"] in _DESCRIPTIONS else None,
         GEN_AI_REQUEST_ID: row["external_id"] or row["request_id"],
         GEN_AI_REQUEST_MODEL: source.model,
         GEN_AI_REQUEST_MAX_TOKENS: row["max_tokens"] or None,  # 0 stands for unbounded

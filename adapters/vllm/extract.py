@@ -10,10 +10,15 @@ import os
 from operator import mul
 from typing import TYPE_CHECKING, Any
 
-from stagetrace.instrument.stages import Finish, GraphMode
+from stagetrace.instrument.stages import Finish, GraphMode, QueueCause
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
+
+OWN = 0  # in place of a QueueCause: those that wait are each held back by something of their own
+# An enum's attributes are slow to look up.
+_KV_SPACE, _BATCH_FULL, _TOKEN_BUDGET = map(int, (QueueCause.KV_SPACE, QueueCause.BATCH_FULL, QueueCause.TOKEN_BUDGET))
+_PAUSED, _TURN = int(QueueCause.PAUSED), int(QueueCause.TURN)
 
 _FINISH_BY_REASON = (Finish.STOP, Finish.LENGTH, Finish.ABORT, Finish.ERROR, Finish.REPETITION)
 _GRAPH_MODES = {mode.name: mode for mode in GraphMode if mode}
@@ -179,6 +184,41 @@ def drafted(request: Any) -> tuple[int, int] | None:
 def graph(stats: Any) -> tuple[int, int]:
     """The tokens that a forward pass ran on, and the stages.GraphMode, of a CUDAGraphStat."""
     return int(stats.num_padded_tokens), int(_GRAPH_MODES.get(stats.runtime_mode, GraphMode.UNKNOWN))
+
+
+def held_back(scheduler: Any, output: Any, preempted: int) -> int:
+    """Why requests that wait were not taken into the step that was just scheduled: a stages.QueueCause, or OWN.
+
+    In constant time, in the order in which Scheduler.schedule asks. `preempted`: how many it threw out. vLLM does not
+    say that a request did not fit into the KV cache: that is what is left when nothing else held it back.
+    TURN where there are none, or it cannot be told.
+    """
+    _, waiting = scheduler.get_request_counts()
+    if not waiting:
+        return _TURN
+    if scheduler._pause_state:
+        return _PAUSED
+    if preempted:  # nobody is taken in then
+        return _KV_SPACE
+    deferred = getattr(scheduler, "deferred_waiting", None)
+    if waiting <= len(scheduler.skipped_waiting if deferred is None else deferred):  # the former before 0.31
+        return OWN
+    config, tokens = scheduler.scheduler_config, output.total_num_scheduled_tokens
+    speculation = scheduler.vllm_config.speculative_config
+    slots = 0 if speculation is None else getattr(speculation, "max_num_new_slots_for_drafting", 0)
+    left = scheduler.max_num_scheduled_tokens - tokens
+    drafting = slots and tokens + slots * (len(output.num_scheduled_tokens) + 1)
+    if left <= 0 or drafting >= config.max_num_batched_tokens:
+        return _TOKEN_BUDGET
+    most = getattr(scheduler, "max_num_active_reqs", scheduler.max_num_running_reqs)
+    if len(scheduler.running) + scheduler.num_waiting_for_streaming_input >= most:
+        return _BATCH_FULL
+    first = scheduler.waiting.peek_request() if scheduler.waiting else None
+    if first is None or first.has_encoder_inputs:  # the encoder has a budget as well
+        return _TURN
+    if not config.enable_chunked_prefill and first.num_tokens > left:
+        return _TOKEN_BUDGET
+    return _KV_SPACE
 
 
 def external_tokens(request: Any) -> int:
