@@ -511,9 +511,10 @@ def _of_requests(found: Served, requests: pd.DataFrame, ceilings: Ceilings) -> R
 
 
 def _with_layers(steps: pd.DataFrame, segments: pd.DataFrame) -> Chosen:
-    """Which steps have segments of layers, as far as the level was on for all of the step."""
+    """Which steps have segments of layers, and all of them: the level was not switched meanwhile."""
     inside = segments[segments["stage"].isin(_LAYERS) & segments["step"].notna()]
-    found = inside[_STEP_KEY].drop_duplicates().astype("int64")
+    cut = inside.groupby(_STEP_KEY)["partial"].any().reset_index()
+    found = cut.loc[~cut["partial"].astype(bool), _STEP_KEY].astype("int64")
     keys = steps[_STEP_KEY].astype("int64")
     return (keys.merge(found, how="left", on=_STEP_KEY, indicator="there")["there"] == "both").to_numpy(dtype=bool)
 

@@ -152,6 +152,7 @@ def test_stages_are_of_the_steps_that_have_layers(tmp_path: Path):
     builder = built(tmp_path / "s", device_name=H100)
     builder.segment("attention", 210_000_000, 215_000_000, 2)  # and step 3, as long, was recorded at level step
     builder.segment("forward", 205_000_000, 225_000_000, 2, self_ns=15_000_000)
+    builder.segment("attention", 10_000_000, 15_000_000, 1, partial=True)  # switched on in the middle of it
     light = summarise(builder.write()).light
     decode = step_work(describe(MIXTRAL_8X7B), Batch.of_requests(decode=DECODE), Sharding.vllm())
     attention = light.stages["attention"]
