@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from engines.lit import assert_lit
 from engines.raising import RAISES
 from engines.recording import Recording, abort_after, complete, metrics, record
 from engines.server import serve
@@ -18,6 +19,7 @@ from quickstart.servers import SGLANG
 from stagetrace.adapters.sglang.hooks import HOOK_POINTS
 from stagetrace.analysis.batch import Batch
 from stagetrace.analysis.breakdown import hook_troubles
+from stagetrace.analysis.report import summarise
 from stagetrace.instrument.hooks import ERRORS_UNTIL_OUT, in_range, release_of
 from stagetrace.instrument.ids import handle
 from stagetrace.instrument.stages import BY_NAME, Level
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import pandas as pd
+    from engines.conftest import Calibrated
     from engines.server import Server
 
     from stagetrace.analysis.load import Frames
@@ -82,6 +85,14 @@ def recorded(model: Path, engine_python: Path, tmp_path_factory: pytest.TempPath
         generate(server, "digits", "a number of six digits", 12, regex="[0-9]{6}", ignore_eos=False)
         time.sleep(0.5)  # the abort of a client that went away is noticed by and by
     return Recorded(recording, recording.frames(), questions, answers, results, before, after)
+
+
+@pytest.mark.matrix  # needs a calibration with SGLang's torch
+def test_nothing_is_faster_than_what_was_measured(recorded: Recorded, calibrated: Calibrated) -> None:
+    light = summarise(recorded.recording.session, calibration=calibrated.path).light
+    assert_lit(light)
+    assert light.requests is not None and light.requests.least_tpot_ns and light.requests.tpot_ns
+    assert light.requests.least_tpot_ns < light.requests.tpot_ns
 
 
 def test_counts_are_those_of_the_responses(recorded: Recorded) -> None:
