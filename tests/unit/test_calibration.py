@@ -140,6 +140,9 @@ def test_a_busy_machine_is_said():
     assert calibration(row()).busy == ""
     assert "1.5 processors" in calibration(row(), other_processors=1.5).busy
     assert "the rounds differ by 40%" in calibration(row(rounds=[1.0, 1.4])).busy
+    exchange = row("collective", "all_reduce", ranks=2, rounds=[1.0, 2.5])
+    assert calibration(row(), exchange, exchange).busy == ""
+    assert "the rounds differ by 150%" in calibration(exchange).busy
     text = "\n".join(
         part for part in show.parts(calibration(row(), other_processors=1.5), None) if isinstance(part, str)
     )
