@@ -49,9 +49,9 @@ class Part(StrEnum):
 STAGES: dict[Part, tuple[str, ...]] = {
     Part.KERNEL: (
         *("forward", "sample", "draft", "verify", "embed", "attention", "mlp", "moe_route"),
-        *("expert_compute", "shared_experts", "logits", "encode"),
+        *("expert_dispatch", "expert_compute", "expert_combine", "shared_experts", "logits", "encode"),
     ),
-    Part.COMMUNICATION: ("collective", "expert_dispatch", "expert_combine"),
+    Part.COMMUNICATION: ("collective",),  # those of a dispatch or combine are segments within it
 }
 _FORWARD, _COLLECTIVE = (BY_NAME[name].id for name in ("forward", "collective"))
 _KIND = {part: number for number, part in enumerate(STAGES, 1)}  # 0: the host's
