@@ -108,7 +108,10 @@ class Window:
 
     @property
     def busy(self) -> float:
-        """The steps' own time over the window's, of all engine instances: above 1 where several work at a time."""
+        """The steps' own time over the window's, of all engine instances.
+
+        Above 1 where several work at a time, or a step began in the window before.
+        """
         return (self.done.time_ns or 0) / self.width_ns
 
 
