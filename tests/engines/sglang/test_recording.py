@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx2 as httpx
 import pytest
+from engines.lit import assert_lit
 from engines.raising import RAISES
 from engines.recording import Recording, abort_after, complete, metrics, record
 from engines.server import serve
@@ -19,6 +20,7 @@ from quickstart.servers import SGLANG
 from stagetrace.adapters.sglang.hooks import HOOK_POINTS
 from stagetrace.analysis.batch import Batch
 from stagetrace.analysis.breakdown import hook_troubles
+from stagetrace.analysis.report import summarise
 from stagetrace.instrument.hooks import ERRORS_UNTIL_OUT, in_range, release_of
 from stagetrace.instrument.ids import handle
 from stagetrace.instrument.stages import BY_NAME, Level
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import pandas as pd
+    from engines.conftest import Calibrated
     from engines.server import Server
 
     from stagetrace.analysis.load import Frames
@@ -106,6 +109,14 @@ def recorded(model: Path, engine_python: Path, tmp_path_factory: pytest.TempPath
         httpx.post(f"{server.root_url}/update_weights_from_disk", json=given, timeout=120).raise_for_status()
         time.sleep(0.5)  # the abort of a client that went away is noticed by and by
     return Recorded(recording, recording.frames(), questions, answers, results, before, after)
+
+
+@pytest.mark.matrix  # needs a calibration with SGLang's torch
+def test_nothing_is_faster_than_what_was_measured(recorded: Recorded, calibrated: Calibrated) -> None:
+    light = summarise(recorded.recording.session, calibration=calibrated.path).light
+    assert_lit(light)
+    assert light.requests is not None and light.requests.least_tpot_ns and light.requests.tpot_ns
+    assert light.requests.least_tpot_ns < light.requests.tpot_ns
 
 
 def test_counts_are_those_of_the_responses(recorded: Recorded) -> None:
