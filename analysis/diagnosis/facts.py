@@ -19,6 +19,7 @@ from stagetrace.instrument.ids import step_trace_id
 from stagetrace.instrument.stages import BY_NAME, Level
 
 from ..breakdown import outside_of
+from ..placed import step_places
 from ..speed_of_light import own_times
 from ..start_up import within_start_up
 from .thresholds import limit
@@ -251,18 +252,9 @@ class Facts:
             place[known], weights=values.to_numpy(dtype=np.float64)[known], minlength=len(self.steps)
         ).astype(np.float64)
 
-    def place(self, rows: pd.DataFrame) -> npt.NDArray[np.int64]:
+    def place(self, rows: pd.DataFrame) -> npt.NDArray[np.int32]:
         """Which of the steps each row is of; -1 for none of them."""
-        found = np.full(len(rows), -1)
-        of, number = (rows[name].to_numpy(dtype=np.int64, na_value=-1) for name in STEP_KEY)
-        numbers = self.steps["step"].to_numpy(dtype=np.int64)
-        for instance in np.unique(self.step_instance):
-            mine = np.flatnonzero(self.step_instance == instance)
-            order = mine[np.argsort(numbers[mine], kind="stable")]
-            wanted = np.flatnonzero(of == instance)
-            place = order[np.minimum(np.searchsorted(numbers[order], number[wanted]), len(order) - 1)]
-            found[wanted] = np.where(numbers[place] == number[wanted], place, -1)
-        return found
+        return step_places(self.steps, rows["instance"], rows["step"])
 
     @cached_property
     def _stages(self) -> dict[int, Values]:
