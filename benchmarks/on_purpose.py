@@ -191,11 +191,11 @@ def compile_in_window(chance: random.Random) -> Planned:
 
 
 def slow_client(chance: random.Random) -> Planned:
-    pause = chance.uniform(0.02, 0.05)
+    pause = round(chance.uniform(0.05, 0.09), 3)  # 45 to 80 kB/s, of 600 kB
     asks = tuple(
-        Ask(0, chance.randint(10, 30), chance.randint(350, 450), logprobs=20, reads_s=pause) for _ in range(12)
+        Ask(0, chance.randint(10, 30), chance.randint(220, 280), logprobs=20, reads_s=pause) for _ in range(10)
     )
-    return Planned("slow_client", ("slow_client",), asks, chance.randint(3, 4), (EAGER,))
+    return Planned("slow_client", ("slow_client",), asks, 5, (EAGER,))
 
 
 def slow_sampling(chance: random.Random) -> Planned:

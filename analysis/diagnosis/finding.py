@@ -83,23 +83,25 @@ def seen(
 ) -> Seen:
     """What was seen of a cause that is a part of one or several phases: it is told of the one with most of it.
 
-    It stands out where the share's lower end there reaches the threshold `at_least`, if any, and `also` holds.
+    It stands out where a share's lower end reaches the threshold `at_least`, if any, and `also` holds; then it is told
+    of such a phase.
     `recoverable` says what of a part could be saved, all of it where it is left out.
     """
     sums = [float(np.nansum(part.part)) for part in parts]
-    first = parts[int(np.argmax(sums))]
-    share = first.share
+    shares = [part.share for part in parts]
+    reach = [at_least is None or share.low >= limit(at_least) for share in shares]
+    most = max(range(len(parts)), key=lambda one: (reach[one], sums[one]))
     measured = sum(sums)
     saved = sum(
         min(max(recoverable(part), 0.0), total) if recoverable else total
         for part, total in zip(parts, sums, strict=True)
     )
     return Seen(
-        first.phase,
-        share,
+        parts[most].phase,
+        shares[most],
         measured,
         min(saved, measured),
-        also and (at_least is None or share.low >= limit(at_least)),
+        also and reach[most],
         evidence,
         examples,
         note,

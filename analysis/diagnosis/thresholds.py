@@ -37,7 +37,7 @@ THRESHOLDS: tuple[Threshold, ...] = (
     Threshold("cache_loss", 0.3, "of the cached share", "how much less must be found in a full cache; less is chance"),
     Threshold("again_share", 0.1, "of TTFT", "as a share that a user would notice"),
     Threshold("stall", 2.0, "steps of decode", "what a token must wait longer than usual to be held up by prefill"),
-    Threshold("stall_share", 0.4, "of TPOT", "mixed batches with short prompts have a quarter, and are well served"),
+    Threshold("stall_share", 0.35, "of TPOT", "mixed batches with short prompts have a quarter, and are well served"),
     Threshold("at_roof", 0.6, "of the memory's bandwidth", "what well tuned kernels reach in decode"),
     Threshold("far_below", 0.2, "of the speed of light", "well kept engines are above it, with their host's part"),
     Threshold("far_share", 0.25, "of TTFT or TPOT", "time beyond that; half of a phase is not to be argued about"),
@@ -52,6 +52,9 @@ THRESHOLDS: tuple[Threshold, ...] = (
     Threshold("grammar_share", 0.1, "of TTFT or TPOT", "a compiled grammar costs microseconds a step"),
     Threshold("tokenize_share", 0.35, "of TTFT", "usual is 5 to 20 % of a tiny model's, whose prefill is short"),
     Threshold("tokenize_usual", 0.1, "of TTFT", "what remains when it is mended"),
+    Threshold(
+        "late_as_well", 0.25, "of tokenizing", "a quick front end hands on in 1 to 3 ms; a busy one is late with all"
+    ),
     Threshold("late_share", 0.15, "of TTFT or end-to-end latency", "usual is under 5 %: handing a token on is short"),
     Threshold("detokenize_busy", 0.5, "of the front end's lateness", "more than half of what it does"),
     Threshold("client_share", 0.1, "of end-to-end latency", "usual is under 1 %: bytes go into the socket's buffer"),
