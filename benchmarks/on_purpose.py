@@ -50,6 +50,7 @@ class Planned:
     level: str = "step"
     model: str = "moe"  # moe, dense, biased
     engine: Engine = VLLM
+    advised: tuple[str, ...] | None = None  # the arguments once the first advice is taken
 
     @property
     def said(self) -> str:
@@ -99,22 +100,23 @@ def kv_cache(chance: random.Random) -> Planned:
     asks = _asks(chance, 48, (60, 160), (120, 220))
     arguments = (EAGER, "--num-gpu-blocks-override", str(blocks), "--block-size", "32", "--max-model-len", "384")
     asks = _asks(chance, 48, (30, 80), (60, 140))
-    return Planned("kv_cache", ("kv_exhausted",), asks, chance.randint(10, 16), arguments)
+    advised = (EAGER, "--block-size", "32", "--max-model-len", "384")  # as many blocks as the memory has
+    return Planned("kv_cache", ("kv_exhausted",), asks, chance.randint(10, 16), arguments, advised=advised)
 
 
 def batch_cap(chance: random.Random) -> Planned:
     cap = chance.randint(1, 4)
     asks = _asks(chance, 16 * cap + 16, (15, 60), (25, 60))
-    return Planned("batch_cap", ("batch_cap",), asks, cap * chance.randint(3, 5), (EAGER, "--max-num-seqs", str(cap)))
+    width = cap * chance.randint(3, 5)
+    arguments, advised = ((EAGER, "--max-num-seqs", str(most)) for most in (cap, 64))
+    return Planned("batch_cap", ("batch_cap",), asks, width, arguments, advised=advised)
 
 
 def token_budget(chance: random.Random) -> Planned:
-    budget = chance.choice((24, 32, 48))
     asks = _asks(chance, 40, (80, 240), (8, 24))
-    arguments = (EAGER, "--max-num-batched-tokens", str(budget), "--max-num-seqs", "16")
-    return Planned(
-        "token_budget", ("token_budget",), asks, chance.randint(4, 8), (*arguments, "--no-enable-prefix-caching")
-    )
+    others = (EAGER, "--max-num-seqs", "16", "--no-enable-prefix-caching", "--max-num-batched-tokens")
+    arguments, advised = ((*others, str(budget)) for budget in (chance.choice((24, 32, 48)), 2048))
+    return Planned("token_budget", ("token_budget",), asks, chance.randint(4, 8), arguments, advised=advised)
 
 
 def long_prompts(chance: random.Random) -> Planned:
@@ -123,8 +125,9 @@ def long_prompts(chance: random.Random) -> Planned:
     rate = chance.uniform(1.2, 2.0)
     long = _asks(chance, int(rate * seconds), (700, 1300), (2, 4), rate)
     asks = tuple(sorted((*talk, *long), key=lambda ask: ask.at_s))
-    arguments = (EAGER, "--max-num-batched-tokens", "4096", "--no-enable-prefix-caching")
-    return Planned("long_prompts", ("prefill_delays_decode",), asks, None, arguments)
+    others = (EAGER, "--no-enable-prefix-caching", "--max-num-batched-tokens")
+    arguments, advised = ((*others, budget) for budget in ("4096", "256"))
+    return Planned("long_prompts", ("prefill_delays_decode",), asks, None, arguments, advised=advised)
 
 
 def front_end(chance: random.Random) -> Planned:
@@ -174,7 +177,8 @@ def slow_grammar(chance: random.Random) -> Planned:
         for number in range(40)
     )
     injected = {"kind": "grammar", "where": where, "ms": round(milliseconds, 1)}
-    return Planned("slow_grammar", ("grammar",), asks, chance.randint(2, 5), (EAGER,), injected)
+    advised = (EAGER, "--structured-outputs-config.backend", "guidance")
+    return Planned("slow_grammar", ("grammar",), asks, chance.randint(2, 5), (EAGER,), injected, advised=advised)
 
 
 def scheduler_delay(chance: random.Random) -> Planned:

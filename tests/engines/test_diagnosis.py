@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import subprocess
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+from engines.conftest import python_of
 from engines.recording import Recording, record
 from quickstart.load import run_load
+from quickstart.servers import ENGINES
 
+from stagetrace.analysis.diagnosis.causes import CAUSES
 from stagetrace.analysis.diagnosis.diagnose import Diagnosis, diagnose
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    import pytest
+    from collections.abc import Iterable
 
 CAP, LIGHT, HEAVY = 3, 2, 12
 PATIENCE_S = 20.0
@@ -57,3 +62,28 @@ def test_a_light_load_has_no_finding_and_a_heavy_one_its_cause(
     known = set(recording.frames()["requests"]["trace_id"])
     assert first.seen.examples and {example.trace_id for example in first.seen.examples} <= known
     assert all(each.share is not None and each.share > 0.9 for each in heavy.attributed.values())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_flag_that_is_advised_is_one_of_the_engines(engine: str) -> None:
+    """As its sources have it: vLLM names its flags, SGLang makes them of the fields of its arguments."""
+    where = f"import importlib.util as u; print(u.find_spec({engine!r}).submodule_search_locations[0])"
+    done = subprocess.run([python_of(ENGINES[engine]), "-c", where], capture_output=True, text=True, check=True)
+    root = Path(done.stdout.strip())
+    if engine == "vllm":
+        known = flags_in(r'"(--[a-z0-9-]+)"', [root / "engine" / "arg_utils.py", *root.glob("entrypoints/**/*.py")])
+        known |= {
+            "--" + name.replace("_", "-")
+            for name in flags_in(r"(?m)^    (\w+):", root.glob("entrypoints/**/*args*.py"))
+        }
+    else:
+        fields = flags_in(r"(?m)^    (\w+)\s*:", root.glob("srt/*args*.py")) | flags_in(
+            r"(?m)^    (\w+)\s*:", root.glob("srt/arg*/**/*.py")
+        )
+        known = {"--" + name.replace("_", "-") for name in fields}
+    advised = {each.flag.split(" ")[0].split(".")[0] for cause in CAUSES for each in cause.next[engine] if each.flag}
+    assert advised - known == set()
+
+
+def flags_in(pattern: str, files: Iterable[Path]) -> set[str]:
+    return {word for file in files for word in re.findall(pattern, file.read_text("utf-8", "replace"))}
