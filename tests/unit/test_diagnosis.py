@@ -440,3 +440,23 @@ def test_names_from_outside_are_shown_plainly(tmp_path: Path) -> None:
     evil = facts.requests.assign(external_id="\x1b[2J")
     shown = str(parts(of_facts(replace(facts, requests=evil))))
     assert "\\x1b" in shown and "\x1b" not in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("batch_cap", "--max-num-seqs"),
+        ("queue_share", "reason:"),
+        ("recoverable_ns", "at most"),
+        ("ttft", "first token"),
+        ("list", "kv_exhausted"),
+    ],
+)
+def test_explain(name: str, words: str) -> None:
+    done = command("--explain", name)
+    assert done.exit_code == 0 and words in done.output
+
+
+def test_explain_of_nothing_known() -> None:
+    done = command("--explain", "batch_cup")
+    assert done.exit_code == 2 and "did you mean batch_cap" in done.output
