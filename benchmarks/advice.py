@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
-from diagnosis_score import CASE, read_case, record_case
+from diagnosis_score import CASE, record_case
 from on_purpose import PLANS
 from rich.console import Console
 
@@ -58,7 +58,7 @@ class Gain:
 
 def one(name: str, seed: int, place: Path) -> Gain:
     """Records a cause and its mended twin, unless they are there, and compares them."""
-    key = f"{name}-{seed}-0-0"
+    key = f"{name}-{seed}-0"
     plan = PLANS[name](random.Random(key))
     assert plan.advised is not None
     paths = [place / key, place / f"{key}-advised"]
@@ -84,7 +84,6 @@ def record_once(plan: Planned, path: Path, seed: int) -> None:
     if not (path / CASE).is_file():
         (path.parent / "models").mkdir(parents=True, exist_ok=True)
         record_case(plan, path.parent / "models", path, seed)
-    read_case(path)
 
 
 def compared(before: Path, after: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 INJECTED = Path(__file__).resolve().parent / "injected"
 EAGER = "--enforce-eager"
+CLEAN_LOADS = 4  # on one server, so that there are many of what is to have no finding
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Planned:
     model: str = "moe"  # moe, dense, biased
     engine: Engine = VLLM
     advised: tuple[str, ...] | None = None  # the arguments once the first advice is taken
+    more: tuple[tuple[tuple[Ask, ...], int | None], ...] = ()  # further loads on the same server, a session each
 
     @property
     def said(self) -> str:
@@ -90,9 +92,8 @@ def _ordinary(chance: random.Random) -> tuple[tuple[Ask, ...], int | None]:
 
 
 def clean(chance: random.Random) -> Planned:
-    asks, width = _ordinary(chance)
-    model = chance.choice(("moe", "dense"))
-    return Planned("clean", (), asks, width, (EAGER,), model=model)
+    (asks, width), *more = (_ordinary(chance) for _ in range(CLEAN_LOADS))
+    return Planned("clean", (), asks, width, (EAGER,), model=chance.choice(("moe", "dense")), more=tuple(more))
 
 
 def kv_cache(chance: random.Random) -> Planned:
@@ -232,8 +233,8 @@ def overload(chance: random.Random) -> Planned:
 
 
 def sglang_clean(chance: random.Random) -> Planned:
-    asks, width = _ordinary(chance)
-    return Planned("clean", (), asks, width, engine=SGLANG)
+    (asks, width), *more = (_ordinary(chance) for _ in range(CLEAN_LOADS))
+    return Planned("clean", (), asks, width, engine=SGLANG, more=tuple(more))
 
 
 def sglang_batch_cap(chance: random.Random) -> Planned:

@@ -14,8 +14,8 @@ NUMBERS = (
     (
         "request_time",
         "ns",
-        "time that requests spent: a step is shared, so that it counts once for each request that waited for it, for"
-        " its next token, its chunk of prefill, or its turn; what happens to one request alone counts for that one",
+        "time that requests spent: a step is shared, so that it counts once for each request that waited for it: for"
+        " its next token, its chunk of prefill, or its turn; what happens to one request counts for that one",
         "time of the device or of a clock on the wall",
     ),
     (
@@ -35,7 +35,7 @@ NUMBERS = (
         "recoverable",
         "ns",
         "at most so much of the measured time could be saved: where some of it is usual, what is above that; of a"
-        " queue, less what the larger batch makes steps longer; of a token budget, the fixed cost of steps that are saved",
+        " queue, less what the larger batch makes steps longer; of a token budget, the fixed cost of steps saved",
         "a promise: what takes its place is known only once it has been tried",
     ),
     (
