@@ -96,6 +96,20 @@ def clean(chance: random.Random) -> Planned:
     return Planned("clean", (), asks, width, (EAGER,), model=chance.choice(("moe", "dense")), more=tuple(more))
 
 
+def clean_mixed(chance: random.Random) -> Planned:
+    """Prompts of very different lengths, as the quickstart's, on the engine's own settings."""
+
+    def load() -> tuple[tuple[Ask, ...], int]:
+        lengths = [
+            (min(500, max(8, round(chance.lognormvariate(4.0, 1.0)))), round(chance.lognormvariate(3.9, 0.5)))
+            for _ in range(48)
+        ]
+        return tuple(Ask(0, words, min(160, max(8, tokens))) for words, tokens in lengths), chance.randint(4, 10)
+
+    (asks, width), *more = (load() for _ in range(2))
+    return Planned("clean", (), asks, width, (EAGER,), more=tuple(more))
+
+
 def kv_cache(chance: random.Random) -> Planned:
     blocks = chance.randint(12, 18)
     asks = _asks(chance, 48, (60, 160), (120, 220))
@@ -258,7 +272,18 @@ def sglang_long_prompts(chance: random.Random) -> Planned:
 PLANS: dict[str, Callable[[random.Random], Planned]] = {
     plan.__name__: plan
     for plan in (
-        *(clean, kv_cache, batch_cap, token_budget, long_prompts, front_end, tokenizer, late_rank, biased_router),
+        *(
+            clean,
+            clean_mixed,
+            kv_cache,
+            batch_cap,
+            token_budget,
+            long_prompts,
+            front_end,
+            tokenizer,
+            late_rank,
+            biased_router,
+        ),
         *(slow_grammar, scheduler_delay, compile_in_window, slow_client, slow_sampling, slow_prepare, overload),
         *(sglang_clean, sglang_batch_cap, sglang_long_prompts),
     )

@@ -106,10 +106,7 @@ def speculation_does_not_pay(facts: Facts) -> Answer:
     speculative = facts.decode_only & (drafts > 0)
     if speculative.sum() < limit("steps"):
         return None
-    size, received = (
-        facts.step("decode_requests")[speculative],
-        facts.step("received_tokens" if "received_tokens" in facts.steps else "output_tokens")[speculative],
-    )
+    size, received = (facts.step(name)[speculative] for name in ("decode_requests", "output_tokens"))
     tokens = np.where(np.isnan(received), size + accepted[speculative], received)
     gain = float(tokens.sum() / max(size.sum(), 1.0))  # tokens for each that a step without drafts gives
     plain = facts.decode_only & (drafts == 0)

@@ -144,9 +144,11 @@ def arrival_above_capacity(facts: Facts) -> Answer:
     there = np.full(len(arrivals), np.nan)
     there[known] = np.arange(1, known.sum() + 1) - np.searchsorted(np.sort(ends[known]), arrivals[known])
     among, quarter = there[known], max(int(known.sum()) // 4, 1)
-    first, early, late = (
-        float(part.mean()) for part in (among[:quarter], among[quarter : 2 * quarter], among[-quarter:])
+    first, early, later, late = (
+        float(among[start : start + quarter].mean()) for start in range(0, 4 * quarter, quarter)
     )
+    # A load that was raised in between levels off again; one that is too much goes on growing.
+    grows = min(later / early, late / later) >= limit("backlog_growth")
     since, until = float(arrivals[known][quarter]), float(arrivals[known][-1])
     end = facts.step("end_ns")
     within = np.clip(np.minimum(end, until) - np.maximum(end - facts.period, since), 0, None)
@@ -159,13 +161,14 @@ def arrival_above_capacity(facts: Facts) -> Answer:
     return seen(
         (of_requests(facts, Phase.THROUGHPUT, lost),),
         "queue_share",
-        also=late >= limit("backlog_growth") * early
+        also=grows
         and late - early >= limit("backlog")
         and busy >= limit("busy")
         and not (capped and larger_batch_gain(facts) >= limit("larger_batch_gain"))
         and not (for_blocks and waiting.any()),
         evidence=(
             Evidence("requests in the engine, second quarter of the arrivals", early, "requests"),
+            Evidence("requests in the engine, third quarter of the arrivals", later, "requests"),
             Evidence("requests in the engine, last quarter of the arrivals", late, "requests"),
             Evidence("the scheduler's time in steps meanwhile", min(busy, 1.0), "share"),
             Evidence("arrivals", known.sum() * 1e9 / max(until - float(arrivals[known][0]), 1.0), "requests/s"),

@@ -24,7 +24,7 @@ THRESHOLDS: tuple[Threshold, ...] = (
     Threshold("steps", 20, "steps", "the same for what is looked for in steps"),
     Threshold("queue_share", 0.25, "of TTFT", "a short queue keeps the batch full: it is the price of throughput"),
     Threshold(
-        "backlog_growth", 2.0, "times", "the second half of the arrivals against the first: chance makes up to 1.5"
+        "backlog_growth", 1.2, "times", "of each quarter of arrivals to the one before: 1 is a load that levels off"
     ),
     Threshold("backlog", 8, "requests", "a backlog of a few comes and goes with any arrivals"),
     Threshold("busy", 0.9, "of the time", "an engine that pauses has capacity left"),
