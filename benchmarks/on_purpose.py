@@ -205,7 +205,7 @@ def scheduler_delay(chance: random.Random) -> Planned:
 def compile_in_window(chance: random.Random) -> Planned:
     asks = _asks(chance, 40, (15, 60), (25, 50))
     first = chance.randint(150, 300)
-    injected = {"kind": "compile", "at": [first, first + 60, first + 130], "operations": chance.randint(15, 40)}
+    injected = {"kind": "compile", "at": [first, first + chance.randint(60, 150)], "operations": chance.randint(3, 12)}
     return Planned("compile_in_window", ("compile_in_window",), asks, chance.randint(2, 4), (EAGER,), injected)
 
 
