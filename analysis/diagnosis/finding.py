@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stagetrace.instrument.stages import Level
+
 from .causes import Phase
 from .facts import Values
 from .shares import Share, share_of
@@ -14,8 +16,6 @@ from .thresholds import limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from stagetrace.instrument.stages import Level
 
     from .facts import Example, Facts
 
@@ -51,8 +51,16 @@ class Missing:
     level: Level | None = None
 
 
+def few_steps(facts: Facts, least: float = 1) -> Missing | None:
+    """What is said where fewer steps were recorded than a cause needs; None where there are enough."""
+    if len(facts.steps) >= least:
+        return None
+    if facts.level is not None and facts.level < Level.STEP:
+        return Missing(f"steps are not recorded at level {facts.level.name.lower()}", Level.STEP)
+    return Missing("no steps were recorded" if not len(facts.steps) else "too few steps were recorded")
+
+
 Answer = Seen | Missing | None  # None: the session has nothing of the kind
-Check = "Callable[[Facts], Answer]"
 
 
 @dataclass(frozen=True)

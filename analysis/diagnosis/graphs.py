@@ -10,7 +10,7 @@ from stagetrace.instrument.stages import BY_NAME, GraphMode
 
 from .causes import Phase
 from .facts import Covered, Facts, line
-from .finding import Evidence, Missing, Part, of_steps, seen
+from .finding import Evidence, Part, few_steps, of_steps, seen
 from .thresholds import limit
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ def graph_miss(facts: Facts) -> Answer:
 
 def compile_in_window(facts: Facts) -> Answer:
     """Compiling or capturing after the start-up."""
-    if not len(facts.steps):
-        return Missing("no steps were recorded")
+    if few := few_steps(facts):
+        return few
     rows = facts.of_no_step(*_BUILDS.values())
     # Ranks compile at the same time: what any of them did, once.
     ordered = rows.sort_values("begin_ns")

@@ -8,7 +8,7 @@ import numpy as np
 
 from .causes import Phase
 from .facts import Facts, Values
-from .finding import Evidence, Missing, above, of_requests, of_steps, seen
+from .finding import Evidence, above, few_steps, of_requests, of_steps, seen
 from .thresholds import limit
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 def _of_steps(facts: Facts, lost: Values, share: str, usual: str | None, stages: tuple[str, ...]) -> Answer:
     """Stages that hold up the steps they are in."""
-    if len(facts.steps) < limit("steps"):
-        return Missing("too few steps were recorded")
+    if few := few_steps(facts, limit("steps")):
+        return few
     by_stage = [
         Evidence(f"{stage}, of a step's time", _part(facts.stage(stage), facts.period), "share")
         for stage in stages

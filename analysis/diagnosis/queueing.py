@@ -9,7 +9,7 @@ import numpy as np
 from ..queueing import Wait, causes_of_steps, split_queue, waits
 from .causes import Phase
 from .facts import Covered, Facts, Flags, Values, line
-from .finding import Evidence, Missing, of_requests, seen
+from .finding import Evidence, Missing, few_steps, of_requests, seen
 from .thresholds import limit
 
 if TYPE_CHECKING:
@@ -105,8 +105,8 @@ def left_of(facts: Facts, queue: Values, flags: Flags) -> float:
 
 def batch_cap(facts: Facts) -> Answer:
     """The batch is as large as it may be."""
-    if not len(facts.steps):
-        return Missing("no steps were recorded")
+    if few := few_steps(facts):
+        return few
     cap = facts.setting("max_num_seqs")
     if not cap:
         return Missing("the engine did not say how many requests may run at once")
@@ -134,8 +134,8 @@ def _kv(facts: Facts, flags: Flags) -> float:
 
 def arrival_above_capacity(facts: Facts) -> Answer:
     """Requests arrive faster than they are served."""
-    if len(facts.steps) < limit("steps"):
-        return Missing("too few steps were recorded")
+    if few := few_steps(facts, limit("steps")):
+        return few
     arrivals, ends = facts.request("arrival_ns", "last_token_ns")
     known = ~(np.isnan(arrivals) | np.isnan(ends))
     if known.sum() < limit("requests"):
@@ -182,8 +182,8 @@ def arrival_above_capacity(facts: Facts) -> Answer:
 
 def token_budget(facts: Facts) -> Answer:
     """Prompts are cut, or wait, because a step has as many tokens as it may."""
-    if len(facts.steps) < limit("steps"):
-        return Missing("too few steps were recorded")
+    if few := few_steps(facts, limit("steps")):
+        return few
     budget = facts.setting("max_num_batched_tokens", "chunked_prefill_size")
     if not budget:
         return Missing("the engine did not say how many tokens a step may have")
@@ -219,8 +219,8 @@ def token_budget(facts: Facts) -> Answer:
 
 def kv_exhausted(facts: Facts) -> Answer:
     """Requests wait for KV blocks, or are thrown out for others."""
-    if not len(facts.steps):
-        return Missing("no steps were recorded")
+    if few := few_steps(facts):
+        return few
     queued = queued_by(facts, Wait.KV_SPACE)
     (preempted,) = facts.request("preempted_ns")
     (prefill,) = facts.request("prefill_ns")
