@@ -203,7 +203,7 @@ DIAGNOSIS_KEYS = (
         "a list, the most recoverable first: `cause`, `title`, `phase`, `share` (`value`, `low`, `high`),"
         " `measured_ns`, `recoverable_ns`, `recoverable_share` (of the request time), `attributed` (how much of the"
         " phase is accounted for, or null), `evidence` (`what`, `value`, `unit`), `examples` (`kind`: request or step,"
-        " `name`, `trace_id`, `ns` of its time), `note` (or null), `next` (`flag`, empty where none does it, and `why`)",
+        " `name`, `trace_id`, `ns` of its time), `note` (or null), `next` (`flag`, empty where none does it, `why`)",
     ),
     ("below_threshold", "by cause: what was seen of those that do not stand out, with the same keys"),
     ("absent", "causes of which the session has nothing (no speculation, one rank, ...)"),
