@@ -78,38 +78,11 @@ class Scored:
 def build(models: Path, kind: str) -> Path:
     """One of the tiny models, built once."""
     path = models / kind
-    if kind == "biased":
-        if not path.is_dir():
-            bias(build(models, "moe"), path)
-        return path
     dense = ["--dense"] if kind == "dense" else []
     subprocess.run(
         [str(VLLM.python), str(MODEL_SCRIPT), str(path), *dense], env=environment(), check=True, capture_output=True
     )
     return path
-
-
-def bias(plain: Path, path: Path, strength: float = 6.0) -> None:
-    """The same model with a router that sends most tokens to two of the experts, one or the other.
-
-    Their rows of the gate point in opposite directions and are longer than the others'.
-    """
-    script = (
-        "import sys, torch; from safetensors.torch import load_file, save_file\n"
-        "path, strength = sys.argv[1], float(sys.argv[2])\n"
-        "weights = load_file(path)\n"
-        "for name, weight in weights.items():\n"
-        "    if name.endswith('mlp.gate.weight'):\n"
-        "        weight[1] = weight[0] * strength\n"
-        "        weight[0] = -weight[1]\n"
-        "        weights[name] = weight.contiguous()\n"
-        "save_file(weights, path, metadata={'format': 'pt'})\n"
-    )
-    partial = Path(tempfile.mkdtemp(dir=path.parent))
-    shutil.copytree(plain, partial, dirs_exist_ok=True)
-    command = [str(VLLM.python), "-c", script, str(partial / "model.safetensors"), str(strength)]
-    subprocess.run(command, env=environment(), check=True, capture_output=True)
-    partial.replace(path)
 
 
 def record_case(plan: Planned, models: Path, directory: Path, seed: int) -> None:

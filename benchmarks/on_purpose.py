@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 INJECTED = Path(__file__).resolve().parent / "injected"
 EAGER = "--enforce-eager"
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 CLEAN_LOADS = 4  # on one server, so that there are many of what is to have no finding
 
 
@@ -49,7 +50,7 @@ class Planned:
     injected: dict[str, Any] = field(default_factory=dict)
     variables: dict[str, str] = field(default_factory=dict)
     level: str = "step"
-    model: str = "moe"  # moe, dense, biased
+    model: str = "moe"  # moe, dense
     engine: Engine = VLLM
     advised: tuple[str, ...] | None = None  # the arguments once the first advice is taken
     more: tuple[tuple[tuple[Ask, ...], int | None], ...] = ()  # further loads on the same server, a session each
@@ -108,6 +109,14 @@ def clean_mixed(chance: random.Random) -> Planned:
 
     (asks, width), *more = (load() for _ in range(2))
     return Planned("clean", (), asks, width, (EAGER,), more=tuple(more))
+
+
+def clean_ranks(chance: random.Random) -> Planned:
+    (asks, width), *more = ((_asks(chance, 30, (15, 60), (20, 40)), chance.randint(2, 4)) for _ in range(2))
+    return Planned(
+        "clean", (), asks, width, (EAGER, "--tensor-parallel-size", "2"), variables=TWO_RANKS, level="layer",
+        more=tuple(more),
+    )  # fmt: skip
 
 
 def kv_cache(chance: random.Random) -> Planned:
@@ -172,16 +181,17 @@ def late_rank(chance: random.Random) -> Planned:
         "ms": round(chance.uniform(2, 6), 1),
         "every": chance.choice((2, 3, 5)),
     }
-    variables = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     return Planned(
         "late_rank", ("straggler_rank",), asks, chance.randint(2, 4), (EAGER, "--tensor-parallel-size", "2"), injected,
-        variables, level="layer",
+        TWO_RANKS, level="layer",
     )  # fmt: skip
 
 
 def biased_router(chance: random.Random) -> Planned:
     asks, width = _ordinary(chance)
-    return Planned("biased_router", ("expert_imbalance",), asks, width, (EAGER,), level="layer", model="biased")
+    experts = chance.sample(range(8), chance.randint(1, 2))
+    injected = {"kind": "router", "experts": experts, "bias": round(chance.uniform(2, 5), 1)}
+    return Planned("biased_router", ("expert_imbalance",), asks, width, (EAGER,), injected, level="layer")
 
 
 def slow_grammar(chance: random.Random) -> Planned:

@@ -59,10 +59,12 @@ THRESHOLDS: tuple[Threshold, ...] = (
     Threshold("detokenize_busy", 0.5, "of the front end's lateness", "more than half of what it does"),
     Threshold("client_share", 0.1, "of end-to-end latency", "usual is under 1 %: bytes go into the socket's buffer"),
     Threshold("waiting_share", 0.1, "of forward", "ranks of one step differ by a few percent"),
-    Threshold("one_rank", 0.7, "of the waiting", "chance makes each of two ranks the last half of the time"),
+    Threshold("one_rank", 0.65, "of the waiting", "chance makes each of two ranks the last half of the time"),
     Threshold("collective_share", 0.3, "of forward", "tensor parallelism within a node costs 10 to 25 %"),
     Threshold("dispatch_share", 0.3, "of forward", "expert parallelism with overlap costs 10 to 25 %"),
-    Threshold("imbalance", 1.6, "most over mean", "trained routers are at 1.1 to 1.5 over many tokens"),
+    Threshold(
+        "imbalance", 1.9, "most over mean", "trained routers are at 1.1 to 1.5 over many tokens, random ones at 1.7"
+    ),
     Threshold("padding", 0.25, "of the tokens that were run", "usual capture sizes leave up to 20 %"),
     Threshold("graph_miss_share", 0.1, "of TPOT", "as a share that a user would notice"),
     Threshold("compile_share", 0.05, "of TTFT or TPOT", "it should not happen at all; less is not felt"),

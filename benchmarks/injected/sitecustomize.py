@@ -78,6 +78,27 @@ def grammar(module: Any) -> None:
     patch(module, place, ASKED["ms"] / 1e3)
 
 
+def router(module: Any) -> None:
+    """The routers favour some experts by so much."""
+    block = module.Qwen3MoeSparseMoeBlock
+    original = block.__init__
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        choose = self.gate.forward
+
+        def biased(x: Any) -> Any:
+            logits, *rest = choose(x)
+            for expert in ASKED["experts"]:
+                logits[..., expert] += ASKED["bias"]
+            return (logits, *rest)
+
+        self.gate.forward = biased
+
+    block.__init__ = wrapper
+
+
 def prepare(module: Any) -> None:
     """Building the inputs of the forward pass takes so long."""
     patch(module, "GPUModelRunner._prepare_inputs", ASKED["ms"] / 1e3)
@@ -129,6 +150,7 @@ KINDS = {
     "schedule": {"vllm.v1.core.sched.scheduler": schedule},
     "rank": {"vllm.distributed.parallel_state": rank},
     "grammar": {"vllm.v1.structured_output.backend_xgrammar": grammar},
+    "router": {"vllm.model_executor.models.qwen3_moe": router},
     "prepare": {"vllm.v1.worker.gpu_model_runner": prepare},
     "sample": {"vllm.v1.sample.sampler": sample},
     "compile": {"vllm.v1.worker.gpu_model_runner": compiled, "vllm.compilation.backends": backend},
