@@ -32,7 +32,7 @@ Flags = npt.NDArray[np.bool_]
 
 STEP_KEY = ["instance", "step"]
 _GC, _BETWEEN = BY_NAME["gc_pause"].id, BY_NAME["between"].id
-_SCHEDULE, _RANK_STEP = BY_NAME["schedule"].id, BY_NAME["rank_step"].id
+_SCHEDULE, _RANK_STEP, _STARTUP = (BY_NAME[name].id for name in ("schedule", "rank_step", "startup"))
 _PER_STEP = tuple(
     BY_NAME[name].id
     for name in (
@@ -41,11 +41,12 @@ _PER_STEP = tuple(
         *("attention", "mlp", "expert_dispatch", "expert_compute", "expert_combine", "collective"),
     )
 )
+NOW_AND_THEN = ("between", "gc_pause", "compile", "graph_capture", "detokenize")
 # The stages whose segments are read, and the columns of each table: what to ask of load().
 STAGES = {
     *_PER_STEP,
-    *(BY_NAME[name].id for name in ("rank_step", "detokenize", "gc_pause", "between")),
-    *(BY_NAME[name].id for name in ("startup", "compile", "graph_capture")),
+    *(BY_NAME[name].id for name in NOW_AND_THEN),
+    *(_STARTUP, _RANK_STEP),
 }
 _ATTRIBUTES = ["a0", "a1", "a2", "a3", "a4"]
 
@@ -273,21 +274,23 @@ class Facts:
         # What belongs to no step goes with the step that waited for it.
         found[_BETWEEN] = self._between
         began = self.step("end_ns") - self.period
-        found[_GC] = self._waited_for(self.of_no_step("gc_pause"), began)
+        found[_GC] = self._waited_for(self.now_and_then("gc_pause"), began)
         return found
 
     @cached_property
     def _between(self) -> Values:
-        return self._waited_for(self.of_no_step("between"))
+        return self._waited_for(self.now_and_then("between"))
 
     @cached_property
-    def _of_no_step(self) -> pd.DataFrame:
-        rows = self.segments[self.segments["step"].isna().to_numpy(dtype=bool)]
+    def _now_and_then(self) -> pd.DataFrame:
+        """Of what belongs to no step by itself, where it is inside a step as well."""
+        named = self.segments["stage"].isin([_STARTUP, *(BY_NAME[name].id for name in NOW_AND_THEN)])
+        rows = self.segments[named.to_numpy(dtype=bool)]
         return rows[~within_start_up(rows)]
 
-    def of_no_step(self, *names: str) -> pd.DataFrame:
-        """The segments of stages that belong to no step, after the start-up."""
-        return self._of_no_step[self._of_no_step["stage"].isin([BY_NAME[name].id for name in names])]
+    def now_and_then(self, *names: str) -> pd.DataFrame:
+        """The segments of some stages of NOW_AND_THEN, after the start-up."""
+        return self._now_and_then[self._now_and_then["stage"].isin([BY_NAME[name].id for name in names])]
 
     def _waited_for(self, rows: pd.DataFrame, since: Values | None = None) -> Values:
         """Time of rows without a step of their own, of processes that make steps, in the step that was held up.

@@ -85,6 +85,7 @@ def seen(
     recoverable: Callable[[Part], float] | None = None,
     *,
     also: bool = True,
+    certain: bool = False,
     evidence: tuple[Evidence, ...] = (),
     examples: tuple[Example, ...] = (),
     note: str = "",
@@ -92,12 +93,12 @@ def seen(
     """What was seen of a cause that is a part of one or several phases: it is told of the one with most of it.
 
     It stands out where a share's lower end reaches the threshold `at_least`, if any, and `also` holds; then it is told
-    of such a phase.
+    of such a phase. What is `certain` is counted and not sampled, such as a few events: there the share itself counts.
     `recoverable` says what of a part could be saved, all of it where it is left out.
     """
     sums = [float(np.nansum(part.part)) for part in parts]
     shares = [part.share for part in parts]
-    reach = [at_least is None or share.low >= limit(at_least) for share in shares]
+    reach = [at_least is None or (share.value if certain else share.low) >= limit(at_least) for share in shares]
     most = max(range(len(parts)), key=lambda one: (reach[one], sums[one]))
     measured = sum(sums)
     saved = sum(

@@ -92,7 +92,7 @@ def _saturated(facts: Facts, detokenizing: bool) -> Answer:
     arrival, output, sent, last = facts.request("arrival_ns", "first_output_ns", "first_sent_ns", "last_output_ns")
     (tokenizing,) = facts.request("tokenize_ns")
     tokenizing = np.nan_to_num(tokenizing)
-    rows = facts.of_no_step("detokenize")
+    rows = facts.now_and_then("detokenize")
     threads = max(len(rows.drop_duplicates(["process", "thread"])), 1)
     observed = max(float(np.nanmax(last) - np.nanmin(arrival)), 1.0) * threads
     share = min(float(rows["self_ns"].sum()) / observed, 1.0)

@@ -76,7 +76,7 @@ def compile_in_window(facts: Facts) -> Answer:
     """Compiling or capturing after the start-up."""
     if few := few_steps(facts):
         return few
-    rows = facts.of_no_step(*_BUILDS.values())
+    rows = facts.now_and_then(*_BUILDS.values())
     # Ranks compile at the same time: what any of them did, once.
     ordered = rows.sort_values("begin_ns")
     begin, end = (ordered[name].to_numpy(dtype=np.float64) for name in ("begin_ns", "end_ns"))
@@ -88,6 +88,7 @@ def compile_in_window(facts: Facts) -> Answer:
     return seen(
         of_steps(facts, lost),
         "compile_share",
+        certain=True,
         evidence=(
             *(
                 Evidence(f"{name} while serving", float((rows["stage"] == stage).sum()), "times")
