@@ -316,7 +316,7 @@ SIZES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(SIZES)
 def test_bounds(sizes: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as directory:
