@@ -225,6 +225,7 @@ def diagnosis_page() -> str:
         " `--last 10m`, `--model-config` and `--calibration` are those of `report`.",
         "## What a finding says",
         table(("number", "unit", "means", "does not mean"), [[code(name), *rest] for name, *rest in NUMBERS]),
+        "What is recoverable at most is a bound, never a promise: what takes its place is known once it was tried.",
         "* **To look at**: the requests or steps that lost the most, by the trace ids under which they were exported.\n"
         "* **Could not be looked at**: what is missing for it, and the level to record at where that would help.",
         table(("phase", "is"), phases),
