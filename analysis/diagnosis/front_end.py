@@ -45,10 +45,10 @@ def late(facts: Facts) -> Late:
         covered = Covered(facts.step_instance, begins, lengths, lengths)
         # The engine takes requests in between steps: while one runs, it is the engine that is waited for.
         way = way - np.nan_to_num(covered.within(facts.request_instance, dispatched, queued))
-    # Without streaming, or with one token, the first output is the last one, and the first byte follows that.
-    streamed = output < last_output
-    back = np.where(streamed, np.nan_to_num(output - token), 0.0)
-    on = np.where(streamed & (sent < last_output), np.nan_to_num(sent - output), 0.0)
+    # Without streaming the first byte follows the last token, and the front end may have been told of no token before:
+    # how late it was with the first one is not to be known.
+    streamed = sent < last_output
+    back, on = (np.where(streamed, np.nan_to_num(each), 0.0) for each in (output - token, sent - output))
     last, handed = np.nan_to_num(last_output - last_token), np.nan_to_num(last_sent - last_output)
     return Late(*(np.clip(each, 0, None) for each in (way, back, back + on, last, handed)))
 
