@@ -65,6 +65,9 @@ THRESHOLDS: tuple[Threshold, ...] = (
     Threshold(
         "imbalance", 1.9, "most over mean", "trained routers are at 1.1 to 1.5 over many tokens, random ones at 1.7"
     ),
+    Threshold(
+        "tokens_per_expert", 200, "tokens in a layer", "with fewer, a handful of repeated prompts is uneven by itself"
+    ),
     Threshold("padding", 0.25, "of the tokens that were run", "usual capture sizes leave up to 20 %"),
     Threshold("graph_miss_share", 0.1, "of TPOT", "as a share that a user would notice"),
     Threshold("compile_share", 0.05, "of TTFT or TPOT", "it should not happen at all; less is not felt"),
