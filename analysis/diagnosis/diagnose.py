@@ -120,7 +120,7 @@ def of_facts(facts: Facts, path: str = "", last_s: float | None = None) -> Diagn
     enough = len(facts.requests) >= limit("requests") and facts.request_time > 0
     if enough:
         answers = {cause.id: CHECKS[cause.id](facts) for cause in CAUSES}
-    seen = {name: answer for name, answer in answers.items() if isinstance(answer, Seen)}
+    seen = {name: _if_worth(answer, facts) for name, answer in answers.items() if isinstance(answer, Seen)}
     accounted = attributed(facts)
     found = [
         Finding(BY_ID[name], each, min(each.recoverable_ns / facts.request_time, 1.0), accounted[each.phase].share)
@@ -145,6 +145,12 @@ def of_facts(facts: Facts, path: str = "", last_s: float | None = None) -> Diagn
         missing={name: answer for name, answer in answers.items() if isinstance(answer, Missing)},
         answer="" if found else _answer(facts, enough),
     )
+
+
+def _if_worth(seen: Seen, facts: Facts) -> Seen:
+    """Of little that could be recovered nothing stands out; where nothing could be, by nature, it is worth knowing."""
+    little = 0 < seen.recoverable_ns < limit("worth") * facts.request_time
+    return replace(seen, stands_out=seen.stands_out and not little)
 
 
 def _answer(facts: Facts, enough: bool) -> str:

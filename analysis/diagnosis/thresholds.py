@@ -22,6 +22,7 @@ class Threshold:
 THRESHOLDS: tuple[Threshold, ...] = (
     Threshold("requests", 8, "requests", "with fewer no interval says anything: not enough data"),
     Threshold("steps", 20, "steps", "the same for what is looked for in steps"),
+    Threshold("worth", 0.02, "of all request time", "what could be recovered; less is not worth an experiment"),
     Threshold("queue_share", 0.25, "of TTFT", "a short queue keeps the batch full: it is the price of throughput"),
     Threshold(
         "backlog_growth", 1.2, "times", "of each quarter of arrivals to the one before: 1 is a load that levels off"
