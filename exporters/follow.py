@@ -24,9 +24,8 @@ from .session import TABLES, Export, Manifest, Session, SessionError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from opentelemetry.sdk.trace import ReadableSpan
-
     from .otel_settings import Destination
+    from .spans import Span
 
     Tables = Mapping[str, pa.Table]
     Enrich = Callable[[Tables, Manifest], Tables]
@@ -50,7 +49,7 @@ class _Request:
     """Spans that go in one request to the backend."""
 
     commit: int
-    spans: Sequence[ReadableSpan]
+    spans: Sequence[Span]
     refusals: int = 0
     accepted_before: int = 0  # how many requests had been accepted at its last attempt
 

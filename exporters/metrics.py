@@ -23,9 +23,10 @@ from opentelemetry.sdk.metrics.export import (
     Sum,
 )
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from .session import FATES
-from .spans import SCOPE, resource_attributes
+from .spans import SCOPE_NAME, SCOPE_VERSION, resource_attributes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 
 EVERY_S = 10.0
 PAUSE_S = 300.0  # after a refusal
+SCOPE = InstrumentationScope(SCOPE_NAME, SCOPE_VERSION)
 _Points = list[tuple[int, dict[str, str]]]  # value, attributes
 
 

@@ -1,4 +1,4 @@
-"""The OTLP sink: makes spans of a session's tables and sends them by the OpenTelemetry SDK's own exporters.
+"""The OTLP sink: makes spans of a session's tables, encodes them (otlp_encode.py) and sends them (otlp_send.py).
 
 What OTEL_* variables ask for is in otel_settings.py. No global tracer provider is touched, no thread is started, and
 none of the SDK's span limits applies. When to send what, and again, is the follower's business (follow.py).
@@ -10,9 +10,10 @@ import logging
 from typing import TYPE_CHECKING
 
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from .gather import Gather
+from .otlp_encode import Encoder, resource_bytes
+from .otlp_send import Answer, sender
 from .session import names_of
 from .spans import LINK_LIMIT, Clock, Source, Spans, model_of, resource_attributes, rows_of, spans_of_rows
 
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     import pyarrow as pa
-    from opentelemetry.sdk.trace import ReadableSpan
 
     from .otel_settings import Destination
+    from .otlp_send import Sender
     from .session import Manifest
+    from .spans import Span
 
 log = logging.getLogger(__name__)
 
@@ -31,41 +33,26 @@ log = logging.getLogger(__name__)
 BATCH_SPANS = 512
 BATCH_LINKS = 16384
 
-_SDK_LOG = logging.getLogger("opentelemetry.exporter")
-_LONGEST_WHY = 300
-REQUEST_S = 3.0  # that one request may take, the SDK's own retries included
+REQUEST_S = 3.0  # that one request may take
 
 
 class BadSettings(Exception):
     """The OTEL_* variables cannot be followed; the message says which and why."""
 
 
-class _LastWords(logging.Handler):
-    """Keeps what the SDK's exporters log, so that one line can say why instead of one for each attempt."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.words = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        words = record.getMessage()
-        if not (self.words and "max retries" in words):  # that says less than what came before it
-            self.words = words[:_LONGEST_WHY]
-
-
 class OtlpSink:
-    """Makes spans and sends them. Used by one thread; while it is open, what the SDK's exporters log comes here."""
+    """Makes spans and sends them. Used by one thread."""
 
-    def __init__(self, exporter: SpanExporter, key: bytes, link_limit: int = LINK_LIMIT):
-        self._exporter = exporter
+    def __init__(self, connection: Sender, key: bytes, link_limit: int = LINK_LIMIT):
+        self._sender = connection
         self._key = key
         self._link_limit = link_limit
         self._gather = Gather()
+        self._encoder = Encoder()
         self._closed = False
-        self._said = _LastWords()
-        _SDK_LOG.addHandler(self._said)
-        _SDK_LOG.propagate = False
-        self._resources: dict[tuple[tuple[str, str | int], ...], Resource] = {}
+        self._answer = Answer(True)
+        self._resources: dict[tuple[tuple[str, str | int], ...], bytes] = {}
+        self._of: dict[int | None, bytes] = {}
 
     @classmethod
     def to(
@@ -73,7 +60,7 @@ class OtlpSink:
     ) -> OtlpSink:
         """A sink for that destination; `key` is the session's (Identity.key). Raises BadSettings."""
         try:
-            return cls(_exporter(destination, timeout_s), key, link_limit)
+            return cls(sender(destination, destination.timeout_s(timeout_s)), key, link_limit)
         except Exception as error:
             raise BadSettings(f"no spans can be exported to {destination.target}: {error}") from error
 
@@ -91,49 +78,56 @@ class OtlpSink:
         """Takes in tables whose spans the backend has: states of requests that are not over are still to come."""
         self._gather.add(rows_of(tables))
 
-    def send(self, batch: Sequence[ReadableSpan]) -> bool:
+    def send(self, batch: Sequence[Span]) -> bool:
         """Sends one request with these spans (see `batches`). Whether the backend confirmed it; never raises."""
         if self._closed:
             return False
-        self._said.words = ""
         try:
-            return self._exporter.export(batch) is SpanExportResult.SUCCESS
-        except Exception:
-            log.exception("the OTLP exporter failed")
-            return False
+            body = self._encoder.request(batch, self._of.__getitem__)
+            self._answer = self._sender.send(body)
+        except Exception as error:
+            log.exception("the export of %d spans failed", len(batch))
+            self._answer = Answer(False, f"{type(error).__name__}: {error}")
+        return self._answer.confirmed
 
     def shutdown(self) -> None:
         """Closes the connection; nothing is sent afterwards. Can be called again."""
         if not self._closed:
             self._closed = True
-            self._exporter.shutdown()
-            _SDK_LOG.removeHandler(self._said)
-            _SDK_LOG.propagate = True
+            self._sender.close()
 
     @property
     def why(self) -> str:
-        """Why the last request was not confirmed, in the SDK's words; empty when it said nothing."""
-        return self._said.words
+        """Why the last request was not confirmed; empty when it was."""
+        return self._answer.why
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether the last request will not be taken until somebody changes a setting."""
+        return self._answer.hopeless
 
     def _source(self, manifest: Manifest) -> Source:
+        self._of[None] = self._resource(resource_attributes(manifest))
+        for process in manifest.processes:
+            self._of[process.key] = self._resource(resource_attributes(manifest, process))
         return Source(
             self._key,
             Clock(manifest.anchors),
-            self._resource(resource_attributes(manifest)),
-            {process.key: self._resource(resource_attributes(manifest, process)) for process in manifest.processes},
+            {process.key for process in manifest.processes},
             model_of(manifest),
             names_of(manifest.processes),
         )
 
-    def _resource(self, attributes: dict[str, str | int]) -> Resource:
+    def _resource(self, attributes: dict[str, str | int]) -> bytes:
         """The resource with these attributes; OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME go before them."""
         which = tuple(attributes.items())
         if which not in self._resources:
-            self._resources[which] = Resource.create({**attributes, **OTELResourceDetector().detect().attributes})
+            whole = Resource.create({**attributes, **OTELResourceDetector().detect().attributes})
+            self._resources[which] = resource_bytes(whole.attributes)
         return self._resources[which]
 
 
-def batches(spans: Sequence[ReadableSpan]) -> Iterator[Sequence[ReadableSpan]]:
+def batches(spans: Sequence[Span]) -> Iterator[Sequence[Span]]:
     """The spans in their order, in lists of at most BATCH_SPANS, and BATCH_LINKS where more than one span is in it."""
     begin = links = 0
     for at, span in enumerate(spans):
@@ -144,17 +138,3 @@ def batches(spans: Sequence[ReadableSpan]) -> Iterator[Sequence[ReadableSpan]]:
         links += own
     if begin < len(spans):
         yield spans[begin:]
-
-
-def _exporter(destination: Destination, timeout_s: float) -> SpanExporter:
-    """Raises ValueError for a protocol that there is none for, and whatever the SDK raises for its variables."""
-    timeout = destination.timeout_s(timeout_s)
-    if destination.protocol == "grpc":
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
-
-        return GrpcExporter(endpoint=destination.endpoint, timeout=timeout)
-    if destination.protocol == "http/protobuf":
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
-
-        return HttpExporter(endpoint=destination.endpoint, timeout=timeout)
-    raise ValueError(f"OTEL_EXPORTER_OTLP_PROTOCOL must be grpc or http/protobuf, not {destination.protocol}")

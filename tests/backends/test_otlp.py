@@ -20,6 +20,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Status as WireStatus
 from stagetrace.exporters import otlp
 from stagetrace.exporters.otel_settings import destination
 from stagetrace.exporters.otlp import OtlpSink
+from stagetrace.exporters.otlp_send import GrpcSender, HttpSender
 from stagetrace.exporters.session import Manifest
 from stagetrace.instrument import ids
 
@@ -425,27 +426,27 @@ def test_environment_that_asks_for_no_traces(environ: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "module"),
+    ("environ", "kind"),
     [
-        ({"OTEL_EXPORTER_OTLP_ENDPOINT": HERE}, "grpc"),
-        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": HERE, "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, "http"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": HERE}, GrpcSender),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": HERE, "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, HttpSender),
         (
             {
                 "OTEL_EXPORTER_OTLP_ENDPOINT": HERE,
                 "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
                 "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "grpc",
             },
-            "grpc",
+            GrpcSender,
         ),
         (
             {"OTEL_EXPORTER_OTLP_ENDPOINT": HERE, "OTEL_TRACES_EXPORTER": "console, otlp", "OTEL_SDK_DISABLED": "no"},
-            "grpc",
+            GrpcSender,
         ),
     ],
 )
-def test_environment_that_asks_for_traces(environ: dict[str, str], module: str) -> None:
+def test_environment_that_asks_for_traces(environ: dict[str, str], kind: type) -> None:
     sink = made_sink(environ)
-    assert type(sink._exporter).__module__ == f"opentelemetry.exporter.otlp.proto.{module}.trace_exporter"
+    assert isinstance(sink._sender, kind)
     sink.shutdown()
 
 
