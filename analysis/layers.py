@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stagetrace.exporters.session import Manifest, Process
 
 # The columns that are read beside those of the breakdown.
-ATTRIBUTES = ["a0", "a1", "a2", "a3", "a4"]
+SEGMENTS = ["partial", "a0", "a1", "a2", "a3", "a4"]
 EXPERTS = ["instance", "step", "rank", "layer", "tokens", "counts"]
 HOT = 3  # experts named of a layer
 
@@ -102,9 +102,14 @@ class Layers:
 
 
 def layer_breakdown(manifest: Manifest, steps: pd.DataFrame, segments: pd.DataFrame, experts: pd.DataFrame) -> Layers:
-    """The layer level of a session; `segments` with ATTRIBUTES, `experts` with EXPERTS."""
+    """The layer level of a session; `segments` with SEGMENTS, `experts` with EXPERTS."""
     complete = steps.loc[steps["status"] == "complete", _STEP_KEY].drop_duplicates()
-    rows = segments[segments["stage"].isin([*_LAYER_STAGES, _FORWARD, _SAMPLE])].merge(complete, on=_STEP_KEY)
+    whole = segments[segments["stage"].isin([*_LAYER_STAGES])].groupby(_STEP_KEY)["partial"].any()
+    partial = whole[whole.astype(bool)].index
+    complete = complete[~complete.set_index(_STEP_KEY).index.isin(partial)]
+    # A step whose layers were not recorded says nothing of how much of it they took.
+    layered = complete[complete.set_index(_STEP_KEY).index.isin(whole.index)]
+    rows = segments[segments["stage"].isin([*_LAYER_STAGES, _FORWARD, _SAMPLE])].merge(layered, on=_STEP_KEY)
     rows = rows.assign(duration=rows["end_ns"] - rows["begin_ns"])
     names = names_of(manifest.processes)
     not_visible, not_in_model = invisible(manifest.processes)

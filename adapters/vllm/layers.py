@@ -23,6 +23,7 @@ from stagetrace.instrument.recorder import RECORDER
 from stagetrace.instrument.records import RecordType, Text, header_word
 from stagetrace.instrument.stages import BY_NAME, AttentionKind, Collective
 
+from . import connector
 from .worker import RANK
 
 if TYPE_CHECKING:
@@ -125,9 +126,10 @@ def on_objects(_: Hook) -> Around:
 
 
 def initialized(hook: Hook) -> Around:
-    """Worker.initialize_from_config: the model is loaded, and no graph captured yet."""
+    """Worker.initialize_from_config: the model is loaded, the KV connector made, and no graph captured yet."""
 
     def after(self: Any) -> None:
+        connector.attach(hook, RANK)
         attach(hook, self.model_runner)
 
     return Around(after=after)  # at every level: what is attached has a level of its own
@@ -312,6 +314,17 @@ def encoder(hook: Hook) -> Around:
         given = scheduler_output.scheduled_encoder_inputs
         if given and RANK.step:
             segment(_ENCODE, begin, end, RANK.instance, RANK.step, sum(map(len, given.values())))
+
+    return Around(after=after)
+
+
+def encoder_runner(hook: Hook) -> Around:
+    """EncoderRunner.execute_mm_encoder of Model Runner V2."""
+    segment = hook.recorder.segment
+
+    def after(mm_kwargs: Any, begin: int, end: int) -> None:
+        if mm_kwargs and RANK.step:
+            segment(_ENCODE, begin, end, RANK.instance, RANK.step, len(mm_kwargs))
 
     return Around(after=after)
 
