@@ -15,12 +15,16 @@ import numpy.typing as npt
 import pandas as pd
 
 from stagetrace.exporters.session import FATES, REQUESTS_SCHEMA, Export, Losses, Manifest, Process
-from stagetrace.instrument.stages import BY_ID, BY_NAME, STAGES, Kind, Level, Phase, Timeline
+from stagetrace.instrument.stages import BY_ID, BY_NAME, STAGES, STEP_COMPOSITION, Kind, Level, Phase, Timeline
 
+from .placed import COLUMNS as PLACED
+from .placed import NOWHERE, RANK, RANK_STEP, SCHEDULER, placed
 from .start_up import within_start_up
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from .placed import Flags, Placed, Times
 
 REQUEST_STATUSES = ("finished", "aborted", "error", "lost", "open")
 STEP_STATUSES = ("complete", "incomplete", "ranks_missing", "partial")
@@ -34,7 +38,7 @@ _BETWEEN = (
     ("e2e", "arrival_ns", "last_output_ns"),
     ("e2e_client", "arrival_ns", "last_sent_ns"),
 )
-_STATES = tuple(
+STATES = tuple(
     name
     for name in (stage.name.removeprefix("request_") for stage in STAGES if stage.kind is Kind.STATE)
     if f"{name}_ns" in REQUESTS_SCHEMA.names
@@ -43,12 +47,7 @@ _BEGINNINGS = ["arrival_ns", "dispatched_ns", "queued_ns", "scheduled_ns"]
 _STEP_KEY = ["instance", "step"]
 _THREAD_KEY = ["process", "thread"]
 
-_SCHEDULER = Timeline.SCHEDULER.value
-_RANK = Timeline.RANK.value
-# Such a stage off the scheduler's or a rank's own thread has no envelope there.
-_HELPERS = {timeline: f"{timeline}, helper threads" for timeline in (Timeline.SCHEDULER, Timeline.RANK)}
 _STEP = BY_NAME["step"]
-_RANK_STEP = BY_NAME["rank_step"]
 # Of a hook (instrument/hooks.py); one that is unused has nothing in this model to be put on.
 INSTALLED, WAITING, LEFT_OUT, UNUSED = "installed", "waiting", "left out", "unused"
 ABSENT = "not in this version"
@@ -57,11 +56,16 @@ OBSERVED = "observed time"
 
 # The columns that the breakdown reads, by table: what to ask of load().
 COLUMNS: dict[str, list[str] | None] = {
-    "requests": None,
-    "steps": None,
-    "segments": [
-        *("process", "sequence", "thread", "stage", "begin_ns", "end_ns", "self_ns", "parent", "instance", "step")
+    "requests": [
+        *("status", "partial", "prompt_tokens", "output_tokens", "cached_tokens", "preemptions", *_BEGINNINGS),
+        *("first_token_ns", "first_output_ns", "first_sent_ns", "last_token_ns", "last_output_ns", "last_sent_ns"),
+        *("end_ns", *(f"{name}_ns" for name in STATES)),
     ],
+    "steps": [
+        *("instance", "step", "process", "thread", "phase", "status", "begin_ns", "scheduled_ns", "end_ns"),
+        *("unattributed_ns", "output_tokens", *(attribute.name for attribute in STEP_COMPOSITION)),
+    ],
+    "segments": PLACED,
     "intervals": None,
 }
 
@@ -152,6 +156,17 @@ class TimelineBreakdown:
 
 
 @dataclass(frozen=True)
+class RankTime:
+    """One rank's part of the complete steps. The shares of its stages and of `unattributed` add up to 1."""
+
+    process: int  # its key
+    total_ns: int  # of its rank_steps
+    duration: Distribution  # of a rank_step
+    stages: list[StageTime]
+    unattributed: StageTime
+
+
+@dataclass(frozen=True)
 class OutsideTime:
     """A stage's time that belongs to no step."""
 
@@ -167,6 +182,7 @@ class Stages:
     """The stages of a session, by timeline, and what belongs to no step."""
 
     timelines: list[TimelineBreakdown]
+    ranks: list[RankTime]
     outside: list[OutsideTime]
     left_out: int  # segments of steps that are not complete
     above_level: list[str]  # segments of the vocabulary without a row, that a higher level records
@@ -233,11 +249,17 @@ def distribution(values: pd.Series[int], weights: pd.Series[int] | None = None) 
     if not len(numbers):
         return Distribution()
     if weights is None:
-        middle = [float(value) for value in np.percentile(numbers, PERCENTILES)]
-        return Distribution(len(numbers), float(numbers.mean()), *middle)
+        return _distribution(numbers)
     repeats = np.asarray(weights[known], dtype=np.int64)
     mean = float(np.average(numbers, weights=repeats))
     return Distribution(int(repeats.sum()), mean, *weighted_percentiles(numbers, repeats, PERCENTILES))
+
+
+def _distribution(numbers: npt.NDArray[np.int64]) -> Distribution:
+    if not len(numbers):
+        return Distribution()
+    middle = [float(value) for value in np.percentile(numbers, PERCENTILES)]
+    return Distribution(len(numbers), float(numbers.mean()), *middle)
 
 
 # Requests
@@ -248,9 +270,9 @@ def request_breakdown(requests: pd.DataFrame, intervals: pd.DataFrame, steps: pd
     measured = requests[~requests["status"].isin(["lost", "open"]) & ~requests["partial"]]
     whole = outside_of(intervals, steps[steps["status"] != "complete"])
     latencies = {name: distribution(measured[end] - measured[begin]) for name, begin, end in _BETWEEN}
-    latencies["tpot"] = distribution(_time_per_output_token(measured))
+    latencies["tpot"] = distribution(time_per_output_token(measured))
     latencies["itl"] = distribution(whole["interval_ns"], whole["tokens"])
-    latencies |= {name: distribution(measured[f"{name}_ns"]) for name in _STATES}
+    latencies |= {name: distribution(measured[f"{name}_ns"]) for name in STATES}
     by_phase = {
         phase.value: distribution(part["interval_ns"], part["tokens"])
         for phase in Phase
@@ -271,7 +293,7 @@ def request_breakdown(requests: pd.DataFrame, intervals: pd.DataFrame, steps: pd
     )
 
 
-def _time_per_output_token(requests: pd.DataFrame) -> pd.Series[int]:
+def time_per_output_token(requests: pd.DataFrame) -> pd.Series[int]:
     """Mean time between the tokens of each request that has two or more, rounded to a nanosecond."""
     several = requests[requests["output_tokens"] > 1]
     between = (several["last_token_ns"] - several["first_token_ns"]) / (several["output_tokens"] - 1)
@@ -333,177 +355,179 @@ def stage_breakdown(requests: pd.DataFrame, steps: pd.DataFrame, segments: pd.Da
 
     A timeline with an envelope (step on the scheduler's thread, rank_step on a rank's) is measured against its
     envelopes, over complete steps. Any other (front end, device, helper threads) has none and is measured against the
-    observed time. Which timeline a segment is on is a question of its thread: where the worker runs on the scheduler's
-    thread its segments nest in `execute` there, and one timeline holds all.
+    observed time. See placed.py for which timeline a segment is on.
     """
     complete = steps[steps["status"] == "complete"]
-    segments = segments[~within_start_up(segments)]  # see start_up.py
-    rows = _described(segments).merge(_threads(segments, steps), how="left", on=_THREAD_KEY)
-    rows = rows.merge(_owners(complete), how="left", on=_STEP_KEY)
-    at_scheduler = (rows["process"] == rows["step_process"]) & (rows["thread"] == rows["step_thread"])
-    at_scheduler = at_scheduler.fillna(False)
-    at_rank = (rows["timeline"] == _RANK) & rows["phase"].notna()
-    enveloped = rows["timeline"].isin([_SCHEDULER, _RANK])
-    free = rows["timeline"].notna() & ~enveloped
+    starting = within_start_up(segments)  # see start_up.py
+    rows = placed(segments[~starting] if starting.any() else segments, complete, steps)
+    phases = _phase_codes(complete["phase"])
+    in_complete = rows.step != NOWHERE
+    at_scheduler = in_complete & _same_thread(rows, complete)
+    at_rank = rows.on([RANK]) & in_complete
+    enveloped = rows.on([SCHEDULER, RANK])
+    free_names = [name for name in rows.threads["timeline"].dropna().unique() if name not in (SCHEDULER, RANK)]
+    timed = ~rows.of_kind(Kind.ENVELOPE)
 
     timelines = []
     if len(complete):
-        timelines.append(_scheduler(complete, rows[at_scheduler]))
+        timelines.append(_scheduler(complete, phases, rows, at_scheduler))
     if at_rank.any():
-        timelines.append(_rank(rows[at_rank]))
+        timelines.append(_rank(phases, rows, at_rank))
     # Model loading and the like is not what the session observes.
-    working = rows[rows["kind"] == Kind.SEGMENT]
+    working = rows.of_kind(Kind.SEGMENT)
     observed = _span(
         [requests[column] for column in (*_BEGINNINGS, "end_ns")]
-        + [table[column] for table in (steps, working) for column in ("begin_ns", "end_ns")]
+        + [steps[column] for column in ("begin_ns", "end_ns")]
+        + [pd.Series(times[working]) for times in (rows.begin, rows.end)]
     )
-    timelines += [_free(str(name), part, observed) for name, part in rows[free].groupby("timeline", sort=True)]
+    timelines += [_free(str(name), rows, rows.on([name]), observed) for name in sorted(free_names)]
 
-    timed = rows["kind"] != Kind.ENVELOPE
-    stepless = (enveloped & rows["step"].isna()) | ((rows["kind"] == Kind.OCCASION) & ~rows["own_step"])
-    present = set(segments["stage"].unique())
+    stepless = (enveloped & ~rows.in_step) | (rows.of_kind(Kind.OCCASION) & ~rows.own_step)
+    above = at_scheduler | at_rank | rows.on(free_names)
+    present = {int(stage) for stage in np.unique(rows.stage)}
     absent = [stage for stage in STAGES if stage.kind is Kind.SEGMENT and stage.id not in present]
     return Stages(
         timelines=timelines,
-        outside=_outside(rows[stepless & timed].assign(placed=at_scheduler | at_rank | free)),
-        left_out=int((enveloped & timed & rows["step"].notna() & rows["phase"].isna()).sum()),
+        ranks=_ranks(rows, in_complete),
+        outside=_outside(rows, np.flatnonzero(stepless & timed), above),
+        left_out=int((enveloped & timed & rows.in_step & ~in_complete).sum()),
         above_level=[stage.name for stage in absent if level is not None and stage.level > level],
         no_rows=[stage.name for stage in absent if level is None or stage.level <= level],
     )
 
 
-def _described(segments: pd.DataFrame) -> pd.DataFrame:
-    """Segments with what the vocabulary says of their stage; one of a newer vocabulary goes by its number."""
-    stages = [int(stage) for stage in segments["stage"].unique()]
-    known = pd.DataFrame(
-        {
-            "stage": pd.Series(stages, dtype=segments["stage"].dtype),
-            "name": pd.Series([BY_ID[s].name if s in BY_ID else f"stage {s}" for s in stages], dtype="object"),
-            "kind": pd.Series([BY_ID[s].kind if s in BY_ID else Kind.SEGMENT for s in stages], dtype="object"),
-        }
-    )
-    described = segments[COLUMNS["segments"]].merge(known, on="stage")
-    described["duration"] = described["end_ns"] - described["begin_ns"]
-    described["own_step"] = described["step"].notna()
-    return _with_step_of_parent(described)
+def _phase_codes(phases: pd.Series[str]) -> npt.NDArray[np.int8]:
+    """Each step's place in Phase."""
+    codes = np.full(len(phases), len(Phase), np.int8)
+    for code, phase in enumerate(Phase):
+        codes[(phases == phase.value).to_numpy(bool)] = code
+    return codes
 
 
-def _with_step_of_parent(rows: pd.DataFrame) -> pd.DataFrame:
-    """What belongs to no step by itself, but is inside a segment of one (a gc_pause), takes that step."""
-    rows = rows.copy()
-    seeking = rows["step"].isna() & rows["parent"].notna()
-    while seeking.any():
-        known = rows.loc[rows["step"].notna(), ["process", "sequence", *_STEP_KEY]].drop_duplicates(
-            ["process", "sequence"]
-        )
-        known = known.rename(columns={"sequence": "parent"}).astype({"parent": "Int64"})
-        found = rows.loc[seeking, ["process", "parent"]].merge(known, how="left", on=["process", "parent"])
-        if found["step"].isna().all():
-            break
-        for key in _STEP_KEY:
-            rows.loc[seeking, key] = found[key].array
-        seeking &= rows["step"].isna()
-    return rows
+def _same_thread(rows: Placed, steps: pd.DataFrame) -> Flags:
+    """Which segments are on the very thread that their step is on."""
+    if not len(steps):
+        return np.zeros(len(rows.step), bool)
+    codes = pd.MultiIndex.from_frame(rows.threads[_THREAD_KEY])
+    threads = pd.MultiIndex.from_frame(steps[_THREAD_KEY])
+    of_step = codes.get_indexer(threads) if len(codes) else np.full(len(steps), NOWHERE)
+    same: Flags = of_step[rows.step] == rows.thread
+    return same
 
 
-def _threads(segments: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
-    """The timeline of each thread: one with steps is the scheduler's, one with rank_steps a rank's.
-
-    Any other goes by the stage that took most of its time; a thread with occasions alone has none.
-    """
-    scheduler = steps[_THREAD_KEY].drop_duplicates().assign(timeline=_SCHEDULER)
-    ranks = segments.loc[segments["stage"] == _RANK_STEP.id, _THREAD_KEY].drop_duplicates().assign(timeline=_RANK)
-    homes = {
-        stage.id: _HELPERS.get(stage.timeline, stage.timeline.value) for stage in STAGES if stage.kind is Kind.SEGMENT
-    }
-    timed = segments[[*_THREAD_KEY, "self_ns"]].assign(timeline=segments["stage"].map(homes).astype("object"))
-    time = timed.dropna().groupby([*_THREAD_KEY, "timeline"])["self_ns"].sum().reset_index()
-    other = time.sort_values(by="self_ns", ascending=False)[[*_THREAD_KEY, "timeline"]]
-    found = [frame for frame in (scheduler, ranks, other) if len(frame)]
-    return (pd.concat(found) if found else scheduler).drop_duplicates(_THREAD_KEY)
-
-
-def _owners(steps: pd.DataFrame) -> pd.DataFrame:
-    """Each step's phase and the thread that it is on."""
-    threads = {f"step_{key}": steps[key].astype("Int64") for key in _THREAD_KEY}  # exact also where there is no match
-    return steps[[*_STEP_KEY, "phase"]].assign(**threads)
-
-
-def _scheduler(steps: pd.DataFrame, rows: pd.DataFrame) -> TimelineBreakdown:
+def _scheduler(steps: pd.DataFrame, phases: npt.NDArray[np.int8], rows: Placed, chosen: Flags) -> TimelineBreakdown:
     """The scheduler's thread within complete steps."""
     # A rank_step that nests in a segment took its time out of that segment's: what it does not hand on is unattributed.
-    nested = rows[(rows["stage"] == _RANK_STEP.id) & rows["parent"].notna()]
-    inside = nested.groupby(_STEP_KEY)["self_ns"].sum().rename("inside").reset_index()
-    gaps = steps[[*_STEP_KEY, "phase", "unattributed_ns"]].merge(inside, how="left", on=_STEP_KEY)
-    gaps["gap"] = gaps["unattributed_ns"] + gaps["inside"].fillna(0).astype("int64")
+    nested = np.flatnonzero(chosen & rows.nested & (rows.stage == RANK_STEP))
+    gaps = steps["unattributed_ns"].to_numpy(np.int64, copy=True)
+    np.add.at(gaps, rows.step[nested], rows.self_ns[nested])
     threads = len(steps[_THREAD_KEY].drop_duplicates())
     total = int((steps["end_ns"] - steps["begin_ns"]).sum())
-    return _with_envelope((_SCHEDULER, threads, _STEP.name, total), rows, gaps)
+    return _with_envelope((SCHEDULER, threads, _STEP.name, total), rows, chosen, phases, gaps, phases)
 
 
-def _rank(rows: pd.DataFrame) -> TimelineBreakdown:
+def _rank(phases: npt.NDArray[np.int8], rows: Placed, chosen: Flags) -> TimelineBreakdown:
     """The ranks' threads within complete steps, all ranks together."""
-    envelopes = rows[rows["stage"] == _RANK_STEP.id]
-    gaps = envelopes[["phase", "self_ns"]].rename(columns={"self_ns": "gap"})
-    threads = len(rows[_THREAD_KEY].drop_duplicates())
-    total = int(envelopes["duration"].sum())
-    return _with_envelope((_RANK, threads, _RANK_STEP.name, total), rows, gaps)
+    envelopes = np.flatnonzero(chosen & (rows.stage == RANK_STEP))
+    threads = len(np.unique(rows.thread[chosen]))
+    total = int(rows.duration[envelopes].sum())
+    head = (RANK, threads, BY_ID[RANK_STEP].name, total)
+    return _with_envelope(head, rows, chosen, phases, rows.self_ns[envelopes], phases[rows.step[envelopes]])
 
 
-def _with_envelope(head: tuple[str, int, str, int], rows: pd.DataFrame, gaps: pd.DataFrame) -> TimelineBreakdown:
-    """A timeline's breakdown from its segments and, one row an envelope, what these leave uncovered (`gap`).
+def _ranks(rows: Placed, in_complete: Flags) -> list[RankTime]:
+    """Every rank's part of the steps; a rank is a thread with rank_steps, the scheduler's own among them."""
+    of_rank = np.zeros(np.iinfo(np.uint16).max + 1, bool)  # by stage
+    of_rank[[stage.id for stage in STAGES if stage.timeline is Timeline.RANK and stage.kind is not Kind.ENVELOPE]] = (
+        True
+    )
+    own_thread = rows.on([RANK])
+    found = []
+    for thread in np.unique(rows.thread[(rows.stage == RANK_STEP) & in_complete]):
+        chosen = in_complete & (rows.thread == thread)
+        envelopes = np.flatnonzero(chosen & (rows.stage == RANK_STEP))
+        parts = np.flatnonzero(chosen & ~rows.of_kind(Kind.ENVELOPE) & (own_thread | of_rank[rows.stage]))
+        stages, unattributed, _ = _partition(rows, parts, rows.self_ns[envelopes])
+        duration = rows.end[envelopes] - rows.begin[envelopes]
+        key = int(rows.threads["process"].iloc[int(thread)])
+        found.append(RankTime(key, int(duration.sum()), _distribution(duration), stages, unattributed))
+    return found
 
-    `head` is its name, threads, envelope and the envelopes' time.
+
+def _with_envelope(
+    head: tuple[str, int, str, int],
+    rows: Placed,
+    chosen: Flags,
+    phases: npt.NDArray[np.int8],
+    gaps: Times,
+    gap_phases: npt.NDArray[np.int8],
+) -> TimelineBreakdown:
+    """A timeline's breakdown from its segments and, one an envelope, what these leave uncovered (`gaps`).
+
+    `head` is its name, threads, envelope and the envelopes' time; `phases` is by step.
     """
-    parts = rows[rows["kind"] != Kind.ENVELOPE]
-    stages, unattributed, accounted = _partition(parts, gaps["gap"])
+    parts = np.flatnonzero(chosen & ~rows.of_kind(Kind.ENVELOPE))
+    stages, unattributed, accounted = _partition(rows, parts, gaps)
+    phase_of = phases[rows.step[parts]]
     by_phase = {}
-    for phase in Phase:
-        if len(phase_gaps := gaps[gaps["phase"] == phase.value]):
-            found, rest, _ = _partition(parts[parts["phase"] == phase.value], phase_gaps["gap"])
+    for code, phase in enumerate(Phase):
+        if len(phase_gaps := gaps[gap_phases == code]):
+            found, rest, _ = _partition(rows, parts[phase_of == code], phase_gaps)
             by_phase[phase.value] = [*found, rest]
     return TimelineBreakdown(*head, accounted, stages, unattributed, by_phase)
 
 
-def _partition(parts: pd.DataFrame, gaps: pd.Series[int]) -> tuple[list[StageTime], StageTime, int]:
+def _partition(rows: Placed, parts: Times, gaps: Times) -> tuple[list[StageTime], StageTime, int]:
     """Stages in the order of the vocabulary, unattributed, and the time that they add up to."""
     uncovered = int(gaps.sum())
-    accounted = int(parts["self_ns"].sum()) + uncovered
+    accounted = int(rows.self_ns[parts].sum()) + uncovered
     stages = [
         StageTime(
-            stage=str(part["name"].iloc[0]),
-            count=len(part),
-            self_ns=(self_ns := int(part["self_ns"].sum())),
+            stage=_name(stage),
+            count=len(own),
+            self_ns=(self_ns := int(rows.self_ns[own].sum())),
             share=self_ns / accounted if accounted else None,
-            duration=distribution(part["duration"]),
+            duration=_distribution(rows.end[own] - rows.begin[own]),
         )
-        for _, part in parts.groupby("stage", sort=True)
+        for stage, own in _by_stage(rows, parts)
     ]
     share = uncovered / accounted if accounted else None
-    return stages, StageTime(UNATTRIBUTED, len(gaps), uncovered, share, distribution(gaps)), accounted
+    return stages, StageTime(UNATTRIBUTED, len(gaps), uncovered, share, _distribution(gaps)), accounted
 
 
-def _free(name: str, rows: pd.DataFrame, observed_ns: int) -> TimelineBreakdown:
+def _by_stage(rows: Placed, parts: Times) -> Iterator[tuple[int, Times]]:
+    """The segments of each stage, in the order of the vocabulary."""
+    stages = rows.stage[parts]
+    for stage in np.unique(stages):
+        yield int(stage), parts[stages == stage]
+
+
+def _name(stage: int) -> str:
+    """A stage's name; one of a newer vocabulary goes by its number."""
+    return BY_ID[stage].name if stage in BY_ID else f"stage {stage}"
+
+
+def _free(name: str, rows: Placed, chosen: Flags, observed_ns: int) -> TimelineBreakdown:
     """The breakdown of threads that have no envelope: their share of the observed time, once for each thread."""
-    threads = len(rows[_THREAD_KEY].drop_duplicates())
-    parts = rows[rows["kind"] != Kind.ENVELOPE]
+    threads = len(np.unique(rows.thread[chosen]))
+    parts = np.flatnonzero(chosen & ~rows.of_kind(Kind.ENVELOPE))
     total = threads * observed_ns
-    rest = pd.Series([total - int(parts["self_ns"].sum())], dtype="int64")
-    stages, unattributed, accounted = _partition(parts, rest)
+    rest = np.array([total - int(rows.self_ns[parts].sum())])
+    stages, unattributed, accounted = _partition(rows, parts, rest)
     unmeasured = StageTime(UNATTRIBUTED, threads, unattributed.self_ns, unattributed.share, Distribution())
     return TimelineBreakdown(name, threads, OBSERVED, total, accounted, stages, unmeasured)
 
 
-def _outside(rows: pd.DataFrame) -> list[OutsideTime]:
+def _outside(rows: Placed, parts: Times, above: Flags) -> list[OutsideTime]:
     return [
         OutsideTime(
-            stage=str(part["name"].iloc[0]),
-            count=len(part),
-            total_ns=int(part["duration"].sum()),
-            inside_ns=int(part.loc[part["placed"], "duration"].sum()),
-            duration=distribution(part["duration"]),
+            stage=_name(stage),
+            count=len(own),
+            total_ns=int((duration := rows.end[own] - rows.begin[own]).sum()),
+            inside_ns=int(duration[above[own]].sum()),
+            duration=_distribution(duration),
         )
-        for _, part in rows.groupby("stage", sort=True)
+        for stage, own in _by_stage(rows, parts)
     ]
 
 

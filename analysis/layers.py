@@ -54,6 +54,30 @@ class LayerStage:
 
 
 @dataclass(frozen=True)
+class LayerTime:
+    """One stage of one layer, of all ranks and steps."""
+
+    stage: str
+    kind: str | None
+    layer: int
+    count: int
+    self_ns: int
+    mean_ns: float  # duration, with what is inside
+
+
+@dataclass(frozen=True)
+class RankCollectives:
+    """The collectives of one rank, where several were recorded."""
+
+    process: int  # its key
+    count: int
+    total_ns: int
+    compared: int  # whose operation was recorded on another rank as well
+    waiting_ns: int  # of these, until the last of the recorded ranks had come
+    moving_ns: int  # of these, after that
+
+
+@dataclass(frozen=True)
 class CollectiveTime:
     """One operation of one group of ranks, of all steps."""
 
@@ -90,7 +114,9 @@ class Layers:
     """What was recorded inside forward passes."""
 
     stages: list[LayerStage]
+    by_layer: list[LayerTime]
     collectives: list[CollectiveTime]
+    ranks: list[RankCollectives]
     experts: list[ExpertLoad]
     not_visible: list[str]  # stages that the model has and a compiler has put into its graphs
     not_in_model: list[str]  # stages that no worker's model has
@@ -104,18 +130,24 @@ class Layers:
 def layer_breakdown(manifest: Manifest, steps: pd.DataFrame, segments: pd.DataFrame, experts: pd.DataFrame) -> Layers:
     """The layer level of a session; `segments` with SEGMENTS, `experts` with EXPERTS."""
     complete = steps.loc[steps["status"] == "complete", _STEP_KEY].drop_duplicates()
-    whole = segments[segments["stage"].isin([*_LAYER_STAGES])].groupby(_STEP_KEY)["partial"].any()
+    of_layers = segments["stage"].isin(_LAYER_STAGES)
+    whole = segments[of_layers].groupby(_STEP_KEY)["partial"].any()
     partial = whole[whole.astype(bool)].index
     complete = complete[~complete.set_index(_STEP_KEY).index.isin(partial)]
     # A step whose layers were not recorded says nothing of how much of it they took.
     layered = complete[complete.set_index(_STEP_KEY).index.isin(whole.index)]
-    rows = segments[segments["stage"].isin([*_LAYER_STAGES, _FORWARD, _SAMPLE])].merge(layered, on=_STEP_KEY)
+    used = segments["stage"].isin([_FORWARD, _SAMPLE]) | of_layers if of_layers.any() else of_layers
+    rows = segments[used].merge(layered, on=_STEP_KEY)
     rows = rows.assign(duration=rows["end_ns"] - rows["begin_ns"])
     names = names_of(manifest.processes)
     not_visible, not_in_model = invisible(manifest.processes)
+    collectives = rows[rows["stage"] == _COLLECTIVE.id]
+    collectives = with_waiting(collectives, names) if len(collectives) else collectives
     return Layers(
         stages=_stages(rows),
-        collectives=_collectives(rows[rows["stage"] == _COLLECTIVE.id], names),
+        by_layer=_by_layer(rows),
+        collectives=_collectives(collectives, names),
+        ranks=_ranks(collectives),
         experts=expert_loads(experts.merge(complete, on=_STEP_KEY), experts_by_rank(manifest.processes)),
         not_visible=not_visible,
         not_in_model=not_in_model,
@@ -176,6 +208,26 @@ def _stages(rows: pd.DataFrame) -> list[LayerStage]:
     return found
 
 
+def _by_layer(rows: pd.DataFrame) -> list[LayerTime]:
+    layered = rows[rows["stage"].isin(_WITH_LAYER) & rows["a0"].notna()]
+    if not len(layered):
+        return []
+    kinds = layered["a1"].where(layered["stage"] == _ATTENTION.id, 0).fillna(0).astype("int64")
+    grouped = layered.assign(kind=kinds).groupby(["a0", "stage", "kind"], sort=True)
+    sums = grouped.agg(count=("stage", "size"), self_ns=("self_ns", "sum"), mean_ns=("duration", "mean")).reset_index()
+    return [
+        LayerTime(
+            stage=_LAYER_STAGES[int(row["stage"])].name,
+            kind=_text(AttentionKind, int(row["kind"])) if row["kind"] else None,
+            layer=int(row["a0"]),
+            count=int(row["count"]),
+            self_ns=int(row["self_ns"]),
+            mean_ns=float(row["mean_ns"]),
+        )
+        for row in sums.to_dict("records")
+    ]
+
+
 def _text(kinds: type[AttentionKind] | type[Collective], number: int) -> str:
     try:
         return kinds(number).text
@@ -189,7 +241,6 @@ def _text(kinds: type[AttentionKind] | type[Collective], number: int) -> str:
 def _collectives(rows: pd.DataFrame, names: Mapping[int, str]) -> list[CollectiveTime]:
     if not len(rows):
         return []
-    rows = with_waiting(rows, names)
     found = []
     for _, part in rows.groupby(["a0", "a1", "a3"], sort=True):
         op, group, algorithm = (int(part[column].iloc[0]) for column in ("a0", "a1", "a3"))
@@ -213,6 +264,20 @@ def _collectives(rows: pd.DataFrame, names: Mapping[int, str]) -> list[Collectiv
             )
         )
     return sorted(found, key=lambda one: -one.total_ns)
+
+
+def _ranks(rows: pd.DataFrame) -> list[RankCollectives]:
+    """Collectives by the rank that took part, where more than one did; `rows` as with_waiting makes them."""
+    if not len(rows) or rows["process"].nunique() < 2:
+        return []
+    found = []
+    for process, part in rows.groupby("process", sort=True):
+        compared = part[part["waiting"].notna()]
+        waiting = int(compared["waiting"].sum())
+        moving = int(compared["duration"].sum()) - waiting
+        total = int(part["duration"].sum())
+        found.append(RankCollectives(int(str(process)), len(part), total, len(compared), waiting, moving))
+    return found
 
 
 def with_waiting(rows: pd.DataFrame, names: Mapping[int, str]) -> pd.DataFrame:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from stagetrace.exporters.session import TABLES, Manifest, Session
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
 _NULLABLE = {
     pa.int8(): pd.Int8Dtype(),
@@ -58,23 +59,35 @@ def frame(table: pa.Table, schema: pa.Schema) -> pd.DataFrame:
 
 
 def read(
-    session: Session, name: str, columns: Sequence[str] | None = None, committed_ns: int | None = None
+    session: Session,
+    name: str,
+    columns: Sequence[str] | None = None,
+    committed_ns: int | None = None,
+    stages: Collection[int] | None = None,
 ) -> pd.DataFrame:
     """One table of a session, or some of its columns, whole or what was committed since (see Session.read_table).
 
-    Raises SessionError when a part of it cannot be read.
+    With `stages`, of segments only the rows of these. Raises SessionError when a part of it cannot be read.
     """
-    return frame(session.read_table(name, None if columns is None else list(columns), committed_ns), TABLES[name])
+    table = session.read_table(name, None if columns is None else list(columns), committed_ns)
+    if stages is not None and name == "segments":
+        chosen = pc.is_in(table["stage"], pa.array(sorted(stages), table.schema.field("stage").type))
+        table = table if pc.all(chosen).as_py() is not False else table.filter(chosen)
+    return frame(table, TABLES[name])
 
 
 def load(
-    session: Session, last_s: float | None = None, columns: Mapping[str, Sequence[str] | None] | None = None
+    session: Session,
+    last_s: float | None = None,
+    columns: Mapping[str, Sequence[str] | None] | None = None,
+    stages: Collection[int] | None = None,
 ) -> Frames:
     """A session's tables, or of each table in `columns` the columns named (None: all), over the last `last_s` seconds.
 
     What ended in the window is in it, whole. The window ends at the last thing recorded; in a session that is still
     being written at the manifest's last update if that is later, so that a server that went quiet shows nothing. A
-    window needs a few more columns than those named and adds them. Raises SessionError.
+    window needs a few more columns than those named and adds them. With `stages`, of segments only these are there.
+    Raises SessionError.
     """
     manifest = session.read_manifest()
     wanted = dict.fromkeys(TABLES) if columns is None else dict(columns)
@@ -85,7 +98,8 @@ def load(
     committed = None if window is None else _committed_since(session, manifest, wanted, window)
     # States and members go with their request, and may have been written long before it ended.
     tables = {
-        name: read(session, name, names, None if name in _WITH_REQUEST else committed) for name, names in wanted.items()
+        name: read(session, name, names, None if name in _WITH_REQUEST else committed, stages)
+        for name, names in wanted.items()
     }
     rows = {name: len(table) for name, table in tables.items()}
     if window is None:

@@ -30,12 +30,15 @@ from .breakdown import (
 )
 from .gap import SEGMENTS as GAP_SEGMENTS
 from .gap import Gap
+from .latency_parts import COLUMNS as PARTS_COLUMNS
+from .latency_parts import LatencyParts, latency_parts
 from .layers import EXPERTS, Layers, layer_breakdown
 from .layers import SEGMENTS as LAYER_SEGMENTS
 from .load import load
 from .show import MISSING, Grid, Part, duration_text, number_text, plain, print_parts, rate_text, share_text
+from .show_parts import parts_dict, parts_tables
 from .speed_of_light import DATA_SHEET, Done, RequestLight, SpeedOfLight, Window, speed_of_light
-from .start_up import StartUp, start_up
+from .start_up import StartUp, process_name, start_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -92,8 +95,10 @@ class Summary:
     duration_ns: int | None  # of the session, by the wall clock
     last_s: float | None  # the window asked for
     requests: Requests
+    parts: list[LatencyParts]
     steps: Steps
     stages: Stages
+    names: dict[int, str]  # of processes, by their key
     start_up: list[StartUp]
     layers: Layers
     light: SpeedOfLight
@@ -110,9 +115,7 @@ def summarise(
     `stagetrace calibrate` made, else the one that is kept for the device. Raises ConfigError and CalibrationError when
     one that was named cannot be read.
     """
-    segments_read = dict.fromkeys([*(COLUMNS["segments"] or ()), *LAYER_SEGMENTS, *GAP_SEGMENTS])
-    columns = COLUMNS | {"segments": [*segments_read], "experts": EXPERTS}
-    frames = load(session, last_s, columns)
+    frames = load(session, last_s, _columns())
     manifest = frames.manifest
     requests, steps, segments = frames["requests"], frames["steps"], frames["segments"]
     level = Level[manifest.level.upper()] if manifest.level.upper() in Level.__members__ else None
@@ -127,7 +130,9 @@ def summarise(
         duration_ns=max(manifest.updated_ns - manifest.started_ns, 0) if manifest.started_ns else None,
         last_s=last_s,
         requests=request_breakdown(requests, frames["intervals"], steps),
+        parts=latency_parts(requests, frames["states"], steps, frames["intervals"], manifest.processes),
         steps=step_breakdown(steps),
+        names={process.key: process_name(process) for process in manifest.processes},
         stages=stage_breakdown(requests, steps, segments, level),
         start_up=start_up(segments, manifest.processes),
         layers=layer_breakdown(manifest, steps, segments, frames["experts"]),
@@ -137,6 +142,15 @@ def summarise(
         health=health(manifest, session.read_exports().values()),
         message=_message(manifest, len(requests), len(steps), sum(frames.rows.values()), last_s),
     )
+
+
+def _columns() -> dict[str, list[str] | None]:
+    """The columns that a report needs, by table."""
+    found: dict[str, list[str] | None] = {"experts": EXPERTS}
+    for needed in (COLUMNS, PARTS_COLUMNS, {"segments": LAYER_SEGMENTS}, {"segments": GAP_SEGMENTS}):
+        for name, columns in needed.items():
+            found[name] = list(dict.fromkeys([*(found.get(name) or ()), *(columns or ())]))
+    return found
 
 
 def _engines(manifest: Manifest) -> list[Engine]:
@@ -201,6 +215,7 @@ def as_dict(summary: Summary) -> dict[str, Any]:
                 "total_tokens_per_s": requests.rates.total_tokens,
             },
         },
+        "latency_parts": parts_dict(summary.parts),
         "steps": {
             "count": steps.count,
             "by_status": steps.by_status,
@@ -229,6 +244,15 @@ def as_dict(summary: Summary) -> dict[str, Any]:
             }
             for timeline in stages.timelines
         ],
+        "ranks": [
+            {
+                "process": summary.names.get(rank.process, ""),
+                "total_ns": rank.total_ns,
+                "duration": _distribution(rank.duration),
+                "stages": [_stage(stage) for stage in [*rank.stages, rank.unattributed]],
+            }
+            for rank in stages.ranks
+        ],
         "start_up": [
             {
                 "process": each.process,
@@ -237,7 +261,7 @@ def as_dict(summary: Summary) -> dict[str, Any]:
             }
             for each in summary.start_up
         ],
-        "layers": _layers_dict(summary.layers),
+        "layers": _layers_dict(summary.layers, summary.names),
         "outside_steps": [
             {
                 "stage": row.stage,
@@ -277,13 +301,15 @@ def as_dict(summary: Summary) -> dict[str, Any]:
     }
 
 
-def _layers_dict(layers: Layers) -> dict[str, Any]:
+def _layers_dict(layers: Layers, names: dict[int, str]) -> dict[str, Any]:
     with_durations = {
         name: [vars(row) | {"duration": _distribution(row.duration)} for row in rows]
         for name, rows in (("stages", layers.stages), ("collectives", layers.collectives))
     }
     return {
         **with_durations,
+        "by_layer": [vars(row) | {"mean_ns": round(row.mean_ns)} for row in layers.by_layer],
+        "ranks": [vars(row) | {"process": names.get(row.process, "")} for row in layers.ranks],
         "experts": [vars(load) for load in layers.experts],
         "not_visible_under_compile": layers.not_visible,
         "not_in_model": layers.not_in_model,
@@ -350,6 +376,7 @@ def parts(summary: Summary) -> list[Part]:
         shown.append(plain_message(summary.message))
     if summary.requests.count:
         shown += _requests(summary.requests)
+        shown += parts_tables(summary.parts, summary.path)
     if summary.steps.count:
         shown += _steps(summary.steps)
     shown += _stages(summary)
@@ -440,6 +467,8 @@ def _stages(summary: Summary) -> list[Part]:
             )
         if len(timeline.by_phase) > 1:
             shown.append(_by_phase(timeline))
+    if len(stages.ranks) > 1:
+        shown.append(_ranks(summary))
     if stages.outside:
         columns = ("stage", "count", "total", "of it above", "p50", "p95", "p99")
         rows = [
@@ -461,6 +490,24 @@ def _stages(summary: Summary) -> list[Part]:
     if summary.steps.count and names:
         shown.append(f"No rows: {names} (they did not happen, or their hook is not there).")
     return shown
+
+
+def _ranks(summary: Summary) -> Grid:
+    ranks = summary.stages.ranks
+    names = list(dict.fromkeys(stage.stage for rank in ranks for stage in [*rank.stages, rank.unattributed]))
+    collectives = {each.process: each for each in summary.layers.ranks}
+    rows = []
+    for rank in ranks:
+        shares = {stage.stage: stage.share for stage in [*rank.stages, rank.unattributed]}
+        cells = [plain(summary.names.get(rank.process) or f"process {rank.process}"), str(rank.duration.count)]
+        cells += [duration_text(time) for time in (rank.total_ns, rank.duration.p50, rank.duration.p99)]
+        if collectives:
+            own = collectives.get(rank.process)
+            times = (None, None) if own is None else (own.waiting_ns, own.moving_ns)
+            cells += [duration_text(time) for time in times]
+        rows.append([*cells, *(share_text(shares.get(name)) for name in names)])
+    waiting = ("waiting in collectives", "moving") if collectives else ()
+    return Grid("Ranks, each on its own", ("rank", "steps", "total", "p50", "p99", *waiting, *names), rows)
 
 
 def _start_up(processes: list[StartUp]) -> list[Part]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 from stagetrace.instrument.stages import BY_ID, BY_NAME
@@ -41,7 +42,7 @@ class StartUp:
 def start_up(segments: pd.DataFrame, processes: Sequence[Process]) -> list[StartUp]:
     """The start-up of every process that recorded it, in the order in which they were started."""
     inside = segments[within_start_up(segments)]
-    names = {process.key: _named(process) for process in processes}
+    names = {process.key: process_name(process) for process in processes}
     found = []
     for key in _in_order(inside, "process"):
         rows = inside[inside["process"] == key]
@@ -66,12 +67,16 @@ def _piece(stage: int, rows: pd.DataFrame) -> Piece:
 
 def within_start_up(segments: pd.DataFrame) -> pd.Series:
     """Which segments are part of a start-up: on its thread, and over when that was."""
-    ready = segments[segments["stage"] == _STARTUP].groupby(_THREAD)["end_ns"].max().rename("ready")
-    marked = segments[[*_THREAD, "end_ns"]].merge(ready.reset_index(), how="left", on=_THREAD)
-    return pd.Series((marked["end_ns"] <= marked["ready"]).fillna(False).to_numpy(bool), index=segments.index)
+    ready = segments[segments["stage"] == _STARTUP].groupby(_THREAD)["end_ns"].max().reset_index()
+    inside = np.zeros(len(segments), bool)
+    process, thread, end = (segments[name].to_numpy(np.int64) for name in (*_THREAD, "end_ns"))
+    for its_process, its_thread, until in ready.to_numpy(np.int64).tolist():
+        inside |= (process == its_process) & (thread == its_thread) & (end <= until)
+    return pd.Series(inside, index=segments.index)
 
 
-def _named(process: Process) -> str:
+def process_name(process: Process) -> str:
+    """A process's role, and which rank it is where there are several."""
     size = process.info.get("world_size"), process.info.get("data_parallel")
     words = [process.role]
     for name, total in (("rank", size[0]), ("data_parallel_rank", size[1])):

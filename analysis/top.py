@@ -163,7 +163,7 @@ class View:
 
 def look(session: Session, window_s: float, now_ns: int) -> View:
     """The last `window_s` seconds of a session as it is on disk; `now_ns` is the wall clock. Raises SessionError."""
-    frames = load(session, window_s + _SETTLE_NS / 1e9, COLUMNS)
+    frames = load(session, window_s + _SETTLE_NS / 1e9, COLUMNS | {"requests": None, "steps": None})
     before, after = _cursors(session, frames.manifest.updated_ns - round(window_s * 1e9))
     switched = session_level(session.path).name.lower() if (session.path / LEVEL_FILE).exists() else None
     exports = tuple(session.read_exports().values())

@@ -25,3 +25,14 @@ def checked_keep(text: str | None) -> str:
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--keep") from None
     return text or DEFAULT
+
+
+def say_meaning(name: str, command: str) -> None:
+    """Prints what a number means. Raises typer.Exit with status 2 for one that is not known."""
+    from stagetrace.analysis.definitions import UnknownName, explained
+
+    try:
+        typer.echo(explained(name))
+    except UnknownName as error:
+        typer.echo(f"stagetrace {command}: {error}", err=True)
+        raise typer.Exit(2) from None

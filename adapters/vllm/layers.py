@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagetrace.adapters.collectives import Collectives, Group
 from stagetrace.adapters.experts import DeviceCounts, HostCounts, chained, contained
-from stagetrace.adapters.layers import Within, timed, timed_within
+from stagetrace.adapters.layers import Within, is_dense_mlp, timed, timed_within
 from stagetrace.adapters.rank import layer_index, ranges
 from stagetrace.instrument.around import Around
 from stagetrace.instrument.recorder import RECORDER
@@ -37,7 +37,6 @@ CHOSEN = "vllm.model_executor.layers.fused_moe.router.fused_moe_router:FusedMoER
 
 _MARK = "_stagetrace"  # attribute of vLLM's objects that we keep ours in
 _CHAIN = "_stagetrace_chain"
-_MLP_NAMES = {"mlp", "feed_forward", "ffn", "ff"}
 # What vLLM's opaque operators call on a layer that has no `impl`, and the parameters that may have the tokens.
 _CALLED = (
     *("forward_impl", "conv_ssm_forward", "_forward_core", "_forward_core_fused_norm_packed", "_forward_core_rocm"),
@@ -98,7 +97,7 @@ def blocks(modules: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, int, Any]]
     `modules` are all of them by name, an outer one before those inside it.
     """
     named = [*modules]
-    experts = [(name, module) for name, module in named if is_moe(module)]
+    experts = [name for name, module in named if is_moe(module)]
     shared = {}
     for name, module in named:
         if type(module).__name__ == "SharedExperts" and hasattr(module, "_layer"):
@@ -107,8 +106,7 @@ def blocks(modules: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, int, Any]]
         if id(module) in shared:
             yield "shared_experts", shared.pop(id(module)), module
             continue
-        dense = not any(inner.startswith(f"{name}.") for inner, _ in experts)
-        if dense and name.rpartition(".")[2] in _MLP_NAMES and layer_index(name) >= 0:
+        if is_dense_mlp(name, experts):
             yield "mlp", layer_index(name), module
 
 

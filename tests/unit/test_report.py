@@ -225,7 +225,17 @@ def test_json_keys_are_documented(tmp_path: Path):
             return set().union(*(fixed(each) for each in value))
         if not isinstance(value, dict):
             return set()
-        named = {"by_status", "latencies", "itl_by_phase", "by_phase", "by_reason", "contained_errors", "counts"}
+        named = {
+            "latency_parts",
+            "parts",
+            "by_status",
+            "latencies",
+            "itl_by_phase",
+            "by_phase",
+            "by_reason",
+            "contained_errors",
+            "counts",
+        }
         keys = {key for key in value if key not in ("prefill", "decode")}
         inner = (fixed(each if key not in named else list(each.values())) for key, each in value.items())
         return keys.union(*inner)
