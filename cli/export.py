@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from stagetrace.exporters.follow import Follower
     from stagetrace.exporters.otel_settings import Destination
+    from stagetrace.exporters.sampling import Rules
     from stagetrace.exporters.session import Session
 
 
@@ -44,6 +45,13 @@ def export(
         bool,
         typer.Option("--again", help="otlp: send everything, also what the backend has confirmed; ids are the same."),
     ] = False,
+    sample: Annotated[
+        str | None,
+        typer.Option(
+            help="otlp: a share (0.05) of requests and steps, and all that are slow, failed, preempted or among the"
+            " first; or your own rules (docs/exporting.md). Default: STAGETRACE_SAMPLE, else everything."
+        ),
+    ] = None,
     patience: Annotated[
         float,
         typer.Option(min=0, help="otlp: give up when the backend has taken nothing for so many seconds. 0: never."),
@@ -60,11 +68,16 @@ def export(
     from rich.console import Console
 
     from stagetrace.exporters.otel_settings import destination
+    from stagetrace.exporters.sampling import rules_of
     from stagetrace.exporters.session import Session, SessionError
 
     logging.basicConfig(level=logging.WARNING, format="stagetrace export: %(message)s")
     console = Console(stderr=True)
     wanted = destination(os.environ)
+    try:
+        rules = rules_of({**os.environ, **({} if sample is None else {"STAGETRACE_SAMPLE": sample})})
+    except ValueError as error:
+        _fail(str(error))
     if to is To.OTLP and wanted is None:
         _fail("set OTEL_EXPORTER_OTLP_ENDPOINT to where the spans should go, http://127.0.0.1:4317 for example")
     try:
@@ -72,12 +85,14 @@ def export(
     except SessionError as error:
         _fail(str(error))
     if to is To.OTLP and wanted is not None:
-        _send(opened, wanted, again, patience, console)
+        _send(opened, wanted, rules, again, patience, console)
     else:
         _write(opened, to, output, console)
 
 
-def _send(session: Session, wanted: Destination, again: bool, patience_s: float, console: Console) -> None:
+def _send(
+    session: Session, wanted: Destination, rules: Rules, again: bool, patience_s: float, console: Console
+) -> None:
     import time
 
     from stagetrace.analysis.step_light import with_light
@@ -87,7 +102,8 @@ def _send(session: Session, wanted: Destination, again: bool, patience_s: float,
     from stagetrace.exporters.session import SessionError
 
     try:
-        follower = Follower(session, OtlpSink.to(wanted, session.identity.key), wanted, enrich=with_light(session))
+        sink = OtlpSink.to(wanted, session.identity.key, rules=rules)
+        follower = Follower(session, sink, wanted, enrich=with_light(session))
     except (SessionError, BadSettings, Taken, OSError) as error:
         _fail(str(error))
     told = stop_at_signal()
@@ -124,6 +140,9 @@ def _send(session: Session, wanted: Destination, again: bool, patience_s: float,
     state = follower.state
     if why:
         typer.echo(f"stagetrace export: {state.target} does not take the spans: {why} ({state.trouble})", err=True)
+    removed = {name: count for name, count in state.left_out.items() if name.endswith("_sampled_out") and count}
+    if removed:
+        typer.echo("sampled out: " + ", ".join(f"{n} {name.split('_')[0]}" for name, n in sorted(removed.items())))
     refused = f", {state.refused} refused" if state.refused else ""
     typer.echo(f"{state.sent} spans sent to {state.target}{refused}; {follower.waiting} commits wait")
     raise typer.Exit(int(bool(why or follower.waiting or state.refused)))

@@ -20,6 +20,7 @@ def follow(session: Annotated[Path, typer.Argument(help="The session's directory
     from stagetrace.exporters.follow import follow_session
     from stagetrace.exporters.otel_settings import destination
     from stagetrace.exporters.otlp import BadSettings
+    from stagetrace.exporters.sampling import rules_of
     from stagetrace.exporters.session import Session, SessionError
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -33,8 +34,9 @@ def follow(session: Annotated[Path, typer.Argument(help="The session's directory
     try:
         counts = destination(os.environ, "metrics")
         opened = Session.open(session)
-        status = follow_session(opened, wanted, counts, told, with_light(opened)) if wanted else 2
-    except (SessionError, BadSettings) as error:
+        rules = rules_of(os.environ)
+        status = follow_session(opened, wanted, counts, told, with_light(opened), rules) if wanted else 2
+    except (SessionError, BadSettings, ValueError) as error:
         logging.error("%s", error)
         status = 2
     raise typer.Exit(status)

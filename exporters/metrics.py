@@ -63,6 +63,11 @@ def metrics_of(manifest: Manifest, export: Export, now_ns: int, others: Iterable
             "spans, by whether this backend confirmed them",
             [(export.sent, {"stagetrace.fate": "sent"}), (export.refused, {"stagetrace.fate": "refused"})],
         ),
+        "stagetrace.export.left_out": (
+            "{row}",
+            "rows that became no spans for this backend, by reason",
+            [(max(count, 0), {"stagetrace.reason": name}) for name, count in sorted(export.left_out.items())],
+        ),
         "stagetrace.hook.errors": (
             "{error}",
             "contained errors of stagetrace's own, by hook",

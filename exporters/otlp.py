@@ -7,6 +7,7 @@ none of the SDK's span limits applies. When to send what, and again, is the foll
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
@@ -14,6 +15,7 @@ from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from .gather import Gather
 from .otlp_encode import Encoder, resource_bytes
 from .otlp_send import Answer, sender
+from .sampling import Sampler
 from .session import names_of
 from .spans import LINK_LIMIT, Clock, Source, Spans, model_of, resource_attributes, rows_of, spans_of_rows
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
     from .otel_settings import Destination
     from .otlp_send import Sender
+    from .sampling import Rules
     from .session import Manifest
     from .spans import Span
 
@@ -43,11 +46,12 @@ class BadSettings(Exception):
 class OtlpSink:
     """Makes spans and sends them. Used by one thread."""
 
-    def __init__(self, connection: Sender, key: bytes, link_limit: int = LINK_LIMIT):
+    def __init__(self, connection: Sender, key: bytes, link_limit: int = LINK_LIMIT, sampler: Sampler | None = None):
         self._sender = connection
         self._key = key
         self._link_limit = link_limit
         self._gather = Gather()
+        self.sampler = sampler
         self._encoder = Encoder()
         self._closed = False
         self._answer = Answer(True)
@@ -56,11 +60,18 @@ class OtlpSink:
 
     @classmethod
     def to(
-        cls, destination: Destination, key: bytes, *, timeout_s: float = REQUEST_S, link_limit: int = LINK_LIMIT
+        cls,
+        destination: Destination,
+        key: bytes,
+        *,
+        timeout_s: float = REQUEST_S,
+        link_limit: int = LINK_LIMIT,
+        rules: Rules | None = None,
     ) -> OtlpSink:
         """A sink for that destination; `key` is the session's (Identity.key). Raises BadSettings."""
+        sampler = None if rules is None or rules.all else Sampler(rules, key)
         try:
-            return cls(sender(destination, destination.timeout_s(timeout_s)), key, link_limit)
+            return cls(sender(destination, destination.timeout_s(timeout_s)), key, link_limit, sampler)
         except Exception as error:
             raise BadSettings(f"no spans can be exported to {destination.target}: {error}") from error
 
@@ -71,12 +82,35 @@ class OtlpSink:
         Raises ValueError when the manifest has no clock anchor.
         """
         rows, left_out = self._gather.add(rows_of(tables))
+        wanted: frozenset[tuple[int, int]] = frozenset()
+        if self.sampler is not None:
+            picked = self.sampler.pick(rows)
+            rows, wanted = picked.rows, frozenset(picked.wanted)
+            left_out += picked.left_out
         made = spans_of_rows(rows, self._source(manifest), self._link_limit)
-        return Spans(made.spans, made.left_out + left_out)
+        return Spans(made.spans, made.left_out + left_out, wanted)
 
-    def remember(self, tables: Mapping[str, pa.Table]) -> None:
-        """Takes in tables whose spans the backend has: states of requests that are not over are still to come."""
-        self._gather.add(rows_of(tables))
+    def steps(self, tables: Mapping[str, pa.Table], manifest: Manifest, wanted: set[tuple[int, int]]) -> Spans:
+        """The spans of those steps in the tables of an earlier commit that a kept request took part in."""
+        assert self.sampler is not None
+        rows = self.sampler.of_steps(rows_of(tables), wanted)
+        made = spans_of_rows(rows, self._source(manifest), self._link_limit)
+        back = Counter(steps_sampled_out=-len(rows["steps"]), segments_sampled_out=-len(rows["segments"]))
+        back.update(made.left_out)
+        return Spans(made.spans, back)
+
+    def remember(self, tables: Mapping[str, pa.Table], decide: bool = False) -> None:
+        """Takes in tables whose spans the backend has: states of requests that are not over are still to come.
+
+        With `decide` they are of one commit, and what was sampled then is known again.
+        """
+        rows, _ = self._gather.add(rows_of(tables))
+        if self.sampler is None:
+            return
+        if decide:
+            self.sampler.pick({**rows, "steps": [], "segments": []})
+        else:
+            self.sampler.learn(rows["requests"])
 
     def send(self, batch: Sequence[Span]) -> bool:
         """Sends one request with these spans (see `batches`). Whether the backend confirmed it; never raises."""

@@ -194,6 +194,7 @@ class Spans:
 
     spans: list[Span]
     left_out: Counter[str]
+    wanted: frozenset[tuple[int, int]] = frozenset()  # instance and step of those in earlier commits (sampling.py)
 
 
 def spans_of(tables: Mapping[str, pa.Table], source: Source, link_limit: int = LINK_LIMIT) -> Spans:
@@ -321,6 +322,7 @@ def _step_span(row: Row, trace: _Trace, source: Source) -> Span:
         value = row.get(column)
         if value is not None:
             attributes[name] = value
+    attributes.update(_sampling(row))
     for name, column in _OF_GAPS.items():
         value = row.get(column)
         if value is not None:
@@ -572,7 +574,17 @@ def _request_attributes(row: Row, source: Source) -> dict[str, Any]:
         "stagetrace.engine_instance": hex_instance(row["instance"]),
         **{f"stagetrace.{name}": row[name] for name in (*_OF_REQUESTS, *_STATE_SUMS)},
     }
-    return _known(attributes)
+    return _known(attributes | _sampling(row))
+
+
+def _sampling(row: Row) -> dict[str, Any]:
+    """Why it is here, and for how many it stands, where not all are (sampling.py)."""
+    if "sampling_weight" not in row:
+        return {}
+    return {
+        "stagetrace.sampling.reason": row["sampling_reason"],
+        "stagetrace.sampling.weight": row["sampling_weight"],
+    }
 
 
 def _known(attributes: dict[str, Any]) -> dict[str, Any]:
