@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..architecture import Experts
-from ..ceilings import least_times
 from ..load import load
 from ..speed_of_light import Served, ceilings_for, preferred, served, work_of
 from . import front_end, graphs, host, parallel, prefill, queueing, roofs
@@ -99,8 +98,7 @@ def with_light(facts: Facts, session: Session, model_config: Path | None, calibr
     kind = preferred(ceilings)
     if kind is None or not len(facts.steps):
         return replace(facts, no_light=" ".join(notes))
-    work, _ = work_of(found, facts.steps, facts.experts)
-    least = least_times(work.works, work.collectives, ceilings[kind])
+    least = work_of(found, facts.steps, facts.experts).least(ceilings[kind])
     shape = (len(facts.steps),)
     whole, memory = (
         None if seconds is None else np.broadcast_to(np.asarray(seconds, dtype=np.float64) * 1e9, shape)
