@@ -24,6 +24,7 @@ class To(StrEnum):
     OTLP = "otlp"
     PERFETTO = "perfetto"
     CHROME = "chrome"
+    PROMETHEUS = "prometheus"
 
 
 def export(
@@ -34,13 +35,16 @@ def export(
         To,
         typer.Option(
             help="otlp: to OTEL_EXPORTER_OTLP_ENDPOINT. perfetto: a file for ui.perfetto.dev. chrome: a JSON file for"
-            " speedscope or chrome://tracing."
+            " speedscope or chrome://tracing. prometheus: serve the metrics for a scrape, until Ctrl-C."
         ),
     ] = To.OTLP,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="The file to write. Default: the session's name, in this directory."),
     ] = None,
+    listen: Annotated[
+        str, typer.Option(help="prometheus: HOST:PORT to be scraped at. Nothing but loopback unless you say so.")
+    ] = "127.0.0.1:9464",
     again: Annotated[
         bool,
         typer.Option("--again", help="otlp: send everything, also what the backend has confirmed; ids are the same."),
@@ -86,6 +90,8 @@ def export(
         _fail(str(error))
     if to is To.OTLP and wanted is not None:
         _send(opened, wanted, rules, again, patience, console)
+    elif to is To.PROMETHEUS:
+        _serve(opened, listen)
     else:
         _write(opened, to, output, console)
 
@@ -146,6 +152,27 @@ def _send(
     refused = f", {state.refused} refused" if state.refused else ""
     typer.echo(f"{state.sent} spans sent to {state.target}{refused}; {follower.waiting} commits wait")
     raise typer.Exit(int(bool(why or follower.waiting or state.refused)))
+
+
+def _serve(session: Session, listen: str) -> None:
+    from stagetrace.analysis.step_light import with_light
+    from stagetrace.exporters.background import stop_at_signal
+    from stagetrace.exporters.prometheus import serve
+    from stagetrace.exporters.session import SessionError
+
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        _fail(f"--listen {listen} is not HOST:PORT, 127.0.0.1:9464 for example")
+
+    def ready(port: int) -> None:
+        typer.echo(f"metrics of {session.path} at http://{host}:{port}/metrics")
+
+    try:
+        serve(session, (host.strip("[]"), int(port)), stop_at_signal(), with_light(session), ready)
+    except OSError as error:
+        _fail(f"nothing can be scraped at {listen}: {error}; --listen takes another HOST:PORT")
+    except SessionError as error:
+        _fail(str(error))
 
 
 def _write(session: Session, to: To, output: Path | None, console: Console) -> None:

@@ -5,14 +5,22 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from stagetrace.exporters.session import Session
 
 PATIENCE_S = 1.0  # after the end of the session; less than the collector has (exporters/export_process.py)
 
 
-def follow(session: Annotated[Path, typer.Argument(help="The session's directory.")]) -> None:
+def follow(
+    session: Annotated[Path, typer.Argument(help="The session's directory.")],
+    scrape: Annotated[bool, typer.Option("--scrape", help="Serve its metrics to Prometheus instead.")] = False,
+) -> None:
     """Sends a session that is being recorded to where the OTEL_* variables say."""
     # Imported here: the OpenTelemetry SDK takes longer to import than most commands to run.
     from stagetrace.analysis.step_light import with_light
@@ -32,6 +40,8 @@ def follow(session: Annotated[Path, typer.Argument(help="The session's directory
 
     wanted = destination(os.environ)
     try:
+        if scrape:
+            raise typer.Exit(_scrape(Session.open(session), lambda: told() or orders.overdue(0)))
         counts = destination(os.environ, "metrics")
         opened = Session.open(session)
         rules = rules_of(os.environ)
@@ -40,3 +50,20 @@ def follow(session: Annotated[Path, typer.Argument(help="The session's directory
         logging.error("%s", error)
         status = 2
     raise typer.Exit(status)
+
+
+def _scrape(session: Session, told: Callable[[], bool]) -> int:
+    """Serves until told; the exit status. Raises SessionError and ValueError."""
+    from stagetrace.analysis.step_light import with_light
+    from stagetrace.exporters.otel_settings import scrape_address
+    from stagetrace.exporters.prometheus import serve
+
+    where = scrape_address(os.environ)
+    if where is None:
+        return 2
+    try:
+        serve(session, where, told, with_light(session))
+    except OSError as error:
+        logging.error("nothing can be scraped at %s:%d: %s; OTEL_EXPORTER_PROMETHEUS_PORT sets another", *where, error)
+        return 2
+    return 0

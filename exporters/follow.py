@@ -197,7 +197,7 @@ class Follower:
             self._leave_out(Counter(rows_that_failed=rows))
             return
         if self.metrics is not None:
-            self.metrics.add(lit)
+            self.metrics.add(lit, self.manifest)
         self._leave_out(made.left_out)
         self._queue.extend(_Request(number, spans) for spans in batches(made.spans))
         if self.sink.sampler is not None:
@@ -324,7 +324,7 @@ def follow_session(
     """
     sink = OtlpSink.to(destination, session.identity.key, rules=rules)
     try:
-        counts = None if metrics is None else MetricsSink(metrics, REQUEST_S)
+        counts = None if metrics is None else MetricsSink(metrics, REQUEST_S, session.identity.key)
         follower = Follower(session, sink, destination, counts, enrich)
     except Taken as error:
         log.error("%s", error)

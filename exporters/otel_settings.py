@@ -94,3 +94,17 @@ def destination(environ: Mapping[str, str], signal: str = "traces") -> Destinati
         setting("CLIENT_KEY"),
         setting("CLIENT_CERTIFICATE"),
     )
+
+
+def scrape_address(environ: Mapping[str, str]) -> tuple[str, int] | None:
+    """Host and port that OTEL_EXPORTER_PROMETHEUS_HOST and _PORT ask for, where OTEL_METRICS_EXPORTER names prometheus.
+
+    Raises ValueError for a port that is none.
+    """
+    named = environ.get("OTEL_METRICS_EXPORTER", "")
+    if "prometheus" not in [name.strip() for name in named.split(",")]:
+        return None
+    port = environ.get("OTEL_EXPORTER_PROMETHEUS_PORT") or "9464"
+    if not port.isdecimal() or not 0 <= int(port) < 65536:
+        raise ValueError(f"OTEL_EXPORTER_PROMETHEUS_PORT: {port} is no port")
+    return environ.get("OTEL_EXPORTER_PROMETHEUS_HOST") or "127.0.0.1", int(port)
