@@ -25,13 +25,14 @@ import psutil
 import rings
 from synthetic import Engine
 
-from stagetrace.exporters import otlp
 from stagetrace.exporters.assembly.assemble import Assembler
 from stagetrace.exporters.collector import COMMIT_SLOTS, batch_marks, raw_table
 from stagetrace.exporters.discover import process_key
 from stagetrace.exporters.drain import RingReader
 from stagetrace.exporters.otel_settings import Destination
+from stagetrace.exporters.otlp import OtlpSink
 from stagetrace.exporters.session import Commit, Manifest, Session
+from stagetrace.exporters.span_sink import batches as batches_of
 from stagetrace.instrument.identity import claim_identity
 
 if TYPE_CHECKING:
@@ -243,14 +244,14 @@ def spans_per_s(case: Case, slots: int, count: int) -> measure.Spread:
     manifest = Manifest(session="benchmark", host="host", anchors=[(0, time.time_ns())])
 
     def run() -> float:
-        sink = otlp.OtlpSink.to(Destination(f"http://127.0.0.1:{port}", "grpc", "60"), found.key, timeout_s=60)
+        sink = OtlpSink.to(Destination(f"http://127.0.0.1:{port}", "grpc", "60"), found.key, timeout_s=60)
         assembler = Assembler(found.key)
         sent = 0
         begin = time.process_time()
         for now, polled in found.commits:
             for batch in polled:
                 assembler.add(batch)
-            for spans in otlp.batches(sink.spans(assembler.take(now), manifest).spans):
+            for spans in batches_of(sink.spans(assembler.take(now), manifest).spans):
                 if not sink.send(spans):
                     raise RuntimeError(f"the receiver did not take a batch of spans: {sink.why}")
                 sent += len(spans)

@@ -104,8 +104,9 @@ def _send(
     from stagetrace.analysis.step_light import with_light
     from stagetrace.exporters.background import stop_at_signal
     from stagetrace.exporters.follow import Follower, Taken
-    from stagetrace.exporters.otlp import BadSettings, OtlpSink
+    from stagetrace.exporters.otlp import OtlpSink
     from stagetrace.exporters.session import SessionError
+    from stagetrace.exporters.span_sink import BadSettings
 
     try:
         sink = OtlpSink.to(wanted, session.identity.key, rules=rules)

@@ -27,9 +27,9 @@ def follow(
     from stagetrace.exporters.background import Orders
     from stagetrace.exporters.follow import follow_session
     from stagetrace.exporters.otel_settings import destination
-    from stagetrace.exporters.otlp import BadSettings
     from stagetrace.exporters.sampling import rules_of
     from stagetrace.exporters.session import Session, SessionError
+    from stagetrace.exporters.span_sink import BadSettings
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     orders = Orders()

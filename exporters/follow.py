@@ -12,20 +12,22 @@ import logging
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Protocol
 
 import pyarrow as pa
 
 from .metrics import MetricsSink
-from .otlp import REQUEST_S, BadSettings, OtlpSink, batches
+from .otlp import OtlpSink
 from .parts import END
 from .session import TABLES, Export, Manifest, Session, SessionError
+from .span_sink import REQUEST_S, BadSettings, batches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from .otel_settings import Destination
     from .sampling import Rules
+    from .span_sink import SpanSink
     from .spans import Span
 
     Tables = Mapping[str, pa.Table]
@@ -44,6 +46,18 @@ _SAVE_S = 1.0
 
 class Taken(Exception):
     """Another process exports this session to the same destination."""
+
+
+class Target(Protocol):
+    """Where spans go, as the follower needs to know it."""
+
+    @property
+    def name(self) -> str:
+        """A short name that is the same for the same destination."""
+
+    @property
+    def target(self) -> str:
+        """The destination in words, without credentials."""
 
 
 @dataclass
@@ -66,8 +80,8 @@ class Follower:
     def __init__(
         self,
         session: Session,
-        sink: OtlpSink,
-        destination: Destination,
+        sink: SpanSink,
+        destination: Target,
         metrics: MetricsSink | None = None,
         enrich: Enrich | None = None,
     ):

@@ -12,8 +12,9 @@ from backends.tables import KEY, MS, Builder
 from unit.commands import commands_in
 
 from stagetrace.exporters.otel_settings import destination
-from stagetrace.exporters.otlp import BadSettings, OtlpSink
+from stagetrace.exporters.otlp import OtlpSink
 from stagetrace.exporters.session import Manifest, Session
+from stagetrace.exporters.span_sink import BadSettings
 from stagetrace.instrument.identity import claim_identity
 
 if TYPE_CHECKING:
