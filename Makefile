@@ -13,7 +13,7 @@ BENCH ?=
 .DEFAULT_GOAL := help
 # The tools and the tests share two cores and one checkout: one at a time, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help quickstart dev engines-env vllm-env sglang-env test test-all lint format types imports unit contracts releases fuzz fuzz-long backends engines faults bench soak docs clean python prometheus
+.PHONY: help quickstart dev engines-env vllm-env sglang-env clickhouse-env test test-all lint format types imports unit contracts releases fuzz fuzz-long backends engines faults bench soak docs clean python prometheus
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ vllm-env: python
 
 sglang-env: python
 	$(PYTHON) tests/environments/make.py sglang-cpu
+
+clickhouse-env: python
+	$(PYTHON) tests/environments/make.py clickhouse
 
 %-env:
 	@echo "ENGINE is vllm or sglang, not '$*'" >&2; exit 1
@@ -73,7 +76,7 @@ fuzz: dev ## every parser of outside input: inputs that once failed, and some th
 fuzz-long: dev ## the same guided by coverage, 110,000 inputs (an hour); INPUTS=N for another number
 	$(DEV) tests/fuzz/campaign.py $(if $(INPUTS),--inputs $(INPUTS))
 
-backends: dev prometheus ## tests against real trace stores
+backends: dev prometheus clickhouse-env ## tests against real trace stores
 	$(call pytest,backends)
 
 engines: dev engines-env ## tests against a real vLLM and a real SGLang

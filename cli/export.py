@@ -12,10 +12,9 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from stagetrace.exporters.follow import Follower
-    from stagetrace.exporters.otel_settings import Destination
-    from stagetrace.exporters.sampling import Rules
+    from stagetrace.exporters.follow import Follower, Target
     from stagetrace.exporters.session import Session
+    from stagetrace.exporters.span_sink import SpanSink
 
 
 class To(StrEnum):
@@ -25,6 +24,7 @@ class To(StrEnum):
     PERFETTO = "perfetto"
     CHROME = "chrome"
     PROMETHEUS = "prometheus"
+    CLICKHOUSE = "clickhouse"
 
 
 def export(
@@ -36,6 +36,7 @@ def export(
         typer.Option(
             help="otlp: to OTEL_EXPORTER_OTLP_ENDPOINT. perfetto: a file for ui.perfetto.dev. chrome: a JSON file for"
             " speedscope or chrome://tracing. prometheus: serve the metrics for a scrape, until Ctrl-C."
+            " clickhouse: rows of otel_traces at --url."
         ),
     ] = To.OTLP,
     output: Annotated[
@@ -45,6 +46,13 @@ def export(
     listen: Annotated[
         str, typer.Option(help="prometheus: HOST:PORT to be scraped at. Nothing but loopback unless you say so.")
     ] = "127.0.0.1:9464",
+    url: Annotated[
+        str,
+        typer.Option(
+            envvar="STAGETRACE_CLICKHOUSE_URL",
+            help="clickhouse: the server's HTTP interface, http://[USER:PASSWORD@]HOST:8123/DATABASE.",
+        ),
+    ] = "",
     again: Annotated[
         bool,
         typer.Option("--again", help="otlp: send everything, also what the backend has confirmed; ids are the same."),
@@ -72,8 +80,10 @@ def export(
     from rich.console import Console
 
     from stagetrace.exporters.otel_settings import destination
+    from stagetrace.exporters.otlp import OtlpSink
     from stagetrace.exporters.sampling import rules_of
     from stagetrace.exporters.session import Session, SessionError
+    from stagetrace.exporters.span_sink import BadSettings
 
     logging.basicConfig(level=logging.WARNING, format="stagetrace export: %(message)s")
     console = Console(stderr=True)
@@ -88,30 +98,33 @@ def export(
         opened = Session.newest() if session is None else Session.open(session)
     except SessionError as error:
         _fail(str(error))
-    if to is To.OTLP and wanted is not None:
-        _send(opened, wanted, rules, again, patience, console)
-    elif to is To.PROMETHEUS:
+    try:
+        if to is To.OTLP and wanted is not None:
+            _send(opened, OtlpSink.to(wanted, opened.identity.key, rules=rules), wanted, again, patience, console)
+        elif to is To.CLICKHOUSE:
+            from stagetrace.exporters.clickhouse import ClickHouseSink, Server
+
+            server = Server(url)
+            _send(opened, ClickHouseSink(server, opened.identity.key, rules=rules), server, again, patience, console)
+    except BadSettings as error:
+        _fail(str(error))
+    if to is To.PROMETHEUS:
         _serve(opened, listen)
-    else:
+    elif to not in (To.OTLP, To.CLICKHOUSE):
         _write(opened, to, output, console)
 
 
-def _send(
-    session: Session, wanted: Destination, rules: Rules, again: bool, patience_s: float, console: Console
-) -> None:
+def _send(session: Session, sink: SpanSink, wanted: Target, again: bool, patience_s: float, console: Console) -> None:
     import time
 
     from stagetrace.analysis.step_light import with_light
     from stagetrace.exporters.background import stop_at_signal
     from stagetrace.exporters.follow import Follower, Taken
-    from stagetrace.exporters.otlp import OtlpSink
     from stagetrace.exporters.session import SessionError
-    from stagetrace.exporters.span_sink import BadSettings
 
     try:
-        sink = OtlpSink.to(wanted, session.identity.key, rules=rules)
         follower = Follower(session, sink, wanted, enrich=with_light(session))
-    except (SessionError, BadSettings, Taken, OSError) as error:
+    except (SessionError, Taken, OSError) as error:
         _fail(str(error))
     told = stop_at_signal()
     why = ""
