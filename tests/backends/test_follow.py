@@ -450,6 +450,20 @@ def test_run_exports_spans_and_what_was_lost_as_metrics(commands: Commands, rece
     assert counts["stagetrace.slots", "detail", "overwritten"] == 0
     assert 0 < counts["stagetrace.spans", "sent"] <= sum(received.values())
     assert counts["stagetrace.records.damaged", "corrupt"] == 0
+    with HttpReceiver() as later:  # the same session to another backend, afterwards
+        command = [sys.executable, "-m", "stagetrace.cli.main", "export", path]
+        variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": later.endpoint, "OTEL_EXPORTER_OTLP_PROTOCOL": later.protocol}
+        exporting = commands.start(*command, env={**commands.environment, **variables})
+        _, err = exporting.communicate(timeout=60)
+        assert exporting.returncode == 0, err
+        one, two = (
+            {
+                (item.span.SerializeToString(deterministic=True), str(sorted(item.resource.items())))
+                for item in of.received()
+            }
+            for of in (receiver, later)
+        )
+    assert one == two and len(two) == len(received), "live and later: to the byte"
 
 
 @pytest.mark.parametrize("kind", [GrpcReceiver, HttpReceiver])
