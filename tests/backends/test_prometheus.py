@@ -240,6 +240,8 @@ def test_every_query_of_the_dashboard_finds_something(growing: Growing, promethe
             )
         )
         time.sleep(0.6)
+    for config in DASHBOARD.parents[1].rglob("prometheus.yml"):
+        subprocess.run(["promtool", "check", "config", config], check=True, capture_output=True)
     panels = [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"]
     assert len({panel["id"] for panel in panels}) == len(panels) > 20
     empty = []
