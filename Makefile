@@ -13,7 +13,7 @@ BENCH ?=
 .DEFAULT_GOAL := help
 # The tools and the tests share two cores and one checkout: one at a time, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help quickstart dev engines-env vllm-env sglang-env clickhouse-env test test-all lint format types imports unit contracts releases fuzz fuzz-long backends engines faults bench soak docs clean python prometheus
+.PHONY: help quickstart dev engines-env vllm-env sglang-env clickhouse-env phoenix-env test test-all lint format types imports unit contracts releases fuzz fuzz-long backends engines faults bench soak docs clean python prometheus
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ vllm-env: python
 
 sglang-env: python
 	$(PYTHON) tests/environments/make.py sglang-cpu
+
+phoenix-env: python
+	$(PYTHON) tests/environments/make.py phoenix
 
 clickhouse-env: python
 	$(PYTHON) tests/environments/make.py clickhouse
