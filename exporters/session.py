@@ -586,6 +586,10 @@ class Session:
                 if first <= part.first and part.last <= last:
                     part.path.unlink(missing_ok=True)
 
+    def table_files(self, name: str) -> list[Path]:
+        """The Parquet files of a derived table, in order: for queries that read them themselves."""
+        return [part.path for part in list_parts(self._tables(name))]
+
     # As it grows
 
     def merge(self, last: int) -> None:
