@@ -21,6 +21,7 @@ __all__ = ["begun", "build_model", "built", "captured", "piece", "ready", "sched
 FRONT_END = "front_end"
 _TOKENIZER_WORKER = "TokenizerWorker"  # one of several, which waits for nobody
 _GRAPH_RUNNERS = ("decode_cuda_graph_runner", "prefill_cuda_graph_runner")
+_WITHOUT_GRAPHS = ("NoneType", "EagerRunner")  # what stands in their place where nothing was captured
 _BUILD_MODEL, _LOAD_WEIGHTS, _GRAPH_CAPTURE = (
     header_word(RecordType.SEGMENT, BY_NAME[name].id) for name in ("build_model", "load_weights", "graph_capture")
 )
@@ -70,7 +71,7 @@ def captured(hook: Hook) -> Around:
     """ModelRunner.init_cuda_graphs; recorded where there was one to capture."""
 
     def after(self: Any, begin: int, end: int) -> None:
-        if any(getattr(self, runner, None) is not None for runner in _GRAPH_RUNNERS):
+        if any(type(getattr(self, name, None)).__name__ not in _WITHOUT_GRAPHS for name in _GRAPH_RUNNERS):
             write(hook.recorder, _GRAPH_CAPTURE, begin, end)
 
     return Around(after=after)
