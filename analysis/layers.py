@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from stagetrace.exporters.session import names_of
 from stagetrace.instrument.stages import BY_NAME, STAGES, AttentionKind, Collective, Level
@@ -21,7 +23,7 @@ from .breakdown import Distribution, distribution
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from stagetrace.exporters.session import Manifest, Process
+    from stagetrace.exporters.session import Manifest, Process, Session
 
 # The columns that are read beside those of the breakdown.
 ATTRIBUTES = ["a0", "a1", "a2", "a3", "a4"]
@@ -127,11 +129,19 @@ class Layers:
         return not (self.stages or self.collectives or self.experts)
 
 
+def has_layers(session: Session) -> bool:
+    """Whether a session has segments of layers: else nobody needs ATTRIBUTES. Raises SessionError."""
+    stages = pa.array([*_LAYER_STAGES], pa.int16())
+    pieces = session.read_pieces("segments", lambda part: pc.any(pc.is_in(part["stage"], stages)).as_py(), ["stage"])
+    return any(pieces)
+
+
 def layer_breakdown(manifest: Manifest, steps: pd.DataFrame, segments: pd.DataFrame, experts: pd.DataFrame) -> Layers:
     """The layer level of a session; `segments` with ATTRIBUTES, `experts` with EXPERTS."""
     complete = steps.loc[steps["status"] == "complete", _STEP_KEY].drop_duplicates()
-    layered = segments["stage"].isin(_LAYER_STAGES)
-    used = segments["stage"].isin([_FORWARD, _SAMPLE]) | layered if layered.any() else layered
+    used = segments["stage"].isin(_LAYER_STAGES)
+    if used.any():
+        used |= segments["stage"].isin([_FORWARD, _SAMPLE])
     rows = segments[used].merge(complete, on=_STEP_KEY)
     rows = rows.assign(duration=rows["end_ns"] - rows["begin_ns"])
     names = names_of(manifest.processes)
@@ -204,9 +214,9 @@ def _stages(rows: pd.DataFrame) -> list[LayerStage]:
 
 
 def _by_layer(rows: pd.DataFrame) -> list[LayerTime]:
-    layered = rows[rows["stage"].isin(_WITH_LAYER) & rows["a0"].notna()]
-    if not len(layered):
+    if not len(rows):
         return []
+    layered = rows[rows["stage"].isin(_WITH_LAYER) & rows["a0"].notna()]
     kinds = layered["a1"].where(layered["stage"] == _ATTENTION.id, 0).fillna(0).astype("int64")
     grouped = layered.assign(kind=kinds).groupby(["a0", "stage", "kind"], sort=True)
     sums = grouped.agg(count=("stage", "size"), self_ns=("self_ns", "sum"), mean_ns=("duration", "mean")).reset_index()

@@ -30,7 +30,7 @@ from .breakdown import (
 )
 from .latency_parts import COLUMNS as PARTS_COLUMNS
 from .latency_parts import LatencyParts, latency_parts
-from .layers import ATTRIBUTES, EXPERTS, Layers, layer_breakdown
+from .layers import ATTRIBUTES, EXPERTS, Layers, has_layers, layer_breakdown
 from .load import load
 from .show import MISSING, Grid, Part, duration_text, number_text, plain, print_parts, rate_text, share_text
 from .show_parts import parts_dict, parts_tables
@@ -112,7 +112,7 @@ def summarise(
     `stagetrace calibrate` made, else the one that is kept for the device. Raises ConfigError and CalibrationError when
     one that was named cannot be read.
     """
-    frames = load(session, last_s, _columns())
+    frames = load(session, last_s, _columns(has_layers(session)))
     manifest = frames.manifest
     requests, steps, segments = frames["requests"], frames["steps"], frames["segments"]
     level = Level[manifest.level.upper()] if manifest.level.upper() in Level.__members__ else None
@@ -141,10 +141,10 @@ def summarise(
     )
 
 
-def _columns() -> dict[str, list[str] | None]:
-    """The columns that a report needs, by table."""
+def _columns(layers: bool) -> dict[str, list[str] | None]:
+    """The columns that a report needs, by table; those of layers alone where there are any."""
     found: dict[str, list[str] | None] = {"experts": EXPERTS}
-    for needed in (COLUMNS, PARTS_COLUMNS, {"segments": ATTRIBUTES}):
+    for needed in (COLUMNS, PARTS_COLUMNS, {"segments": ATTRIBUTES if layers else []}):
         for name, columns in needed.items():
             found[name] = list(dict.fromkeys([*(found.get(name) or ()), *(columns or ())]))
     return found

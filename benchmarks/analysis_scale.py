@@ -1,0 +1,209 @@
+"""How long the analysis of a large session takes, and how much memory: seconds and peak RSS by number of records.
+
+    .venv/bin/python benchmarks/analysis_scale.py [--json] [--quick] [--records N ...] [--keep DIR]
+
+An engine on paper (synthetic.py) is recorded and assembled as the collector does it. A larger session is that one again
+and again, each time later: new steps, new requests, the same lengths of everything. What is measured is the command as
+users run it, in a process of its own, from its start to its end. A record is a slot of a ring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import measure
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from collector import OUTPUT_TOKENS, Case, Stream, stream, tables_of
+from rich.console import Console
+from rich.table import Table
+
+from stagetrace.cli.main import app
+from stagetrace.exporters.session import TABLES, Manifest, Process, Session
+from stagetrace.instrument.identity import claim_identity
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+GOAL_RECORDS, GOAL_SECONDS, GOAL_MB = 10_000_000, 20.0, 2_000.0
+MOST_PER_RECORD = 1.5  # times the cost of a record in the session before the last: more is not linear
+RECORDS = (1_000_000, 5_000_000, 10_000_000)
+QUICK_RECORDS = (50_000, 100_000)
+CASE = Case(32, 1)
+ONE_SLOTS = 500_000  # of the session that larger ones are made of
+COMMANDS = ("report", "diagnose")
+_TIMES = ("begin_ns", "scheduled_ns", "end_ns")
+_HANDLE_STEP = 7_919
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One command on one session."""
+
+    seconds: float  # wall
+    cpu_seconds: float
+    peak_rss_mb: float
+
+
+def write(found: Stream, records: int, path: Path) -> int:
+    """A session of about so many records at `path`, made of a stream again and again; how many it has."""
+    tables = {name: table for name, table in tables_of(found).items() if name in TABLES}
+    session = Session(path, claim_identity(path))
+    times = max(1, round(records / found.slots))
+    ends = [int(pc.max(tables[name]["end_ns"]).as_py()) for name in ("segments", "steps", "requests")]
+    span = max(ends) - int(pc.min(tables["segments"]["begin_ns"]).as_py()) + 1_000_000
+    steps = int(pc.max(tables["steps"]["step"]).as_py())
+    sequences = int(pc.max(tables["segments"]["sequence"]).as_py()) + 1
+    for number in range(times):
+        for name, table in tables.items():
+            session.write_table(name, later(table, number, span, steps, sequences), number + 1)
+    session.write_manifest(manifest(session, tables, times * found.slots))
+    return times * found.slots
+
+
+def later(table: pa.Table, number: int, span: int, steps: int, sequences: int) -> pa.Table:
+    """A table as it would be `number` sessions later."""
+    shifts = {"sequence": sequences, "parent": sequences, "handle": _HANDLE_STEP}
+    shifts |= dict.fromkeys(("step", "first_step", "last_step"), steps)
+    columns = []
+    for field in table.schema:
+        column = table[field.name]
+        if field.name in _TIMES or (field.name.endswith("_ns") and field.name in _ABSOLUTE):
+            column = pc.add(column, number * span)
+        elif field.name in shifts:
+            column = pc.add(column, number * shifts[field.name])
+        elif field.name in ("request_id", "external_id", "trace_id"):
+            column = pc.binary_join_element_wise(column, f"{number:04x}", "")
+        columns.append(column)
+    return pa.table(columns, schema=table.schema)
+
+
+_ABSOLUTE = {
+    *("arrival_ns", "dispatched_ns", "queued_ns", "scheduled_ns", "first_token_ns", "first_output_ns"),
+    *("first_sent_ns", "last_token_ns", "last_output_ns", "last_sent_ns", "begin_ns", "end_ns"),
+}
+
+
+def manifest(session: Session, tables: dict[str, pa.Table], slots: int) -> Manifest:
+    """What the collector would say of the session."""
+    instance = int(tables["steps"]["instance"][0].as_py())
+    core = int(tables["steps"]["process"][0].as_py())
+    info = {"engine": "synthetic", "engine_version": "1", "model": "none", "max_num_seqs": CASE.batch}
+    keys = [int(key) for key in np.unique(tables["segments"]["process"].to_numpy())]
+    roles = {key: "engine_core" if key == core else "worker" for key in keys}
+    processes = [
+        Process(key, f"{role}.ring", role, 1, "host", 0, True, 1, {**info, "instance": instance})
+        for key, role in roles.items()
+    ]
+    now = time.time_ns()
+    return Manifest(session=session.identity.session, host="host", level="step", started_ns=now - slots, complete=True,
+                    anchors=[(0, now)], processes=processes)  # fmt: skip
+
+
+def measured(command: str, path: Path) -> Measured:
+    """A command's time and memory. Raises RuntimeError when it fails."""
+    begin = time.monotonic()
+    words = [sys.executable, "-m", "stagetrace.cli.main", command, str(path), "--json"]
+    with tempfile.TemporaryFile() as out, subprocess.Popen(words, stdout=out) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        took = time.monotonic() - begin
+        out.seek(0)
+        said = json.loads(out.read() or b"{}")
+    if process.returncode or not said:
+        raise RuntimeError(f"`{' '.join(words)}` ended with status {process.returncode}")
+    return Measured(took, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6)
+
+
+def run(records: Sequence[int], rounds: int, commands: Sequence[str], keep: Path | None) -> dict[str, Any]:
+    """All commands on sessions of so many records."""
+    found: dict[str, dict[int, Measured]] = {command: {} for command in commands}
+    one = stream(CASE, min(ONE_SLOTS, *records))
+    with tempfile.TemporaryDirectory(prefix="stagetrace-benchmark-") as directory:
+        for wanted in records:
+            path = (keep or Path(directory)) / f"{wanted}"
+            path.mkdir(parents=True)
+            count = write(one, wanted, path)
+            for command in commands:
+                tries = [measured(command, path) for _ in range(rounds)]
+                found[command][count] = min(tries, key=lambda each: each.seconds)
+    return results(found)
+
+
+def results(found: dict[str, dict[int, Measured]]) -> dict[str, Any]:
+    """The JSON object: of the slowest command by number of records, and each command on its own."""
+    counts = list(next(iter(found.values())))
+    figures = {
+        command: {name: {str(count): round(getattr(each, name), 3) for count, each in own.items()}
+                  for name in ("seconds", "cpu_seconds", "peak_rss_mb")}
+        for command, own in found.items()
+    }  # fmt: skip
+    slowest = {
+        name: {str(count): max(own[name][str(count)] for own in figures.values()) for count in counts}
+        for name in ("seconds", "peak_rss_mb")
+    }
+    return {
+        **slowest,
+        "commands": figures,
+        "goals": {"records": GOAL_RECORDS, "seconds": GOAL_SECONDS, "peak_rss_mb": GOAL_MB},
+        "met": met(found),
+        "output_tokens": OUTPUT_TOKENS,
+        "batch": CASE.batch,
+        "machine": measure.machine(),
+    }
+
+
+def met(found: dict[str, dict[int, Measured]]) -> bool | None:
+    """Whether the goals are met, and time grows no faster than the records; None where the session was no so large."""
+    largest = max(max(own) for own in found.values())
+    if largest < GOAL_RECORDS * 0.95:
+        return None
+    for own in found.values():
+        counts = sorted(own)
+        if own[counts[-1]].seconds > GOAL_SECONDS or own[counts[-1]].peak_rss_mb > GOAL_MB:
+            return False
+        each = [own[count].seconds / count for count in counts]
+        if len(each) > 1 and each[-1] > MOST_PER_RECORD * each[-2]:
+            return False
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--quick", action="store_true", help="small sessions, to see that it works")
+    parser.add_argument("--records", type=int, nargs="+", help="how many records the sessions have")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each command, of which the fastest counts")
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, help="default: those that there are")
+    parser.add_argument("--keep", type=Path, help="a directory for the sessions, which stay there")
+    options = parser.parse_args()
+    there = {each.name or getattr(each.callback, "__name__", "") for each in app.registered_commands}
+    commands = options.commands or [command for command in COMMANDS if command in there]
+    records = options.records or (QUICK_RECORDS if options.quick else RECORDS)
+    found = run(sorted(records), 1 if options.quick else options.rounds, commands, options.keep)
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return
+    table = Table("command", "records", "seconds", "CPU seconds", "peak RSS", title="Analysis of large sessions")
+    for command, own in found["commands"].items():
+        for count in own["seconds"]:
+            cells = (f"{own[name][count]:.1f}" for name in ("seconds", "cpu_seconds"))
+            table.add_row(command, f"{int(count):,}", *cells, f"{own['peak_rss_mb'][count]:.0f} MB")
+    console = Console()
+    console.print(table)
+    said = {None: "not asked of sessions of this size", True: "met", False: "missed"}[found["met"]]
+    console.print(f"Goal: {GOAL_RECORDS:,} records in {GOAL_SECONDS:g} s and {GOAL_MB:g} MB, linear: {said}.")
+
+
+if __name__ == "__main__":
+    main()
