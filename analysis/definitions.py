@@ -842,6 +842,78 @@ DEFINITIONS: tuple[Definition, ...] = (
             "cached / prompt tokens",
             "hits: requests with a hit",
         ),
+        ("a", "as its values", "A's value", "of all sessions of the side", "a baseline: A is what B is compared with"),
+        ("b", "as its values", "B's value", "of all sessions of the side", "the better one"),
+        (
+            "change_low",
+            "share",
+            "lower end of the change's interval",
+            "as low, over A's value drawn with it",
+            "certain",
+        ),
+        (
+            "change_high",
+            "share",
+            "upper end of the change's interval",
+            "as high, over A's value drawn with it",
+            "certain",
+        ),
+        (
+            "blocks",
+            "1",
+            "blocks of time that the session is cut into",
+            "as many requests in each, at most 20",
+            "requests",
+        ),
+        (
+            "arrivals_per_s",
+            "1/s",
+            "requests that arrived a second",
+            "between the first and the last arrival",
+            "a setting: a client that waits for answers sends more to a faster server",
+        ),
+        (
+            "concurrency",
+            "1",
+            "requests in flight",
+            "sum of lives / time from the first arrival to the last end",
+            "the batch: requests that wait are in it",
+        ),
+        (
+            "findings",
+            "1",
+            "metrics with a difference",
+            "p_adjusted below 0.05, interval without 0, change of --least or more",
+            "causes: one cause changes many",
+        ),
+        (
+            "tested",
+            "1",
+            "metrics with a p",
+            "what Holm's correction is over",
+            "all metrics: some are on one side alone",
+        ),
+        (
+            "exit_status",
+            "1",
+            "0: no condition holds; 1: one does",
+            "2 for what cannot be read or understood, without JSON",
+            "findings: without --fail-on it is 0",
+        ),
+        (
+            "limit",
+            "as its values",
+            "the condition's number",
+            "a share of a change in %, else in the metric's unit",
+            "what was observed",
+        ),
+        (
+            "value",
+            "as its values",
+            "what was observed of a condition",
+            "the change, the difference, or B's value",
+            "A's value",
+        ),
         (
             "preemptions_per_request",
             "1",
@@ -893,7 +965,13 @@ def names() -> list[str]:
 
 
 def _defined(name: str) -> list[Definition]:
-    for candidate in (name, name.removesuffix("_ns"), f"{name}_ns", name.removeprefix("stage_")):
+    for candidate in (
+        name,
+        name.removesuffix("_ns"),
+        f"{name}_ns",
+        name.removeprefix("stage_"),
+        name.removeprefix("part_"),
+    ):
         found = [BY_KEY[candidate]] if candidate in BY_KEY else []
         found += [_of_stage(candidate)] if candidate in BY_NAME else []
         if found:

@@ -94,7 +94,7 @@ def test_every_part_of_one_request(tmp_path: Path):
     }
     assert of(parts["tpot"]) == {"decode_own": 8 * MS, "interference": 6 * MS, "decode_between": 1 * MS}
     assert of(parts["e2e"]) == {
-        **{name: amount for name, amount in of(parts["ttft"]).items()},
+        **of(parts["ttft"]),
         **{name: 2 * amount for name, amount in of(parts["tpot"]).items()},
     }
     assert of(parts["itl"]) == {"decode_own": 8 * MS, "interference": 6 * MS, "decode_between": 1 * MS}
