@@ -59,7 +59,7 @@ imports: dev ## import-linter: imports point one way
 	PYTHONPATH=.check .venv/bin/lint-imports
 
 unit: dev ## unit tests
-	$(call pytest,unit)
+	$(call pytest,unit,-n logical --maxprocesses 4 --dist worksteal)
 
 contracts: dev ## the hook tables against the releases of the engines (make test-all: against their sources)
 	$(call pytest,contracts)
@@ -68,7 +68,7 @@ releases: dev ## what the releases in tests/environments/releases.txt have at th
 	PYTHONPATH=tests $(DEV) -m contracts.facts
 
 fuzz: dev ## every parser of outside input: inputs that once failed, and some thousand more
-	$(call pytest,fuzz)
+	$(call pytest,fuzz,-n logical --maxprocesses 4 --dist worksteal)
 
 fuzz-long: dev ## the same guided by coverage, 110,000 inputs (an hour); INPUTS=N for another number
 	$(DEV) tests/fuzz/campaign.py $(if $(INPUTS),--inputs $(INPUTS))
@@ -109,8 +109,9 @@ python:
 	  echo "Python 3.11 is needed and '$(PYTHON)' was not found: install it, or name it: make PYTHON=/path/to/python3.11" >&2; \
 	  exit 1; }
 
-# pytest ends with a failure when there is nothing to run, so a folder without a test is named instead of run.
+# pytest of a folder, with options. It ends with a failure when there is nothing to run, so a folder without a test is
+# named instead of run.
 define pytest
 	@echo "== tests/$(1)"
-	$(if $(call TESTS,$(1)),$(DEV) -m pytest $(SELECT) tests/$(1),@echo "no test in tests/$(1) yet")
+	$(if $(call TESTS,$(1)),$(DEV) -m pytest $(SELECT) $(2) tests/$(1),@echo "no test in tests/$(1) yet")
 endef

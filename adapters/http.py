@@ -8,35 +8,53 @@ the place that sends the bytes.
 from __future__ import annotations
 
 from contextvars import ContextVar
+from secrets import randbits
 from typing import TYPE_CHECKING, Any
 
 from stagetrace.instrument.around import Around
 from stagetrace.instrument.hooks import HookPoint
 from stagetrace.instrument.recorder import now
-from stagetrace.instrument.records import Event, RecordType, header_word
-from stagetrace.instrument.stages import Level
+from stagetrace.instrument.records import Event, RecordType, Text, header_word
+from stagetrace.instrument.stages import BY_NAME, Level
 
 from . import trace_context
 
 if TYPE_CHECKING:
     from stagetrace.instrument.hooks import Hook
+    from stagetrace.instrument.recorder import Recorder
 
 _CYCLES = (
     "uvicorn.protocols.http.httptools_impl:RequestResponseCycle",
     "uvicorn.protocols.http.h11_impl:RequestResponseCycle",
 )
+_MAX_CONTEXT = 1024  # bytes of traceparent and tracestate
 _FIRST_SENT = header_word(RecordType.EVENT, Event.FIRST_SENT)
 _LAST_SENT = header_word(RecordType.EVENT, Event.LAST_SENT)
+_REFUSED = header_word(RecordType.EVENT, Event.REFUSED)
+_TOKENIZE = header_word(RecordType.STATE, BY_NAME["request_tokenize"].id)
+
+
+# The last part of the paths that ask a model for something, and the statuses that say that nobody was asked.
+_ASKING = frozenset(
+    (
+        *("completions", "responses", "messages", "generate", "encode", "embeddings", "embed", "pooling", "classify"),
+        *("score", "rerank", "transcriptions", "translations"),
+    )
+)
+_NO_ERROR = 400  # what is below it
+_NOT_ASKED = frozenset((401, 403, 405))
 
 
 class Exchange:
     """One HTTP request and its response."""
 
-    __slots__ = ("context", "handles", "sent")
+    __slots__ = ("begin", "context", "handles", "sent", "status")
 
-    def __init__(self, headers: Any):
+    def __init__(self, headers: Any, begin: int = 0):
+        self.begin = begin
         self.context = trace_context.of_headers(headers)
-        self.handles: list[int] = []
+        self.handles: list[int] = []  # of the requests to the engine that came of it
+        self.status = 0  # of the response
         self.sent = False
 
 
@@ -46,8 +64,8 @@ EXCHANGE: ContextVar[Exchange | None] = ContextVar("stagetrace_exchange", defaul
 def run_asgi(hook: Hook) -> Around:
     """uvicorn's RequestResponseCycle.run_asgi: an HTTP request is handled in a task of its own."""
 
-    def before(self: Any) -> None:
-        exchange = self._stagetrace = Exchange(self.scope["headers"])
+    def before(self: Any, begin: int) -> None:
+        exchange = self._stagetrace = Exchange(self.scope["headers"], begin)
         EXCHANGE.set(exchange)
 
     return Around(before)
@@ -58,10 +76,15 @@ def send(hook: Hook) -> Around:
     state = hook.recorder.state
 
     def after(self: Any, message: Any) -> None:
-        if message["type"] != "http.response.body" or self.disconnected:
-            return
         exchange: Exchange | None = getattr(self, "_stagetrace", None)
-        if exchange is None or not exchange.handles:
+        if exchange is None or self.disconnected:
+            return
+        if message["type"] != "http.response.body":
+            exchange.status = message.get("status", 0)
+            return
+        if not exchange.handles:
+            if exchange.status >= _NO_ERROR and not message.get("more_body", False):
+                refused(hook.recorder, self.scope, exchange)
             return
         first, last = not exchange.sent and message.get("body"), not message.get("more_body", False)
         if not first and not last:
@@ -76,6 +99,19 @@ def send(hook: Hook) -> Around:
                 state(_LAST_SENT, time_ns, handle)
 
     return Around(after=after)
+
+
+def refused(recorder: Recorder, scope: Any, exchange: Exchange) -> None:
+    """Records a request that the front end answered with an error of its own: no engine has seen it."""
+    path = scope.get("path", "").rstrip("/").rpartition("/")[2]
+    if path not in _ASKING or exchange.status in _NOT_ASKED or scope.get("method") != "POST":
+        return
+    handle, time_ns = randbits(63) or 1, now()
+    if exchange.context:
+        recorder.text(handle, Text.TRACE_CONTEXT, exchange.context, _MAX_CONTEXT)
+    recorder.state(_TOKENIZE, exchange.begin, handle, 0, 0, 0, 0, 1)
+    recorder.state(_LAST_SENT, time_ns, handle)
+    recorder.state(_REFUSED, time_ns, handle, 0, 0, exchange.status)
 
 
 HTTP_POINTS: tuple[HookPoint, ...] = (

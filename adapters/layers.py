@@ -10,12 +10,23 @@ from stagetrace.instrument.around import Around
 from stagetrace.instrument.records import RecordType, header_word
 from stagetrace.instrument.stages import BY_NAME
 
+from .rank import layer_index
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from stagetrace.instrument.recorder import Recorder
 
     from .rank import RankStep
+
+_MLP_NAMES = {"mlp", "feed_forward", "ffn", "ff"}
+
+
+def is_dense_mlp(name: str, experts: Sequence[str]) -> bool:
+    """Whether the module of this name is a layer's MLP without experts; `experts` names the modules that run some."""
+    if name.rpartition(".")[2] not in _MLP_NAMES or layer_index(name) < 0:
+        return False
+    return not any(inner.startswith(f"{name}.") for inner in experts)
 
 
 class Within:

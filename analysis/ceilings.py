@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from .batch import Numbers
     from .hardware import Device
@@ -60,14 +60,19 @@ class LeastTimes:
     compute: Numbers | None
     memory: Numbers | None
     link: Numbers | None
+    whole: Numbers | None  # of work whose parts may all overlap: the longest
 
-    @property
-    def whole(self) -> Numbers | None:
-        """Of work whose parts may all overlap: the longest. None when one is not known."""
-        if self.compute is None or self.memory is None or self.link is None:
-            return None
-        longest: Numbers = np.maximum(np.maximum(self.compute, self.memory), self.link)
-        return longest
+    @classmethod
+    def mean(cls, several: Sequence[LeastTimes]) -> LeastTimes:
+        """Of ranks that work at the same time, each on a part of its own."""
+
+        def mean(values: list[Numbers | None]) -> Numbers | None:
+            known = [value for value in values if value is not None]
+            return sum(known, np.asarray(0.0)) / len(values) if len(known) == len(values) else None
+
+        return cls(
+            *(mean([getattr(each, name) for each in several]) for name in ("compute", "memory", "link", "whole"))
+        )
 
 
 def least_times(works: Iterable[Work], collectives: Iterable[Collective], ceilings: Ceilings) -> LeastTimes:
@@ -88,4 +93,7 @@ def least_times(works: Iterable[Work], collectives: Iterable[Collective], ceilin
     memory = moved / bandwidth if bandwidth is not None else None if np.any(moved) else moved
     sent = sum((each.bus_bytes for each in collectives), np.asarray(0.0))
     link = sent / ceilings.link if ceilings.link is not None else None if np.any(sent) else sent
-    return LeastTimes(compute, memory, link)
+    whole: Numbers | None = None
+    if compute is not None and memory is not None and link is not None:
+        whole = np.maximum(np.maximum(compute, memory), link)
+    return LeastTimes(compute, memory, link, whole)

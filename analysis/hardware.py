@@ -82,6 +82,8 @@ RTX_PRO = Source("NVIDIA RTX Blackwell PRO GPU Architecture (whitepaper)", "NVID
 RTX_PRO_SERVER = Source("NVIDIA RTX PRO 6000 Blackwell Server Edition Datasheet", "NVIDIA", 2025)
 RTX_PRO_MAX_Q = Source("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition Datasheet", "NVIDIA", 2025)
 MI200 = Source("AMD Instinct MI200 Series Accelerator Data Sheet", "AMD", 2022)
+MI210 = Source("AMD Instinct MI210 Accelerator Data Sheet", "AMD", 2022)
+MI300A = Source("AMD Instinct MI300A APU Data Sheet", "AMD", 2023)
 MI300X = Source("AMD Instinct MI300X Accelerator Data Sheet", "AMD", 2023)
 MI325X = Source("AMD Instinct MI325X Accelerator Data Sheet", "AMD", 2024)
 MI350X = Source("AMD Instinct MI350X GPU Data Sheet", "AMD", 2025)
@@ -309,6 +311,17 @@ DEVICES: tuple[Device, ...] = (
         " the ratios of the same chip in the whitepaper.",
         others={"link_bandwidth": PCI} | dict.fromkeys(set(_RTX_PRO_RATIOS) - {"fp4"}, RTX_PRO),
     ),
+    Device(
+        "MI210",
+        ("AMD Instinct MI210",),
+        MI210,
+        _dense(fp32=45.3, bf16=181.0, fp16=181.0, int8=181.0),
+        64 * GIGA,
+        1638.4 * GIGA,
+        "",
+        None,
+        notes="fp32: of matrices. Links only between cards with a bridge.",
+    ),
     replace(
         _MI250X,
         name="MI250",
@@ -317,6 +330,17 @@ DEVICES: tuple[Device, ...] = (
         multiprocessors=104,
     ),
     _MI250X,
+    Device(
+        "MI300A",
+        ("AMD Instinct MI300A",),
+        MI300A,
+        _dense(fp32=122.6, tf32=490.3, bf16=980.6, fp16=980.6, fp8=1961.2, int8=1961.2),
+        128 * GIGA,
+        5300 * GIGA,
+        "",
+        None,
+        notes="Links depend on how many are in a node.",
+    ),
     _MI300X,
     replace(
         _MI300X,

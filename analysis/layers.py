@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from stagetrace.exporters.session import names_of
 from stagetrace.instrument.stages import BY_NAME, STAGES, AttentionKind, Collective, Level
@@ -23,10 +21,10 @@ from .breakdown import Distribution, distribution
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from stagetrace.exporters.session import Manifest, Process, Session
+    from stagetrace.exporters.session import Manifest, Process
 
 # The columns that are read beside those of the breakdown.
-ATTRIBUTES = ["a0", "a1", "a2", "a3", "a4"]
+SEGMENTS = ["partial", "a0", "a1", "a2", "a3", "a4"]
 EXPERTS = ["instance", "step", "rank", "layer", "tokens", "counts"]
 HOT = 3  # experts named of a layer
 
@@ -129,20 +127,17 @@ class Layers:
         return not (self.stages or self.collectives or self.experts)
 
 
-def has_layers(session: Session) -> bool:
-    """Whether a session has segments of layers: else nobody needs ATTRIBUTES. Raises SessionError."""
-    stages = pa.array([*_LAYER_STAGES], pa.int16())
-    pieces = session.read_pieces("segments", lambda part: pc.any(pc.is_in(part["stage"], stages)).as_py(), ["stage"])
-    return any(pieces)
-
-
 def layer_breakdown(manifest: Manifest, steps: pd.DataFrame, segments: pd.DataFrame, experts: pd.DataFrame) -> Layers:
-    """The layer level of a session; `segments` with ATTRIBUTES, `experts` with EXPERTS."""
+    """The layer level of a session; `segments` with SEGMENTS, `experts` with EXPERTS."""
     complete = steps.loc[steps["status"] == "complete", _STEP_KEY].drop_duplicates()
-    used = segments["stage"].isin(_LAYER_STAGES)
-    if used.any():
-        used |= segments["stage"].isin([_FORWARD, _SAMPLE])
-    rows = segments[used].merge(complete, on=_STEP_KEY)
+    of_layers = segments["stage"].isin(_LAYER_STAGES)
+    whole = segments[of_layers].groupby(_STEP_KEY)["partial"].any()
+    partial = whole[whole.astype(bool)].index
+    complete = complete[~complete.set_index(_STEP_KEY).index.isin(partial)]
+    # A step whose layers were not recorded says nothing of how much of it they took.
+    layered = complete[complete.set_index(_STEP_KEY).index.isin(whole.index)]
+    used = segments["stage"].isin([_FORWARD, _SAMPLE]) | of_layers if of_layers.any() else of_layers
+    rows = segments[used].merge(layered, on=_STEP_KEY)
     rows = rows.assign(duration=rows["end_ns"] - rows["begin_ns"])
     names = names_of(manifest.processes)
     not_visible, not_in_model = invisible(manifest.processes)

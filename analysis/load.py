@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from stagetrace.exporters.session import TABLES, Manifest, Session
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
 _INTEGERS = (pa.int8(), pa.int16(), pa.int32(), pa.int64())  # Int8 to Int64 where a column of these may be null
 _REQUEST_KEY = ["handle", "end_ns"]
@@ -62,6 +63,8 @@ def _piece(table: pa.Table, schema: pa.Schema) -> _Piece:
             found[field.name] = column.to_pandas()
         elif not field.nullable:
             found[field.name] = np.array(column)
+        elif column.null_count == len(column):
+            found[field.name] = _nothing(field.type.to_pandas_dtype(), len(column))
         else:
             missing = np.array(column.is_null()) if column.null_count else np.zeros(len(column), bool)
             values = column.fill_null(0) if column.null_count else column
@@ -81,34 +84,56 @@ def _joined(pieces: list[_Piece], names: Sequence[str], schema: pa.Schema) -> pd
         elif not field.nullable:
             columns[name] = np.concatenate(parts) if parts else np.zeros(0, field.type.to_pandas_dtype())
         else:
-            values = [value for value, _ in parts] or [np.zeros(0, field.type.to_pandas_dtype())]
-            missing = [flags for _, flags in parts] or [np.zeros(0, bool)]
-            columns[name] = pd.arrays.IntegerArray(np.concatenate(values), np.concatenate(missing))
+            columns[name] = pd.arrays.IntegerArray(*_values_and_missing(parts, field.type.to_pandas_dtype()))
     return pd.DataFrame(columns, copy=False)
 
 
+def _values_and_missing(parts: list[Any], dtype: type) -> tuple[Any, Any]:
+    if all(value.strides == (0,) for value, _ in parts):
+        return _nothing(dtype, sum(len(value) for value, _ in parts))
+    return np.concatenate([value for value, _ in parts]), np.concatenate([flags for _, flags in parts])
+
+
+def _nothing(dtype: type, length: int) -> tuple[Any, Any]:
+    """A column that is null throughout, as most attributes are; it takes no memory and cannot be written."""
+    return np.broadcast_to(np.zeros(1, dtype), length), np.broadcast_to(np.ones(1, bool), length)
+
+
 def read(
-    session: Session, name: str, columns: Sequence[str] | None = None, committed_ns: int | None = None
+    session: Session,
+    name: str,
+    columns: Sequence[str] | None = None,
+    committed_ns: int | None = None,
+    stages: Collection[int] | None = None,
 ) -> pd.DataFrame:
     """One table of a session, or some of its columns, whole or what was committed since (see Session.read_table).
 
-    Raises SessionError when a part of it cannot be read.
+    With `stages`, of segments only the rows of these. Raises SessionError when a part of it cannot be read.
     """
     schema = TABLES[name]
     wanted = schema.names if columns is None else list(columns)
     names = [each for each in schema.names if each in wanted]
-    pieces = session.read_pieces(name, lambda part: _piece(part, schema), wanted, committed_ns)
-    return _joined(pieces, names, schema)
+
+    def chosen(part: pa.Table) -> _Piece:
+        if stages is not None and name == "segments":
+            part = part.filter(pc.is_in(part["stage"], pa.array(sorted(stages), schema.field("stage").type)))
+        return _piece(part, schema)
+
+    return _joined(session.read_pieces(name, chosen, wanted, committed_ns), names, schema)
 
 
 def load(
-    session: Session, last_s: float | None = None, columns: Mapping[str, Sequence[str] | None] | None = None
+    session: Session,
+    last_s: float | None = None,
+    columns: Mapping[str, Sequence[str] | None] | None = None,
+    stages: Collection[int] | None = None,
 ) -> Frames:
     """A session's tables, or of each table in `columns` the columns named (None: all), over the last `last_s` seconds.
 
     What ended in the window is in it, whole. The window ends at the last thing recorded; in a session that is still
     being written at the manifest's last update if that is later, so that a server that went quiet shows nothing. A
-    window needs a few more columns than those named and adds them. Raises SessionError.
+    window needs a few more columns than those named and adds them. With `stages`, of segments only these are there.
+    Raises SessionError.
     """
     _return_memory()
     manifest = session.read_manifest()
@@ -120,7 +145,8 @@ def load(
     committed = None if window is None else _committed_since(session, manifest, wanted, window)
     # States and members go with their request, and may have been written long before it ended.
     tables = {
-        name: read(session, name, names, None if name in _WITH_REQUEST else committed) for name, names in wanted.items()
+        name: read(session, name, names, None if name in _WITH_REQUEST else committed, stages)
+        for name, names in wanted.items()
     }
     rows = {name: len(table) for name, table in tables.items()}
     if window is None:

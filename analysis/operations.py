@@ -89,6 +89,11 @@ CONVENTIONS: tuple[tuple[str, str], ...] = (
         " the ranks are on several, latents, routers and norms on all",
     ),
     (
+        "pipeline parallel",
+        "each stage has its layers, the first the embedding, the last the logits; a session's figures are means over"
+        " the stages, which work at the same time on several steps",
+    ),
+    (
         "expert parallel",
         "every rank's experts get the same number of tokens, and all data-parallel ranks have a step like this one:"
         " imbalance is what is measured against it",

@@ -28,17 +28,20 @@ from .breakdown import (
     stage_breakdown,
     step_breakdown,
 )
+from .gap import SEGMENTS as GAP_SEGMENTS
+from .gap import Gap
 from .latency_parts import COLUMNS as PARTS_COLUMNS
 from .latency_parts import LatencyParts, latency_parts
-from .layers import ATTRIBUTES, EXPERTS, Layers, has_layers, layer_breakdown
+from .layers import EXPERTS, Layers, layer_breakdown
+from .layers import SEGMENTS as LAYER_SEGMENTS
 from .load import load
 from .show import MISSING, Grid, Part, duration_text, number_text, plain, print_parts, rate_text, share_text
 from .show_parts import parts_dict, parts_tables
-from .speed_of_light import DATA_SHEET, Done, RequestLight, SpeedOfLight, speed_of_light
+from .speed_of_light import DATA_SHEET, Done, RequestLight, SpeedOfLight, Window, speed_of_light
 from .start_up import StartUp, process_name, start_up
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from rich.console import Console
@@ -112,7 +115,7 @@ def summarise(
     `stagetrace calibrate` made, else the one that is kept for the device. Raises ConfigError and CalibrationError when
     one that was named cannot be read.
     """
-    frames = load(session, last_s, _columns(has_layers(session)))
+    frames = load(session, last_s, _columns())
     manifest = frames.manifest
     requests, steps, segments = frames["requests"], frames["steps"], frames["segments"]
     level = Level[manifest.level.upper()] if manifest.level.upper() in Level.__members__ else None
@@ -141,10 +144,10 @@ def summarise(
     )
 
 
-def _columns(layers: bool) -> dict[str, list[str] | None]:
-    """The columns that a report needs, by table; those of layers alone where there are any."""
+def _columns() -> dict[str, list[str] | None]:
+    """The columns that a report needs, by table."""
     found: dict[str, list[str] | None] = {"experts": EXPERTS}
-    for needed in (COLUMNS, PARTS_COLUMNS, {"segments": ATTRIBUTES if layers else []}):
+    for needed in (COLUMNS, PARTS_COLUMNS, {"segments": LAYER_SEGMENTS}, {"segments": GAP_SEGMENTS}):
         for name, columns in needed.items():
             found[name] = list(dict.fromkeys([*(found.get(name) or ()), *(columns or ())]))
     return found
@@ -275,6 +278,10 @@ def as_dict(summary: Summary) -> dict[str, Any]:
             "ceilings": {kind: each.source for kind, each in summary.light.ceilings.items()},
             "by_phase": {name: _done(each) for name, each in summary.light.phases.items()},
             "by_stage": {name: _done(each) for name, each in summary.light.stages.items()},
+            "over_time": [
+                {"begin_ns": each.begin_ns, "width_ns": each.width_ns, "busy": each.busy, **_done(each.done)}
+                for each in summary.light.windows
+            ],
             "requests": None if summary.light.requests is None else vars(summary.light.requests),
             "notes": list(summary.light.notes),
         },
@@ -333,6 +340,7 @@ def _done(done: Done) -> dict[str, Any]:
             }
             for kind, roofs in done.roofs.items()
         },
+        "gap": None if done.gap is None else vars(done.gap),
     }
 
 
@@ -664,9 +672,57 @@ def _light(light: SpeedOfLight) -> list[Part]:
             *(["of data sheet"] if len(light.ceilings) > 1 else []),
         )
         shown.append(Grid(f"Speed of light by {what}, of one rank{against}", columns, lines))
+    if any(done.gap for done in light.phases.values()):
+        shown.append(_gaps({name: done for name, done in light.phases.items() if done.gap}))
+    if len(light.windows) > 1:
+        shown.append(_over_time(light.windows, kind))
     if light.requests is not None:
         shown.append(_request_light(light.requests))
     return shown + [plain_sentence(note) for note in light.notes]
+
+
+def _gaps(phases: dict[str, Done]) -> Grid:
+    """Each part as a time a step, and its share of the time that was measured; what was not told apart is a dash."""
+
+    def cell(done: Done, part_ns: int | None) -> str:
+        if part_ns is None:
+            return MISSING
+        return f"{duration_text(part_ns / done.count)} ({share_text(part_ns / done.time_ns if done.time_ns else None)})"
+
+    untold = any(done.gap and done.gap.untold_ns for done in phases.values())
+    rows = [
+        [
+            name,
+            duration_text((done.time_ns or 0) / done.count),
+            cell(done, (done.time_ns or 0) - gap.total_ns),
+            *(cell(done, part_ns) for part_ns in gap.parts.values()),
+            *([cell(done, gap.untold_ns)] if untold else []),
+        ]
+        for name, done in phases.items()
+        if (gap := done.gap)
+    ]
+    columns = ("kind of step", "time/step", "least", *Gap.names(), *(["not recorded"] if untold else []))
+    return Grid("Between the least time and the time that steps took, a step (share of its time)", columns, rows)
+
+
+def _over_time(windows: Sequence[Window], kind: str | None) -> Grid:
+    begin = windows[0].begin_ns
+    rows = [
+        [
+            duration_text(window.begin_ns - begin),
+            str(window.done.count),
+            share_text(window.busy),
+            rate_text(window.done.operations_per_s, "/s"),
+            rate_text(window.done.bytes_per_s, "B/s"),
+            *(
+                share_text(share(kind) if kind else None)
+                for share in (window.done.mfu, window.done.mbu, window.done.bus, window.done.share)
+            ),
+        ]
+        for window in windows
+    ]
+    columns = ("from", "steps", "in steps", "operations", "memory", "MFU", "MBU", "of link", "of light")
+    return Grid(f"Speed of light over time, windows of {duration_text(windows[0].width_ns)}", columns, rows)
 
 
 def _request_light(found: RequestLight) -> Grid:

@@ -6,13 +6,14 @@ shown.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from stagetrace.exporters.session import names_of
 from stagetrace.instrument.stages import BY_ID, BY_NAME, Phase
 
 from .architecture import Model
@@ -20,7 +21,8 @@ from .batch import Batch, Numbers, Sums
 from .calibration.ceilings import ceilings_of
 from .calibration.results import CalibrationError, find
 from .calibration.results import load as load_calibration
-from .ceilings import Ceilings, least_times
+from .ceilings import Ceilings, LeastTimes, least_times
+from .gap import Gap, Spent, gap, spent
 from .hardware import match
 from .layers import touched_experts
 from .model_config import ConfigError, load_model
@@ -28,16 +30,17 @@ from .operations import StepWork, step_work
 from .sharding import Sharding
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
+
+    import numpy.typing as npt
 
     from stagetrace.exporters.session import Manifest
-
-    from .operations import Work
-    from .sharding import Collective
 
     Chosen = np.ndarray[Any, np.dtype[np.bool_]]
 
 DATA_SHEET, MEASURED = "data sheet", "measured"  # kinds of ceilings
+MOST_WINDOWS = 12  # over time
+WINDOW_WIDTHS_S = (1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 86400)
 _STEP_KEY = ["instance", "step"]
 
 
@@ -61,6 +64,7 @@ class Done:
     bus_bytes: float
     time_ns: int | None  # None: not recorded
     roofs: dict[str, Roofs]  # by kind of ceilings: DATA_SHEET, MEASURED; those that there are
+    gap: Gap | None = None  # of kinds of steps: time_ns over the least time, of the ceilings to compare with
 
     @property
     def operations_per_s(self) -> float | None:
@@ -94,6 +98,20 @@ class Done:
 
 
 @dataclass(frozen=True)
+class Window:
+    """What the steps that ended in a window of time did: from `begin_ns` (monotonic) for `width_ns`."""
+
+    begin_ns: int
+    width_ns: int
+    done: Done
+
+    @property
+    def busy(self) -> float:
+        """The steps' own time over the window's, of all engine instances: above 1 where several work at a time."""
+        return (self.done.time_ns or 0) / self.width_ns
+
+
+@dataclass(frozen=True)
 class RequestLight:
     """What one request would take at the speed of light with the device to itself, beside what requests took, in ns.
 
@@ -117,6 +135,7 @@ class SpeedOfLight:
     ceilings: dict[str, Ceilings] = field(default_factory=dict)  # by kind
     phases: dict[str, Done] = field(default_factory=dict)
     stages: dict[str, Done] = field(default_factory=dict)
+    windows: tuple[Window, ...] = ()  # over time; those without a step are left out
     requests: RequestLight | None = None
     notes: tuple[str, ...] = ()
 
@@ -160,8 +179,56 @@ def served(manifest: Manifest, kept: Path, config: Path | None = None) -> Served
         return f"no speed of light: the recorded ranks do not fit: {error}."
 
 
-def work_of(found: Served, steps: pd.DataFrame, experts: pd.DataFrame) -> tuple[StepWork, tuple[str, ...]]:
-    """The work of each of the steps, and what it rests on."""
+@dataclass(frozen=True)
+class RankWork:
+    """The work of steps on the ranks of each pipeline stage: of one rank, the busiest of its stage.
+
+    Totals are means over the pipeline's stages: these work at the same time, on several steps.
+    """
+
+    parts: tuple[StepWork, ...]
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """What the numbers rest on."""
+        found = tuple(dict.fromkeys(each for part in self.parts for each in part.assumptions))
+        if len(self.parts) > 1:
+            found += (f"figures of steps are means over the {len(self.parts)} pipeline stages, which work at a time.",)
+        return found
+
+    def stages(self) -> list[str]:
+        """The stages that have work or communication."""
+        return list(dict.fromkeys(stage for part in self.parts for stage in part.stages()))
+
+    def operations(self, stage: str | None = None) -> Numbers:
+        """Operations of a stage, or of all."""
+        return self._mean([part.operations(stage) for part in self.parts])
+
+    def bytes(self, stage: str | None = None) -> Numbers:
+        """Bytes of weights and cache of a stage, or of all."""
+        return self._mean([part.bytes(stage) for part in self.parts])
+
+    def bus_bytes(self, stage: str | None = None) -> Numbers:
+        """Bytes of collectives on the busiest link, one direction."""
+        return self._mean([part.bus_bytes(stage) for part in self.parts])
+
+    def least(self, ceilings: Ceilings, stage: str | None = None) -> LeastTimes:
+        """The least times of a stage, or of all."""
+        return LeastTimes.mean(self.each_least(ceilings, stage))
+
+    def each_least(self, ceilings: Ceilings, stage: str | None = None) -> list[LeastTimes]:
+        """Those of each pipeline stage."""
+        return [
+            least_times(part.of(stage), [each for each in part.collectives if stage in (None, each.stage)], ceilings)
+            for part in self.parts
+        ]
+
+    def _mean(self, values: list[Numbers]) -> Numbers:
+        return sum(values, np.asarray(0.0)) / len(values)
+
+
+def work_of(found: Served, steps: pd.DataFrame, experts: pd.DataFrame) -> RankWork:
+    """The work of each of the steps."""
     columns = {str(name): column for name, column in steps.items()}
     return _work(found.model, Batch.of_steps(columns, _touched(steps, experts)), found.ranks)
 
@@ -188,16 +255,25 @@ def speed_of_light(
     if isinstance(found, str):
         return SpeedOfLight(notes=(found,))
     ceilings, notes = ceilings_for(manifest, calibration)
-    work, assumed = work_of(found, steps, experts)
+    work = work_of(found, steps, experts)
     kind = preferred(ceilings)
+    own = own_times(steps)
+    phases = _by_phase(steps, own, work, ceilings)
+    if kind is not None and (least := work.least(ceilings[kind])).whole is not None:
+        begins = (steps["end_ns"] - own).to_numpy(dtype=np.int64)
+        taken = spent(steps, begins, segments, manifest, names_of(manifest.processes))
+        if (taken.times["ranks"] > 0).any():
+            phases = _with_gaps(phases, steps, taken, least)
+            notes += [note] if (note := taken.note()) else []
     return SpeedOfLight(
         model=found.model.kind or None,
         config=str(found.config),
         ceilings=ceilings,
-        phases=_by_phase(steps, own_times(steps), work, ceilings),
+        phases=phases,
         stages=_by_stage(steps, segments, work, ceilings),
-        requests=_of_requests(found.model, found.ranks, requests, ceilings[kind]) if kind else None,
-        notes=(*assumed, *notes),
+        windows=over_time(steps, own, work, ceilings, window_width(steps)),
+        requests=_of_requests(found, requests, ceilings[kind]) if kind else None,
+        notes=(*work.assumptions, *notes),
     )
 
 
@@ -246,13 +322,17 @@ def ceilings_for(manifest: Manifest, named: Path | None = None) -> tuple[dict[st
     return found, notes
 
 
-def own_times(steps: pd.DataFrame) -> pd.Series[int]:
+def own_times(steps: pd.DataFrame, ended: Mapping[int, int] | None = None) -> pd.Series[int]:
     """For each step the time that is its own, ns: from its begin, or the end of the one before it, to its end.
 
-    Where an engine has two steps in flight their durations overlap; these times do not.
+    Where an engine has two steps in flight their durations overlap; these times do not. `ended`: for engine instances
+    the end of their last step before these.
     """
     ordered = steps.sort_values("end_ns")
     before = ordered.groupby("instance")["end_ns"].shift(fill_value=0)
+    if ended:
+        earlier = ordered["instance"].map(ended).fillna(0).astype("int64")
+        before = before.where(before > 0, earlier)
     times = ordered["end_ns"] - np.maximum(ordered["begin_ns"], before)
     return times.clip(lower=0).reindex(steps.index)
 
@@ -279,23 +359,14 @@ def _ranks(info: dict[str, Any]) -> Sharding:
     return Sharding.vllm(tensor, pipeline, count("data_parallel"), info.get("expert_parallel") is True)
 
 
-def _work(model: Model, batch: Batch, ranks: Sharding) -> tuple[StepWork, tuple[str, ...]]:
-    """The work of every step, of all pipeline stages together, and what it rests on."""
-    parts = [step_work(model, batch, ranks, stage=stage) for stage in range(ranks.pipeline)]
-    works = tuple(work for part in parts for work in part.works)
-    collectives = tuple(each for part in parts for each in part.collectives)
-    assumed = parts[0].assumptions
-    if ranks.pipeline > 1:
-        assumed += (f"figures are of all {ranks.pipeline} pipeline stages together, one after the other.",)
-    return StepWork(works, collectives, assumed), assumed
+def _work(model: Model, batch: Batch, ranks: Sharding) -> RankWork:
+    return RankWork(tuple(step_work(model, batch, ranks, stage=stage) for stage in range(ranks.pipeline)))
 
 
-def _roofs(
-    works: Sequence[Work], collectives: Sequence[Collective], ceilings: dict[str, Ceilings], chosen: Chosen
-) -> dict[str, Roofs]:
+def _roofs(work: RankWork, ceilings: dict[str, Ceilings], chosen: Chosen, stage: str | None = None) -> dict[str, Roofs]:
     found = {}
     for kind, each in ceilings.items():
-        least = least_times(works, collectives, each)
+        least = work.least(each, stage)
         compute, memory, link, whole = (
             None if seconds is None else _sum(seconds, chosen) * 1e9
             for seconds in (least.compute, least.memory, least.link, least.whole)
@@ -304,26 +375,63 @@ def _roofs(
     return found
 
 
+def _done(times: pd.Series[int], work: RankWork, ceilings: dict[str, Ceilings], chosen: Chosen) -> Done:
+    return Done(
+        count=int(chosen.sum()),
+        operations=_sum(work.operations(), chosen),
+        bytes=_sum(work.bytes(), chosen),
+        bus_bytes=_sum(work.bus_bytes(), chosen),
+        time_ns=int(times[chosen].sum()),
+        roofs=_roofs(work, ceilings, chosen),
+    )
+
+
 def _by_phase(
-    steps: pd.DataFrame, times: pd.Series[int], work: StepWork, ceilings: dict[str, Ceilings]
+    steps: pd.DataFrame, times: pd.Series[int], work: RankWork, ceilings: dict[str, Ceilings]
 ) -> dict[str, Done]:
-    found = {}
-    for phase in Phase:
-        chosen = (steps["phase"] == phase.value).to_numpy(dtype=bool)
-        if chosen.any():
-            found[phase.value] = Done(
-                count=int(chosen.sum()),
-                operations=_sum(work.operations(), chosen),
-                bytes=_sum(work.bytes(), chosen),
-                bus_bytes=_sum(work.bus_bytes(), chosen),
-                time_ns=int(times[chosen].sum()),
-                roofs=_roofs(work.works, work.collectives, ceilings, chosen),
-            )
-    return found
+    chosen = {phase.value: (steps["phase"] == phase.value).to_numpy(dtype=bool) for phase in Phase}
+    return {name: _done(times, work, ceilings, which) for name, which in chosen.items() if which.any()}
+
+
+def over_time(
+    steps: pd.DataFrame, times: pd.Series[int], work: RankWork, ceilings: dict[str, Ceilings], width_ns: int
+) -> tuple[Window, ...]:
+    """Windows of `width_ns` from the first step's begin on, each with the steps that ended in it."""
+    if not len(steps):
+        return ()
+    begin = int(steps["begin_ns"].min())
+    place = ((steps["end_ns"] - begin - 1) // width_ns).clip(lower=0).to_numpy(dtype=np.int64)
+    return tuple(
+        Window(begin + int(number) * width_ns, width_ns, _done(times, work, ceilings, place == number))
+        for number in np.unique(place)
+    )
+
+
+def window_width(steps: pd.DataFrame) -> int:
+    """The width of at most MOST_WINDOWS windows over all steps, ns: of WINDOW_WIDTHS_S, or as many days as it takes."""
+    span = int(steps["end_ns"].max()) - int(steps["begin_ns"].min()) if len(steps) else 0
+    day = WINDOW_WIDTHS_S[-1]
+    widths = (*WINDOW_WIDTHS_S, day * -(-span // (day * MOST_WINDOWS * 10**9)))
+    return next(width * 10**9 for width in widths if width * MOST_WINDOWS * 10**9 >= span)
+
+
+def _with_gaps(phases: dict[str, Done], steps: pd.DataFrame, taken: Spent, least: LeastTimes) -> dict[str, Done]:
+    whole, link_bound = least_and_bound(least, len(steps))
+    return {
+        name: replace(done, gap=gap(taken, whole, link_bound, (steps["phase"] == name).to_numpy(dtype=bool)))
+        for name, done in phases.items()
+    }
+
+
+def least_and_bound(least: LeastTimes, count: int) -> tuple[Numbers, Chosen]:
+    """Of each of `count` steps the least time in ns, and whether the link is what bounds it."""
+    assert least.whole is not None and least.link is not None
+    whole, link = (np.broadcast_to(each, count) for each in (least.whole, least.link))
+    return whole * 1e9, (link >= whole) & (link > 0)
 
 
 def _by_stage(
-    steps: pd.DataFrame, segments: pd.DataFrame, work: StepWork, ceilings: dict[str, Ceilings]
+    steps: pd.DataFrame, segments: pd.DataFrame, work: RankWork, ceilings: dict[str, Ceilings]
 ) -> dict[str, Done]:
     """Over all kinds of step; the time is that of the stage's segments, of one rank, where layers were recorded."""
     recorded = _stage_times(steps, segments)
@@ -335,59 +443,78 @@ def _by_stage(
             bytes=_sum(work.bytes(stage), every),
             bus_bytes=_sum(work.bus_bytes(stage), every),
             time_ns=recorded.get(stage),
-            roofs=_roofs(
-                list(work.of(stage)), [each for each in work.collectives if each.stage == stage], ceilings, every
-            ),
+            roofs=_roofs(work, ceilings, every, stage),
         )
         for stage in work.stages()
     }
 
 
-def _of_requests(model: Model, ranks: Sharding, requests: pd.DataFrame, ceilings: Ceilings) -> RequestLight | None:
+def least_of_requests(found: Served, requests: pd.DataFrame, ceilings: Ceilings) -> pd.DataFrame:
+    """What each request would take at the speed of light with the device to itself: `least_ttft_ns`, `least_tpot_ns`.
+
+    NaN where its tokens or a ceiling are not known, and for the TPOT of a request with one output token. TTFT: its
+    prompt, without what a cache had, in one step; with pipeline stages the longest of theirs, since chunks of a prompt
+    can be in all of them at once. TPOT: a step with one token, halfway through its output, all pipeline stages one
+    after the other.
+    """
+    prompt, output, cached = (
+        requests[name].to_numpy(dtype=float, na_value=np.nan)
+        for name in ("prompt_tokens", "output_tokens", "cached_tokens")
+    )
+    ones, none = np.ones(len(requests)), Sums(*(np.zeros(len(requests)) for _ in range(5)))
+
+    def least(prefill: Sums, decode: Sums, together: Callable[[list[Numbers]], Numbers]) -> Numbers:
+        each = _work(found.model, Batch(prefill, decode), found.ranks).each_least(ceilings)
+        known = [np.broadcast_to(part.whole, ones.shape) for part in each if part.whole is not None]
+        return together(known) * 1e9 if len(known) == len(each) else ones * np.nan
+
+    q = np.maximum(prompt - np.nan_to_num(cached), 1.0)
+    middle = prompt + output / 2
+    first = least(Sums(ones, q, prompt, q * q, q * prompt), none, lambda parts: np.max(parts, axis=0))
+    each = least(none, Sums(ones, ones, middle, ones, middle), lambda parts: np.sum(parts, axis=0))
+    each = np.where(output > 1, each, np.nan)
+    return pd.DataFrame({"least_ttft_ns": first, "least_tpot_ns": each}, index=requests.index)
+
+
+def _of_requests(found: Served, requests: pd.DataFrame, ceilings: Ceilings) -> RequestLight | None:
     """Of the finished requests whose tokens and times are known."""
     own = requests[(requests["status"] == "finished") & ~requests["partial"].astype(bool)]
     own = own.dropna(subset=["prompt_tokens", "output_tokens", "arrival_ns", "first_token_ns", "last_token_ns"])
     if not len(own):
         return None
-    prompt, output = (own[name].to_numpy(dtype=float) for name in ("prompt_tokens", "output_tokens"))
-    cached = own["cached_tokens"].fillna(0).to_numpy(dtype=float)
-    ones = np.ones(len(own))
-
-    def least(prefill: Sums, decode: Sums) -> Numbers | None:
-        work, _ = _work(model, Batch(prefill, decode), ranks)
-        return least_times(work.works, work.collectives, ceilings).whole
-
-    none = Sums(*(np.zeros(len(own)) for _ in range(5)))
-    q = np.maximum(prompt - cached, 1.0)
-    middle = prompt + output / 2
-    first = least(Sums(ones, q, prompt, q * q, q * prompt), none)
-    each = least(none, Sums(ones, ones, middle, ones, middle))
+    least = least_of_requests(found, own, ceilings)
+    times = {name: own[name].to_numpy(dtype=np.int64) for name in ("arrival_ns", "first_token_ns", "last_token_ns")}
+    output = own["output_tokens"].to_numpy(dtype=float)
     several = output > 1
-    ttft = own["first_token_ns"].to_numpy(dtype=float) - own["arrival_ns"].to_numpy(dtype=float)
-    tpot = (own["last_token_ns"].to_numpy(dtype=float) - own["first_token_ns"].to_numpy(dtype=float))[several]
 
-    def median(values: Numbers | None) -> float | None:
-        return float(np.median(values)) if values is not None and len(values) else None
+    def median(values: npt.NDArray[Any]) -> float | None:
+        return float(np.median(values)) if len(values) and not np.isnan(values).any() else None
 
     return RequestLight(
         count=len(own),
-        ttft_ns=median(ttft),
-        least_ttft_ns=median(None if first is None else np.broadcast_to(first, ttft.shape) * 1e9),
-        tpot_ns=median(tpot / (output[several] - 1)),
-        least_tpot_ns=median(None if each is None else np.broadcast_to(each, output.shape)[several] * 1e9),
+        ttft_ns=median(times["first_token_ns"] - times["arrival_ns"]),
+        least_ttft_ns=median(least["least_ttft_ns"].to_numpy()),
+        tpot_ns=median((times["last_token_ns"] - times["first_token_ns"])[several] / (output[several] - 1)),
+        least_tpot_ns=median(least["least_tpot_ns"].to_numpy()[several]),
     )
 
 
 def _stage_times(steps: pd.DataFrame, segments: pd.DataFrame) -> dict[str, int]:
-    """Self time of layer-level stages in these steps, per rank; nothing where no layers were recorded."""
+    """Self time of layer-level stages in these steps, on average over the ranks of an engine instance, of all instances
+    together; nothing where no layers were recorded.
+    """
     layers = {BY_NAME[name].id for name in ("attention", "mlp", "expert_compute")}
     if not segments["stage"].isin(layers).any():
         return {}
     keys = steps[_STEP_KEY].astype("Int64")
     own = segments.merge(keys, on=_STEP_KEY)
-    totals = own.groupby("stage")["self_ns"].sum().to_dict()
-    ranks = own.drop_duplicates(["stage", "process", "thread"]).groupby("stage").size().to_dict()
-    return {BY_ID[int(str(stage))].name: round(total / ranks[stage]) for stage, total in totals.items()}
+    inside = own[own["stage"].isin({*layers, BY_NAME["forward"].id})]
+    ranks = inside.drop_duplicates(["instance", "process", "thread"]).groupby("instance").size()
+    totals = own.groupby(["stage", "instance"])["self_ns"].sum().reset_index()
+    totals = totals[totals["instance"].isin(ranks.index)]
+    mean = totals["self_ns"] / ranks.reindex(totals["instance"]).to_numpy()
+    found = mean.groupby(totals["stage"]).sum()
+    return {BY_ID[int(str(stage))].name: round(time) for stage, time in found.items()}
 
 
 def _sum(values: Numbers, chosen: Chosen) -> float:

@@ -75,6 +75,10 @@ class Engine:
         """The step that was made for this call."""
         return self.step
 
+    def get_request_counts(self) -> tuple[int, int]:
+        """As vLLM's own."""
+        return len(self.running), len(self.waiting)
+
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> None:
         """Nothing is made of what the model gave."""
 

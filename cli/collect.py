@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,8 @@ def collect(
     Engines start and stop as they like, before and after it. Exit status: 0, 1 when something could not be written, 2
     when DIRECTORY cannot be used.
     """
+    if beside:  # `run` holds signals back, which is inherited; before a library starts threads
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
     # Imported here: pyarrow takes longer to import than most commands to run.
     from stagetrace.exporters.background import stop_at_signal, stop_when_told
     from stagetrace.exporters.collector import Collector

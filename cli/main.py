@@ -8,6 +8,7 @@ from .calibrate import calibrate
 from .collect import collect
 from .compare import compare
 from .ctl import ctl
+from .diagnose import diagnose
 from .doctor import doctor
 from .export import export
 from .follow import follow
@@ -27,6 +28,7 @@ PASS_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 app.command(context_settings=PASS_ON)(run)
 app.command()(report)
 app.command()(compare)
+app.command()(diagnose)
 app.command()(top)
 app.command()(collect)
 app.command()(export)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+import sys
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -13,6 +14,9 @@ from stagetrace.instrument.identity import claim_identity
 from stagetrace.instrument.stages import Level
 
 from .options import KeepOption, checked_keep
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 LEVELS = [level.name.lower() for level in Level]
 
@@ -35,10 +39,12 @@ def run(
 
     Example: stagetrace run -- python -m vllm.entrypoints.openai.api_server --model M
     """
+    from stagetrace.exporters.foreground import CannotStart, end_as, hold_signals, run_in_foreground
+
+    mask = hold_signals()  # first, since pyarrow starts threads
     # Imported here: pyarrow takes longer to import than most commands to run.
     from stagetrace.exporters.arm import armed_environment
     from stagetrace.exporters.background import Background
-    from stagetrace.exporters.foreground import CannotStart, end_as, run_in_foreground
     from stagetrace.exporters.session import DEFAULT_ROOT, Session, SessionError, new_session_path
 
     for name in (level, max_level or level):
@@ -62,7 +68,9 @@ def run(
             _say(note)
         collector = Background(recording, ["--level", level, "--keep", kept], command, _say)
         try:
-            status = run_in_foreground(command, environment, output, started=collector.started, tend=collector.tend)
+            status = run_in_foreground(
+                command, environment, output, mask=mask, started=collector.started, tend=collector.tend
+            )
         except CannotStart as error:
             collector.stop(wait_longer=False)
             _fail(f"cannot start the command: {error}", error.status)
@@ -76,15 +84,30 @@ def run(
         from stagetrace.analysis.report import print_summary, summarise
 
         try:
-            print_summary(summarise(recording), Console())
+            with _terminal_may_be_gone():
+                print_summary(summarise(recording), Console())
         except SessionError as error:
             _say(str(error))
-    typer.echo(f"session: {path}")
+    with _terminal_may_be_gone():
+        typer.echo(f"session: {path}")
     raise typer.Exit(end_as(status))
 
 
+@contextmanager
+def _terminal_may_be_gone() -> Iterator[None]:
+    """After a hangup nothing can be printed any longer: the command's exit status is ours all the same."""
+    try:
+        yield
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):  # else what they hold fails once more when Python ends
+            os.dup2(null, stream.fileno())
+        os.close(null)
+
+
 def _say(message: str) -> None:
-    typer.echo(f"stagetrace: {message}", err=True)
+    with _terminal_may_be_gone():
+        typer.echo(f"stagetrace: {message}", err=True)
 
 
 def _fail(message: str, status: int) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Writes the pages that are made from tables: stages.md, the vocabulary, speed-of-light.md, and compatibility.md.
+"""Writes the pages that are made from tables: stages, speed of light, diagnosis, compatibility.
 
 In numbers.md and comparison.md it writes the parts between `<!-- definitions: ... -->` and `<!-- end -->` alone.
 
@@ -15,6 +15,10 @@ from typing import TYPE_CHECKING
 
 from stagetrace.analysis.comparison.metrics import METRICS, Group
 from stagetrace.analysis.definitions import DEFINITIONS
+from stagetrace.analysis.diagnosis.causes import CAUSES, Cause
+from stagetrace.analysis.diagnosis.causes import Phase as OfRequest
+from stagetrace.analysis.diagnosis.shares import CONFIDENCE, MOST_BLOCKS, RESAMPLES
+from stagetrace.analysis.diagnosis.thresholds import THRESHOLDS
 from stagetrace.analysis.formats import READERS
 from stagetrace.analysis.hardware import DEVICES, GIGA, TERA, Device
 from stagetrace.analysis.model_config import FAMILIES
@@ -191,6 +195,82 @@ def speed_of_light_page() -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+DIAGNOSIS_KEYS = (
+    ("version", "1; a change that breaks readers raises it"),
+    ("session", "`path`, `id`, `engine`, `engine_version`, `level`, `last_s` (the window, or null)"),
+    ("requests", "how many were measured: neither lost, open nor partial"),
+    ("steps", "how many were complete"),
+    ("request_time_ns", "of all these requests, from arrival to end"),
+    ("attributed", "by phase: `total_ns`, and the `share` of it that is accounted for (null without a time)"),
+    ("answer", "null where there are findings, else that nothing stands out, or that there is not enough data"),
+    (
+        "findings",
+        "a list, the most recoverable first: `cause`, `title`, `phase`, `share` (`value`, `low`, `high`),"
+        " `measured_ns`, `recoverable_ns`, `recoverable_share` (of the request time), `evidence` (`what`, `value`,"
+        " `unit`), `examples` (`kind`: request or step, `name`, `trace_id`, `ns` of its time), `note` (or null), `next`"
+        " (`flag`, empty where none does it, and `why`)",
+    ),
+    ("below_threshold", "by cause: what was seen of those that do not stand out, with the same keys"),
+    ("absent", "causes of which the session has nothing (no speculation, one rank, ...)"),
+    ("not_looked_at", "by cause: `why`, and the level to record at (`record_at`, or null)"),
+)
+
+
+def diagnosis_page() -> str:
+    """The causes, their thresholds, and what a finding says."""
+    phases = [[each.value, each.means] for each in OfRequest]
+    limits = [[code(each.name), f"{each.value:,g}", each.unit, each.reason] for each in THRESHOLDS]
+    blocks = [
+        "# Diagnosis",
+        "<!-- Written by docs/generate.py from analysis/diagnosis/causes.py and thresholds.py: change it there. -->",
+        "`stagetrace diagnose` looks for every cause below in a session and shows those that stand out, ranked by the"
+        " time that could be recovered, each with its evidence, example traces, and what to try next. Nothing stands"
+        " out, and not enough data, are answers as well. `--all` shows the rest too: what was looked at and is small,"
+        " and what this session has nothing of. `--last 10m`, `--model-config` and `--calibration` are those of"
+        " `report`.",
+        "## What a finding says",
+        "* **Request time**: a step is shared, so its time counts once for each request that waited for it: for its"
+        " next token, its chunk of prefill, or its turn. Of what happens to one request (queue, tokenizer, client) it"
+        " is that request's time. Findings can overlap: a request that waits in a full queue behind slow steps waits"
+        " for both.\n"
+        f"* **Share**: of the phase's time, with the {CONFIDENCE:.0%} interval of a bootstrap: at most {MOST_BLOCKS}"
+        f" blocks of consecutive requests or steps, drawn {RESAMPLES} times. The lower end has to reach the"
+        " threshold. It says how much this session's requests and steps vary, not how another day would be.\n"
+        "* **Recoverable at most**: a bound, never a promise. Never more than the time of the segments or states"
+        " concerned; where some of it is usual, what is above that; of a token budget the fixed cost of the steps that"
+        " a larger one saves. What takes its place is not in it: requests that leave the queue make the batch larger.\n"
+        "* **Attributed**: how much of a phase's time states and stages account for. What is not attributed can hide a"
+        " cause.\n"
+        "* **To look at**: the requests or steps that lost the most, by the trace ids under which they were exported.\n"
+        "* **Could not be looked at**: what is missing for it, and the level to record at where that would help.",
+        table(("phase", "is"), phases),
+        "## Causes",
+        *(cause_block(cause) for cause in CAUSES),
+        "## Thresholds",
+        "Fixed on one seed of `benchmarks/diagnosis_score.py` and then scored on another, with real engines and causes"
+        " put there on purpose. `usual` is what remains when it is mended.",
+        table(("threshold", "value", "of", "reason"), limits),
+        "## The JSON object",
+        table(("key", "content"), [[code(name), text] for name, text in DIAGNOSIS_KEYS]),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def cause_block(cause: Cause) -> str:
+    """A cause with its advice."""
+    tries = "\n".join(
+        f"* {ENGINES[engine]}: "
+        + "; ".join(f"{code(each.flag)}: {each.why}" if each.flag else each.why for each in each_of)
+        for engine, each_of in cause.next.items()
+    )
+    phases = " or ".join(each.value for each in cause.phases)
+    return (
+        f"### {code(cause.id)}\n\n**{cause.title[:1].upper()}{cause.title[1:]}** ({phases}; from level"
+        f" {code(cause.level.name.lower())} on). {cause.means[:1].upper()}{cause.means[1:]}. It does not mean:"
+        f" {cause.does_not_mean}. Try next:\n\n{tries}"
+    )
+
+
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}  # as they call themselves
 LOST = "lost"
 
@@ -358,6 +438,7 @@ def block(kind: str, section: str) -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "stages.md": stages_page,
     "speed-of-light.md": speed_of_light_page,
+    "diagnosis.md": diagnosis_page,
     "compatibility.md": compatibility_page,
     "numbers.md": with_blocks("numbers.md"),
     "comparison.md": with_blocks("comparison.md"),

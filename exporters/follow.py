@@ -58,8 +58,8 @@ class _Request:
 class Follower:
     """Sends one session to one destination. Raises Taken when another process does.
 
-    `enrich` adds columns to a commit's tables before spans are made of them (spans.STEP_LIGHT): what it knows is the
-    analysis's, of which this package knows nothing.
+    `enrich` adds columns to a commit's tables before spans and metrics are made of them (spans.STEP_LIGHT): what it
+    knows is the analysis's, of which this package knows nothing.
     """
 
     def __init__(
@@ -180,11 +180,14 @@ class Follower:
             return
         self.manifest = self.session.read_manifest()  # it knows the clocks and processes of these tables
         try:
-            made = self.sink.spans(self._enriched(number, tables), self.manifest)
+            lit = self._enriched(number, tables)
+            made = self.sink.spans(lit, self.manifest)
         except Exception:  # or it would stop at this commit for good
             log.exception("no spans could be made of commit %d", number)
             self._leave_out(Counter(rows_that_failed=rows))
             return
+        if self.metrics is not None:
+            self.metrics.add(lit)
         self._leave_out(made.left_out)
         self._queue.extend(_Request(number, spans) for spans in batches(made.spans))
 

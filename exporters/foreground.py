@@ -18,6 +18,7 @@ _PASSED_ON = {
     signal.SIGUSR2,
     signal.SIGCONT,
 }
+_WAITED = _PASSED_ON | {signal.SIGCHLD}
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
@@ -29,11 +30,21 @@ class CannotStart(Exception):
         self.status = status
 
 
+def hold_signals() -> set[signal.Signals]:
+    """Blocks what run_in_foreground passes on; returns the mask of before.
+
+    To be called before a library starts threads, which inherit it: a signal to the process is taken by any thread that
+    does not block it, and would end the process instead of reaching the command.
+    """
+    return {signal.Signals(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED)}
+
+
 def run_in_foreground(
     command: list[str],
     environment: Mapping[str, str],
     output: IO[bytes] | None = None,
     *,
+    mask: set[signal.Signals] | None = None,
     started: Callable[[int], None] = lambda pid: None,
     tend: Callable[[], None] = lambda: None,
 ) -> int:
@@ -41,12 +52,15 @@ def run_in_foreground(
 
     Signals that are sent to this process go to the command. Those of the terminal (Ctrl-C) do not: the command is in
     the same process group and has them already, but for a hangup, of which the kernel tells the session's leader alone.
-    `output` takes its stdout and stderr. `started` is told the command's process; `tend` is called about once a second
-    while it runs. Raises CannotStart.
+    `output` takes its stdout and stderr. `mask`: what hold_signals() gave, where it was called before. `started` is
+    told the command's process; `tend` is called about once a second while it runs. Raises CannotStart.
     """
-    waited = _PASSED_ON | {signal.SIGCHLD}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, waited)
+    held = hold_signals()
+    before = held if mask is None else mask
     try:
+        if signal.sigpending() & _PASSED_ON - {signal.SIGCONT}:  # it came before there was a command: it is ours
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED)
         try:
             pid = os.posix_spawnp(
                 command[0],
@@ -62,7 +76,7 @@ def run_in_foreground(
             raise CannotStart(f"{command[0]}: {error.strerror}", 126) from error
         started(pid)
         while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
-            info = signal.sigtimedwait(waited, 1.0)
+            info = signal.sigtimedwait(_WAITED, 1.0)
             tend()
             if info is None or info.si_signo == signal.SIGCHLD:
                 continue

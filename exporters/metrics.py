@@ -24,11 +24,14 @@ from opentelemetry.sdk.metrics.export import (
 )
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 
+from .light_metrics import LightMetrics
 from .session import FATES
 from .spans import SCOPE, resource_attributes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    import pyarrow as pa
 
     from .otel_settings import Destination
     from .session import Export, Manifest
@@ -40,8 +43,8 @@ PAUSE_S = 300.0  # after a refusal
 _Points = list[tuple[int, dict[str, str]]]  # value, attributes
 
 
-def metrics_of(manifest: Manifest, export: Export, now_ns: int) -> MetricsData:
-    """The counts of a session at `now_ns` (wall clock), from its start on. Pure."""
+def metrics_of(manifest: Manifest, export: Export, now_ns: int, others: Iterable[Metric] = ()) -> MetricsData:
+    """The counts of a session at `now_ns` (wall clock), from its start on, and `others` with them. Pure."""
     slots: _Points = []
     for fate in FATES:
         for ring in ("control", "detail"):
@@ -83,6 +86,7 @@ def metrics_of(manifest: Manifest, export: Export, now_ns: int) -> MetricsData:
     metrics.append(
         Metric("stagetrace.export.waiting", "commits whose spans wait for this backend", "{commit}", Gauge(waiting))
     )
+    metrics += others
     resource = Resource.create({**resource_attributes(manifest), **OTELResourceDetector().detect().attributes})
     return MetricsData([ResourceMetrics(resource, [ScopeMetrics(SCOPE, metrics, "")], "")])
 
@@ -98,8 +102,16 @@ class MetricsSink:
         """Raises what the OpenTelemetry SDK raises for variables that it cannot use."""
         self._exporter = _exporter(destination, destination.timeout_s(timeout_s))
         self._target = destination.target
+        self._light = LightMetrics()
         self._next_s = 0.0
         self._refused = False
+
+    def add(self, tables: Mapping[str, pa.Table]) -> None:
+        """Takes in what the tables of a commit say of the speed of light."""
+        try:
+            self._light.add(tables)
+        except Exception:
+            log.exception("the metrics of the speed of light lack a commit")
 
     def send(self, manifest: Manifest, export: Export, last: bool = False) -> None:
         """Sends the counts if it is time, or the `last` time, unless the backend refused them a while ago."""
@@ -108,7 +120,9 @@ class MetricsSink:
             return
         self._next_s = now_s + EVERY_S
         try:
-            arrived = self._exporter.export(metrics_of(manifest, export, time.time_ns())) is MetricExportResult.SUCCESS
+            now_ns = time.time_ns()
+            data = metrics_of(manifest, export, now_ns, self._light.metrics(now_ns))
+            arrived = self._exporter.export(data) is MetricExportResult.SUCCESS
         except Exception:
             log.exception("the OTLP exporter of metrics failed")
             arrived = False

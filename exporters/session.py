@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stagetrace.instrument.identity import Identity, read_identity
-from stagetrace.instrument.stages import MAX_ATTRIBUTES, STEP_COMPOSITION
+from stagetrace.instrument.stages import MAX_ATTRIBUTES, QUEUE_CAUSES, STEP_COMPOSITION
 
 from .parts import BLOCK, END, Part, list_parts, merge_block, read_part, remove_within, write_part
 
@@ -72,6 +72,7 @@ REQUESTS_SCHEMA = pa.schema(
         pa.field("priority", _I64),
         pa.field("status", pa.string(), nullable=False),  # finished, aborted, error, lost, open
         pa.field("finish", pa.string(), nullable=False),  # stages.Finish, in lower case
+        pa.field("refused", _I64),  # the HTTP status, where the front end refused it and no engine has seen it
         pa.field("partial", pa.bool_(), nullable=False),  # recording was switched, or its beginning was not recorded
         pa.field("prompt_tokens", _I64),
         pa.field("output_tokens", _I64),
@@ -95,7 +96,11 @@ REQUESTS_SCHEMA = pa.schema(
         pa.field("tokenize_ns", _I64),
         pa.field("dispatch_ns", _I64),
         pa.field("queue_ns", _I64),
-        pa.field("grammar_ns", _I64),  # of the queue: until its grammar was compiled
+        # Of the queue: until its grammar was compiled; then, where the engine says, by what held it back. What is left
+        # it waited for its turn, or for what the engine does not say.
+        pa.field("grammar_ns", _I64),
+        *[pa.field(f"{cause.name.lower()}_ns", _I64) for cause in QUEUE_CAUSES],
+        pa.field("kv_transfer_ns", _I64),
         pa.field("prefill_ns", _I64),
         pa.field("decode_ns", _I64),
         pa.field("preempted_ns", _I64),
@@ -165,6 +170,7 @@ SEGMENTS_SCHEMA = pa.schema(
         pa.field("instance", _I64),
         pa.field("step", _I64),
         pa.field("phase", pa.string()),  # of its step
+        pa.field("partial", pa.bool_(), nullable=False),  # recording at its level was switched during its step
         *_ATTRIBUTES,
     ]
 )

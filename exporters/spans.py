@@ -29,6 +29,7 @@ from stagetrace.instrument import ids
 from stagetrace.instrument.stages import (
     BY_ID,
     BY_NAME,
+    QUEUE_CAUSES,
     STAGES,
     STEP_COMPOSITION,
     Finish,
@@ -51,7 +52,10 @@ LINK_LIMIT = 1024
 
 # Attributes of a step's span, of one rank, where the speed of light is known (analysis/step_light.py): operations and
 # bytes that it needs, and the shares of its duration that they would take at the device's ceilings.
-STEP_LIGHT = ("operations", "moved_bytes", "link_bytes", "mfu", "mbu", "light_share")
+STEP_LIGHT = ("operations", "moved_bytes", "link_bytes", "mfu", "mbu", "link_share", "light_share")
+# What the step took beyond its least time, and its parts, in ns; what could not be told apart is not there.
+GAP_PARTS = ("host", "launch", "communication", "imbalance", "kernel")
+STEP_GAP = ("gap_ns", *(f"gap_{part}_ns" for part in GAP_PARTS))
 
 # OpenTelemetry's GenAI conventions. Written out since their Python module is marked as subject to change and
 # opentelemetry-sdk is not pinned; tests/unit/test_spans.py holds them against the installed module.
@@ -62,6 +66,8 @@ GEN_AI_RESPONSE_FINISH_REASONS = "gen_ai.response.finish_reasons"
 GEN_AI_USAGE_INPUT_TOKENS = "gen_ai.usage.input_tokens"
 GEN_AI_USAGE_OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
 GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS = "gen_ai.usage.cache_read.input_tokens"
+
+ERROR_TYPE = "error.type"  # the HTTP status of a request that was refused, else how it ended
 
 # What vLLM and SGLang share beyond the conventions, and vLLM's definitions: seconds between two moments of a request.
 GEN_AI_REQUEST_ID = "gen_ai.request.id"
@@ -82,18 +88,20 @@ _STATE_SUMS = tuple(
     for column in (stage.name.removeprefix("request_") + "_ns" for stage in STAGES if stage.kind is Kind.STATE)
     if column in REQUESTS_SCHEMA.names
 )
+_QUEUE_SUMS = ("grammar_ns", *(f"{cause.name.lower()}_ns" for cause in QUEUE_CAUSES))
 _MOMENTS = tuple(
-    name for name in REQUESTS_SCHEMA.names if name.endswith("_ns") and name not in (*_STATE_SUMS, "grammar_ns")
+    name for name in REQUESTS_SCHEMA.names if name.endswith("_ns") and name not in (*_STATE_SUMS, *_QUEUE_SUMS)
 )
 
 RANKS = ("rank", "tp_rank", "pp_rank", "dp_rank", "ep_rank")  # of a worker, as its process says them
 _OF_REQUESTS = (
     *("status", "partial", "preemptions", "priority", "lora", "child", "children"),
-    *("external_tokens", "draft_tokens", "accepted_tokens", "grammar_ns"),
+    *("external_tokens", "draft_tokens", "accepted_tokens"),
+    *_QUEUE_SUMS,
 )
 
 _DESCRIPTIONS = {
-    "error": "the engine ended the request with an error",
+    "error": "the engine ended the request with an error, or refused it",
     "lost": "the engine's process died while the request was open",
 }
 
@@ -244,7 +252,8 @@ def _step_span(row: Row, trace: _Trace, source: Source) -> ReadableSpan:
             f"stagetrace.{name}": row[name]
             for name in ("output_tokens", "accepted_tokens", "padded_tokens", "graph_mode")
         },
-        **{f"stagetrace.{name}": row[name] for name in STEP_LIGHT if name in row},
+        **{f"stagetrace.{name}": row[name] for name in STEP_LIGHT if row.get(name) is not None},
+        **{f"stagetrace.{name}": round(row[name]) for name in STEP_GAP if row.get(name) is not None},
         "thread.id": row["thread"],
     }
     return _span(
@@ -268,6 +277,7 @@ def _segment_span(row: Row, root: Row, trace: _Trace, known: _Segments, source: 
         "stagetrace.engine_instance": hex_instance(root["instance"]),
         "stagetrace.self_ns": row["self_ns"],
         "thread.id": row["thread"],
+        "stagetrace.partial": True if row["partial"] else None,
         **_stage_attributes(row, stage, source.names),
     }
     return _span(
@@ -444,6 +454,7 @@ def _parent_span(children: Sequence[Row], source: Source) -> ReadableSpan:
     finishes = tuple(row["finish"] for row in children)
     attributes = {
         "stagetrace.stage": "parent_request",
+        ERROR_TYPE: failed,
         GEN_AI_REQUEST_ID: first["external_id"],
         GEN_AI_REQUEST_MODEL: source.model,
         GEN_AI_REQUEST_CHOICE_COUNT: first["children"],
@@ -469,6 +480,7 @@ def _request_attributes(row: Row, source: Source) -> dict[str, Any]:
     finish = row["finish"]
     return {
         "stagetrace.stage": "request",
+        ERROR_TYPE: str(row["refused"] or row["status"]) if row["status"] in _DESCRIPTIONS else None,
         GEN_AI_REQUEST_ID: row["external_id"] or row["request_id"],
         GEN_AI_REQUEST_MODEL: source.model,
         GEN_AI_REQUEST_MAX_TOKENS: row["max_tokens"] or None,  # 0 stands for unbounded

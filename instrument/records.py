@@ -73,6 +73,8 @@ class Event(IntEnum):
     ABORTED = 6  # the front end gave it up: client gone, or an abort call
     CHILD = 7  # one of several answers to one request (n > 1); a0 the parent's handle, a1 index, a2 how many
     DRAFTED = 8  # at its end, where the engine kept count; a0 draft tokens verified, a1 accepted of them
+    WAITED = 9  # at the end of its queue, one for each cause; a0 stages.QueueCause, a1 ns of the queue, in all
+    REFUSED = 10  # the front end answered it with an error, no engine has seen it; a0 the HTTP status
 
 
 class Change(IntEnum):

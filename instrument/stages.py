@@ -74,7 +74,13 @@ class QueueCause(IntEnum):
 
     UNKNOWN = 0
     GRAMMAR = 1
-    TURN = 2
+    TURN = 2  # the next time that the scheduler chooses a batch
+    KV_SPACE = 3  # it did not fit into the KV cache, or one ahead of it did not
+    BATCH_FULL = 4  # as many requests were running as may
+    TOKEN_BUDGET = 5  # the step had as many tokens as it may
+    LORA_LIMIT = 6  # as many LoRA adapters were in use as may
+    REMOTE_KV = 7  # a connector could not say yet what it has
+    PAUSED = 8  # the engine takes nobody in: it is asleep, or its weights are replaced
 
     @property
     def text(self) -> str:
@@ -83,7 +89,20 @@ class QueueCause(IntEnum):
             QueueCause.UNKNOWN: "unknown",
             QueueCause.GRAMMAR: "its grammar",
             QueueCause.TURN: "its turn",
+            QueueCause.KV_SPACE: "room in the KV cache",
+            QueueCause.BATCH_FULL: "a place in the batch",
+            QueueCause.TOKEN_BUDGET: "the token budget of a step",
+            QueueCause.LORA_LIMIT: "a place among the LoRA adapters",
+            QueueCause.REMOTE_KV: "word of remote KV",
+            QueueCause.PAUSED: "the engine, which is paused",
         }[self]
+
+
+# Causes that a request has its time by, beside its grammar; the others make up the rest of the queue.
+QUEUE_CAUSES = (
+    *(QueueCause.KV_SPACE, QueueCause.BATCH_FULL, QueueCause.TOKEN_BUDGET),
+    *(QueueCause.LORA_LIMIT, QueueCause.REMOTE_KV, QueueCause.PAUSED),
+)
 
 
 class GraphMode(IntEnum):
@@ -260,8 +279,9 @@ STAGES: tuple[Stage, ...] = (
         Kind.STATE,
         Timeline.REQUEST,
         Level.REQUEST,
-        "in the scheduler's waiting queue until first scheduled; in parts where what it waits for changes",
-        "time in the front end before, or waiting again after a preemption",
+        "in the scheduler's waiting queue until first scheduled; in parts around its grammar and a transfer of KV",
+        "time in the front end before, or waiting again after a preemption; the cause is what most of the part is owed"
+        " to, as the engine has it after each step: what held back the first of those that wait",
         ("request",),
         (
             _PROMPT,
@@ -311,9 +331,10 @@ STAGES: tuple[Stage, ...] = (
         Kind.STATE,
         Timeline.REQUEST,
         Level.REQUEST,
-        "waiting for KV blocks from another instance or a store",
-        "bytes on the wire alone",
+        "waiting for KV blocks from another instance or a store, until the engine knows that they are there",
+        "bytes on the wire alone; a connector that loads within a step, whose time is kv_load",
         ("request",),
+        (Attribute("external_tokens", Unit.TOKENS, "tokens whose KV is fetched"),),
     ),
     Stage(
         17,
@@ -724,8 +745,9 @@ STAGES: tuple[Stage, ...] = (
         Kind.OCCASION,
         Timeline.RANK,
         Level.STEP,
-        "loading KV blocks from a connector",
-        "KV found in the device's own cache",
+        "a connector's call that loads KV blocks, or begins to; at layer level also each layer's wait for its own",
+        "the whole of a transfer, which can go on beside steps; KV found in the device's own cache",
+        ("prepare", "forward", "sample", "return", "rank_step", "execute", "idle"),
     ),
     Stage(
         125,
@@ -733,8 +755,9 @@ STAGES: tuple[Stage, ...] = (
         Kind.OCCASION,
         Timeline.RANK,
         Level.STEP,
-        "storing KV blocks to a connector",
-        "writing KV in attention",
+        "a connector's call that waits until KV blocks are stored; at layer level also the storing of each layer's",
+        "the whole of a transfer, which can go on beside steps; writing KV in attention",
+        ("prepare", "forward", "sample", "return", "rank_step", "execute", "idle"),
     ),
     Stage(
         126,

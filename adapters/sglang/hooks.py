@@ -10,10 +10,10 @@ A function that has another name or other leading parameters in some releases ha
 from __future__ import annotations
 
 from stagetrace.instrument.hooks import HookPoint
-from stagetrace.instrument.stages import Level
+from stagetrace.instrument.stages import Collective, Level
 
 from ..http import HTTP_POINTS
-from . import front_end, scheduler, worker
+from . import front_end, layers, scheduler, worker
 
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
 _CONTROLLER = "sglang.srt.managers.data_parallel_controller:DataParallelController"
@@ -285,4 +285,126 @@ _RANK_POINTS = (
     ),
 )
 
-HOOK_POINTS: tuple[HookPoint, ...] = (*_FRONT_POINTS, *_SCHEDULER_POINTS, *_RANK_POINTS)
+_LAYERS = "sglang.srt.layers"
+_GROUP = "sglang.srt.distributed.parallel_state:GroupCoordinator"
+_COMMUNICATORS = "sglang.srt.distributed.device_communicators"
+
+
+def _on_objects(target: str, parameters: tuple[str, ...], gives: str) -> HookPoint:
+    """What is put on the objects of the loaded model."""
+    handler = layers.on_objects
+    return HookPoint(target, parameters, Level.LAYER, _RANK, handler, gives, compiled=True, per_object=True)
+
+
+def _of_a_group(function: str, parameters: tuple[str, ...], op: Collective, size: str) -> HookPoint:
+    """An operation of a group of ranks; `size` names what has its bytes: a parameter, or the result."""
+    target, gives = f"{_GROUP}.{function}", f"collective: {op.text} ({function.strip('_')})"
+    handler = layers.collective(op, size)
+    return HookPoint(target, parameters, Level.LAYER, _RANK, handler, gives, missed=False, compiled=True)
+
+
+_LAYER_POINTS = (
+    HookPoint(
+        f"{_RUNNER}.init_attention_backends",
+        ("self",),
+        Level.OFF,
+        _RANK,
+        layers.attention_is_set_up,
+        "what layers the model has, and hooks on them",
+    ),
+    _on_objects(layers.ATTENTION["RadixAttention"][0], ("self", "q"), "attention"),
+    _on_objects(
+        layers.ATTENTION["RadixLinearAttention"][0], ("self", "forward_batch", "mixed_qkv"), "attention: linear"
+    ),
+    _on_objects(layers.ATTENTION["MambaMixer2"][0], ("self", "hidden_states"), "attention: mamba"),
+    _on_objects(layers.MODULE, ("self", "x"), "mlp, shared_experts; of every model's own class"),
+    _on_objects(layers.ROUTER, ("self",), "moe_route"),
+    _on_objects(layers.CHOSEN, ("hidden_states", "router_logits", "topk_config"), "tokens by expert"),
+    _on_objects(layers.EXPERTS, ("self", "dispatch_output"), "expert_compute"),
+    *(
+        _on_objects(door, ("self", "hook"), f"where {stage} {at}")
+        for stage, doors in layers.DOORS.items()
+        for door, at in zip(doors, ("begins", "ends"), strict=True)
+    ),
+    HookPoint(
+        f"{_LAYERS}.vocab_parallel_embedding:VocabParallelEmbedding.forward",
+        ("self", "input_"),
+        Level.LAYER,
+        _RANK,
+        layers.of_model("embed", "input_"),
+        "embed",
+        compiled=True,
+    ),
+    HookPoint(
+        f"{_LAYERS}.logits_processor:LogitsProcessor.forward",
+        ("self", "input_ids", "hidden_states"),
+        Level.LAYER,
+        _RANK,
+        layers.logits,
+        "logits",
+        compiled=True,
+    ),
+    HookPoint(
+        "sglang.srt.managers.mm_utils:embed_mm_inputs",
+        ("mm_inputs_list",),
+        Level.LAYER,
+        _RANK,
+        layers.encoder,
+        "encode",
+        compiled=True,
+    ),
+    # The functions that models call; under torch.compile only those with an underscore are run, within operators.
+    *(
+        _of_a_group(function, ("self", *parameters), op, parameters[-1])
+        for function, parameters, op in (
+            ("all_reduce", ("input_",), Collective.ALL_REDUCE),
+            ("quant_all_reduce", ("input_",), Collective.ALL_REDUCE),
+            ("_all_reduce_in_place", ("input_",), Collective.ALL_REDUCE),
+            ("_all_reduce_out_place", ("input_",), Collective.ALL_REDUCE),
+            ("reduce_scatter_tensor", ("output", "input"), Collective.REDUCE_SCATTER),
+            ("_reduce_scatter_tensor", ("output", "input"), Collective.REDUCE_SCATTER),
+            ("reduce_scatterv", ("input_",), Collective.REDUCE_SCATTER),
+            ("reduce_scatter", ("output", "input_list"), Collective.REDUCE_SCATTER),
+            ("all_to_all_single", ("output", "input"), Collective.ALL_TO_ALL),
+            ("_all_to_all_single", ("output", "input"), Collective.ALL_TO_ALL),
+            ("all_gather_into_tensor", ("output", "input"), Collective.ALL_GATHER),
+            ("_all_gather_into_tensor", ("output", "input"), Collective.ALL_GATHER),
+            ("all_gather", ("input_",), Collective.ALL_GATHER),
+            ("all_gatherv", ("input_",), Collective.ALL_GATHER),
+            ("gather", ("input_",), Collective.GATHER),
+            ("broadcast", ("input_",), Collective.BROADCAST),
+            ("send", ("tensor",), Collective.SEND),
+            ("send_tensor_dict", ("tensor_dict",), Collective.SEND),
+        )
+    ),
+    *(
+        _of_a_group(function, ("self",), op, size)
+        for function, op, size in (
+            ("broadcast_tensor_dict", Collective.BROADCAST, "result"),
+            ("recv", Collective.RECEIVE, "result"),
+            ("recv_tensor_dict", Collective.RECEIVE, "result"),
+            ("barrier", Collective.BARRIER, ""),
+        )
+    ),
+    # The ways in which a group on a device carries out an all_reduce: which one it was.
+    *(
+        HookPoint(
+            f"{_COMMUNICATORS}.{target}",
+            ("self",),
+            Level.LAYER,
+            _RANK,
+            layers.carried_out_by(name),
+            "the algorithm of a collective",
+        )
+        for target, name in (
+            ("custom_all_reduce:CustomAllreduce.custom_all_reduce", "custom all_reduce"),
+            ("custom_all_reduce_v2:CustomAllReduceV2.custom_all_reduce", "custom all_reduce"),
+            ("torch_symm_mem:TorchSymmMemCommunicator.all_reduce", "symmetric memory"),
+            ("pynccl:PyNcclCommunicator.outplace_all_reduce", "NCCL"),
+            ("quick_all_reduce:QuickAllReduce.quick_all_reduce", "QuickReduce"),
+            ("pymscclpp:PyMscclppCommunicator.all_reduce", "MSCCL++"),
+        )
+    ),
+)
+
+HOOK_POINTS: tuple[HookPoint, ...] = (*_FRONT_POINTS, *_SCHEDULER_POINTS, *_RANK_POINTS, *_LAYER_POINTS)

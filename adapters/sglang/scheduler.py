@@ -20,7 +20,7 @@ from stagetrace.instrument.recorder import now
 from stagetrace.instrument.records import HEAD, TAILS, Change, Event, RecordType, header_word
 from stagetrace.instrument.stages import BY_NAME, Finish, IdleReason, Level
 
-from . import extract
+from . import extract, layers
 from .worker import RANK
 
 if TYPE_CHECKING:
@@ -357,7 +357,8 @@ def opens_recorder(hook: Hook) -> Around:
         if extract.is_first(parallel):
             hook.recorder.open("engine_core", {**info, "instance": RANK.instance})
             _Here.tracker = Tracker(hook.recorder, RANK.instance, parallel.pp_size > 1)
-        hook.recorder.open("worker", {**info, "rank": RANK.rank, **device_info(str(info["device"]))})
+        rank = {"rank": RANK.rank, **device_info(str(info["device"])), **layers.model_info()}
+        hook.recorder.open("worker", {**info, **rank})
 
     return Around(after=after)
 

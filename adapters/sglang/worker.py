@@ -33,6 +33,10 @@ class _Rank:
         self.rank = 0
         self.instance = 0  # of the scheduler; 0: it is not known
         self.step = 0  # 0: none
+        self.tokens = 0  # computed in it
+        self.batch: Any = None  # ForwardBatch of its forward pass
+        self.at_start: tuple[Callable[[], None], ...] = ()  # called around every forward pass of the model, on its
+        self.at_end: tuple[Callable[[], None], ...] = ()  # stream; they raise nothing
         self.begin = 0  # of the rank's step
         self.reached = 0  # end of the last segment in it
         self.of_rank = self.of_tokens = b""  # tails of the step's segments: with the rank; with its tokens as well
@@ -52,18 +56,18 @@ class _Rank:
         self.begin, self.reached = begin, 0
         self.of_rank = _pack_tail(self.instance, step, self.rank)
         self.of_tokens = _pack_longer_tail(self.instance, step, self.rank, tokens)
-        self.step = step
+        self.step, self.tokens = step, tokens
 
     def end(self, put: Callable[[bytes, int, int, bytes], None], end: int) -> None:
         """The step is handed back; `put` writes a segment."""
         if self.reached:
             put(self.return_, self.reached, end, self.of_rank)
         put(self.rank_step, self.begin, end, self.of_tokens)
-        self.step = 0
+        self.step, self.batch = 0, None
 
     def forget(self) -> None:
         """There is no step that is recorded."""
-        self.step = 0
+        self.step, self.batch = 0, None
 
 
 RANK = _Rank()
@@ -73,11 +77,19 @@ def forward(hook: Hook) -> Around:
     """ModelRunner.forward: what came before it in the step is prepare. A draft model's passes are draft."""
     put, rank = hook.recorder.put, RANK
 
-    def before(begin: int) -> None:
+    def before(self: Any, forward_batch: Any, begin: int) -> None:
         if rank.step and not rank.reached:
             put(rank.prepare, rank.begin, begin, rank.of_rank)
+        if not self.is_draft_worker:
+            rank.batch = forward_batch
+            for call in rank.at_start:
+                call()
 
     def after(self: Any, begin: int, end: int) -> None:
+        if not self.is_draft_worker:
+            for call in rank.at_end:
+                call()
+            rank.batch = None
         if rank.step:
             if self.is_draft_worker:
                 put(rank.draft, begin, end, rank.of_rank)

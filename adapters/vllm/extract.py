@@ -10,10 +10,15 @@ import os
 from operator import mul
 from typing import TYPE_CHECKING, Any
 
-from stagetrace.instrument.stages import Finish, GraphMode
+from stagetrace.instrument.stages import Finish, GraphMode, QueueCause
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
+
+OWN = 0  # in place of a QueueCause: those that wait are each held back by something of their own
+# An enum's attributes are slow to look up.
+_KV_SPACE, _BATCH_FULL, _TOKEN_BUDGET = map(int, (QueueCause.KV_SPACE, QueueCause.BATCH_FULL, QueueCause.TOKEN_BUDGET))
+_PAUSED, _TURN = int(QueueCause.PAUSED), int(QueueCause.TURN)
 
 _FINISH_BY_REASON = (Finish.STOP, Finish.LENGTH, Finish.ABORT, Finish.ERROR, Finish.REPETITION)
 _GRAPH_MODES = {mode.name: mode for mode in GraphMode if mode}
@@ -89,14 +94,14 @@ def composition(
         decode_q_q, decode_q_kv = decode_requests, decode_context  # every q is 1
     draft_tokens = 0
     if drafts:
-        sizes = set(map(len, drafts.values()))
-        q = 1 + max(sizes)
-        # The same number for everyone, and for nobody else: a request that is resumed has drafts in its prefill.
-        if len(sizes) == 1 and len(drafts) == decode_requests and decode_tokens == decode_requests * q:
-            draft_tokens = decode_tokens - decode_requests
-            decode_q_q, decode_q_kv = decode_tokens * q, decode_context * q
+        # Whoever decodes has a token and its drafts in the step: no list of drafts is looked at, each a cache miss. (In
+        # the one step after a connector failed to load KV, tokens computed again count as drafts.) A request that is
+        # resumed has drafts in its prefill.
+        draft_tokens = sum(map(len, drafts.values())) if prefill_requests else tokens - requests
+        chunk = max(output.num_scheduled_tokens.values())
+        if chunk * requests == tokens and not prefill_requests:  # the same for everyone
+            decode_q_q, decode_q_kv = decode_tokens * chunk, decode_context * chunk
         else:
-            draft_tokens = sum(map(len, drafts.values()))
             q_q, q_kv = _products(output)
             decode_q_q, decode_q_kv = q_q - prefill_q_q, q_kv - prefill_q_kv
     return (
@@ -122,7 +127,10 @@ def composition(
 def _products(output: Any) -> tuple[int, int]:
     """Sums of q squared and of q times kv over the whole batch; in C, since a loop would cost 0.3 µs a request."""
     scheduled, cached = output.num_scheduled_tokens, output.scheduled_cached_reqs
-    chunks = list(map(scheduled.__getitem__, cached.req_ids))
+    if [*scheduled] == cached.req_ids:  # in one order where none is new: comparing pointers is cheaper than looking up
+        chunks = [*scheduled.values()]
+    else:
+        chunks = list(map(scheduled.__getitem__, cached.req_ids))
     q_q = sum(map(mul, chunks, chunks))
     q_kv = q_q + sum(map(mul, chunks, cached.num_computed_tokens))
     for new in output.scheduled_new_reqs:
@@ -132,20 +140,34 @@ def _products(output: Any) -> tuple[int, int]:
     return q_q, q_kv
 
 
-def sampled_tokens(output: Any, given: Any, dropped: Collection[str]) -> tuple[int, int]:
-    """How many tokens a step sampled, and how many requests it sampled for.
+def sampled_tokens(output: Any, given: Any, dropped: Collection[str]) -> int:
+    """How many tokens a step sampled.
 
     `output` is the SchedulerOutput, `given` the ModelRunnerOutput; `dropped` are requests that ended meanwhile: what
-    was sampled for them counts for nothing. Before update the difference is what was accepted of drafts, as in vLLM's
-    metrics; update takes off what lies behind a stop. In C: a loop would cost 0.2 µs a request.
+    was sampled for them counts for nothing. update takes off what lies behind a stop. In C: a loop would cost 0.2 µs a
+    request.
     """
     sampled = given.sampled_token_ids
-    tokens, requests = sum(map(len, sampled)), len(sampled) - sampled.count([])
-    for request_id in dropped:
-        if request_id in output.num_scheduled_tokens and (lost := len(sampled[given.req_id_to_index[request_id]])):
-            tokens -= lost
-            requests -= 1
-    return tokens, requests
+    return sum(map(len, sampled)) - sum(map(len, _lost(output, given, dropped)))
+
+
+def accepted_tokens(output: Any, given: Any, dropped: Collection[str]) -> int:
+    """How many draft tokens a step accepted, as in vLLM's metrics: before update takes off what lies behind a stop.
+
+    Of each request that it sampled for all tokens but one. Arguments as in sampled_tokens.
+    """
+    sampled, lost = given.sampled_token_ids, _lost(output, given, dropped)
+    requests: int = len(sampled) - sampled.count([]) - (len(lost) - lost.count([]))
+    return sampled_tokens(output, given, dropped) - requests
+
+
+def _lost(output: Any, given: Any, dropped: Collection[str]) -> list[list[int]]:
+    """What a step sampled for requests that had ended meanwhile."""
+    return [
+        given.sampled_token_ids[given.req_id_to_index[request_id]]
+        for request_id in dropped
+        if request_id in output.num_scheduled_tokens
+    ]
 
 
 def drafted(request: Any) -> tuple[int, int] | None:
@@ -162,6 +184,41 @@ def drafted(request: Any) -> tuple[int, int] | None:
 def graph(stats: Any) -> tuple[int, int]:
     """The tokens that a forward pass ran on, and the stages.GraphMode, of a CUDAGraphStat."""
     return int(stats.num_padded_tokens), int(_GRAPH_MODES.get(stats.runtime_mode, GraphMode.UNKNOWN))
+
+
+def held_back(scheduler: Any, output: Any, preempted: int) -> int:
+    """Why requests that wait were not taken into the step that was just scheduled: a stages.QueueCause, or OWN.
+
+    In constant time, in the order in which Scheduler.schedule asks. `preempted`: how many it threw out. vLLM does not
+    say that a request did not fit into the KV cache: that is what is left when nothing else held it back.
+    TURN where there are none, or it cannot be told.
+    """
+    _, waiting = scheduler.get_request_counts()
+    if not waiting:
+        return _TURN
+    if scheduler._pause_state:
+        return _PAUSED
+    if preempted:  # nobody is taken in then
+        return _KV_SPACE
+    deferred = getattr(scheduler, "deferred_waiting", None)
+    if waiting <= len(scheduler.skipped_waiting if deferred is None else deferred):  # the former before 0.31
+        return OWN
+    config, tokens = scheduler.scheduler_config, output.total_num_scheduled_tokens
+    speculation = scheduler.vllm_config.speculative_config
+    slots = 0 if speculation is None else getattr(speculation, "max_num_new_slots_for_drafting", 0)
+    left = scheduler.max_num_scheduled_tokens - tokens
+    drafting = slots and tokens + slots * (len(output.num_scheduled_tokens) + 1)
+    if left <= 0 or drafting >= config.max_num_batched_tokens:
+        return _TOKEN_BUDGET
+    most = getattr(scheduler, "max_num_active_reqs", scheduler.max_num_running_reqs)
+    if len(scheduler.running) + scheduler.num_waiting_for_streaming_input >= most:
+        return _BATCH_FULL
+    first = scheduler.waiting.peek_request() if scheduler.waiting else None
+    if first is None or first.has_encoder_inputs:  # the encoder has a budget as well
+        return _TURN
+    if not config.enable_chunked_prefill and first.num_tokens > left:
+        return _TOKEN_BUDGET
+    return _KV_SPACE
 
 
 def external_tokens(request: Any) -> int:

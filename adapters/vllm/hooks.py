@@ -11,7 +11,7 @@ from stagetrace.instrument.hooks import HookPoint
 from stagetrace.instrument.stages import Collective, Level
 
 from ..http import HTTP_POINTS
-from . import front_end, layers, scheduler, startup, worker
+from . import connector, front_end, layers, scheduler, startup, worker
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _OUTPUTS = "vllm.v1.engine.output_processor:OutputProcessor"
@@ -152,6 +152,14 @@ _LAYER_POINTS = (
         Level.LAYER,
         _RANK,
         layers.encoder,
+        "encode",
+    ),
+    HookPoint(
+        "vllm.v1.worker.gpu.mm.encoder_runner:EncoderRunner.execute_mm_encoder",
+        ("self", "mm_kwargs"),
+        Level.LAYER,
+        _RANK,
+        layers.encoder_runner,
         "encode",
     ),
     HookPoint(
@@ -320,6 +328,29 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
         "end of a request in the engine",
     ),
     HookPoint(
+        f"{_SCHEDULER}.set_pause_state",
+        ("self", "pause_state"),
+        Level.REQUEST,
+        _CORE,
+        scheduler.paused,
+        "the queue's cause while the engine is paused",
+    ),
+    HookPoint(
+        f"{_SCHEDULER}._update_from_kv_xfer_finished",
+        ("self", "kv_connector_output"),
+        Level.REQUEST,
+        _CORE,
+        scheduler.kv_transfers_finished,
+        "kv_transfer ends",
+    ),
+    *(
+        HookPoint(target, parameters, Level.REQUEST, _CORE, connector.on_connector, gives, per_object=True)
+        for target, parameters, gives in (
+            (connector.MATCHED, ("self", "request", "num_computed_tokens"), "which requests are to fetch KV"),
+            (connector.ALLOCATED, ("self", "request", "blocks", "num_external_tokens"), "kv_transfer begins"),
+        )
+    ),
+    HookPoint(
         f"{_SCHEDULER}.get_grammar_bitmask",
         ("self", "scheduler_output"),
         Level.STEP,
@@ -411,6 +442,32 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
         worker.dummy_run,
         "dummy runs of data parallelism",
     ),
+    *(
+        HookPoint(f"{owner}.{function}", parameters, Level.REQUEST, _RANK, handler, "sleep")
+        for owner in (_WORKER, _CPU_WORKER)
+        for function, parameters, handler in (
+            ("sleep", ("self", "level"), worker.falls_asleep),
+            ("wake_up", ("self", "tags"), worker.wakes_up),
+        )
+    ),
+    *(
+        HookPoint(
+            f"{_WORKER}.{function}",
+            ("self",),
+            Level.REQUEST,
+            _RANK,
+            worker.weights_updated,
+            "weight_update",
+            since,
+            missed=False,
+        )
+        for function, since in (
+            ("reload_weights", ""),
+            ("start_weight_update", "0.24"),
+            ("update_weights", ""),
+            ("finish_weight_update", "0.24"),
+        )
+    ),
     HookPoint(
         "vllm.v1.engine.core:DPEngineCoreProc._has_global_unfinished_reqs",
         ("self",),
@@ -439,6 +496,11 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
     *(
         HookPoint(target, parameters, Level.OFF, process, startup.part(stage, stage == "warm_up"), "start-up")
         for target, parameters, process, stage in _STARTUP
+    ),
+    *(
+        HookPoint(target, ("self",), level, _RANK, connector.on_connector, stage, compiled=True, per_object=True)
+        for level, calls in ((Level.STEP, connector.CALLS), (Level.LAYER, connector.LAYER_CALLS))
+        for target, stage in calls.items()
     ),
     *_LAYER_POINTS,
 )

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from stagetrace.adapters.collectives import Collectives, Group
 from stagetrace.adapters.experts import DeviceCounts, HostCounts, chained, contained
-from stagetrace.adapters.layers import Within, timed, timed_within
+from stagetrace.adapters.layers import Within, is_dense_mlp, timed, timed_within
 from stagetrace.adapters.rank import layer_index, ranges
 from stagetrace.instrument.around import Around
 from stagetrace.instrument.recorder import RECORDER
 from stagetrace.instrument.records import RecordType, Text, header_word
 from stagetrace.instrument.stages import BY_NAME, AttentionKind, Collective
 
+from . import connector
 from .worker import RANK
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ CHOSEN = "vllm.model_executor.layers.fused_moe.router.fused_moe_router:FusedMoER
 
 _MARK = "_stagetrace"  # attribute of vLLM's objects that we keep ours in
 _CHAIN = "_stagetrace_chain"
-_MLP_NAMES = {"mlp", "feed_forward", "ffn", "ff"}
 # What vLLM's opaque operators call on a layer that has no `impl`, and the parameters that may have the tokens.
 _CALLED = (
     *("forward_impl", "conv_ssm_forward", "_forward_core", "_forward_core_fused_norm_packed", "_forward_core_rocm"),
@@ -97,7 +97,7 @@ def blocks(modules: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, int, Any]]
     `modules` are all of them by name, an outer one before those inside it.
     """
     named = [*modules]
-    experts = [(name, module) for name, module in named if is_moe(module)]
+    experts = [name for name, module in named if is_moe(module)]
     shared = {}
     for name, module in named:
         if type(module).__name__ == "SharedExperts" and hasattr(module, "_layer"):
@@ -106,8 +106,7 @@ def blocks(modules: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, int, Any]]
         if id(module) in shared:
             yield "shared_experts", shared.pop(id(module)), module
             continue
-        dense = not any(inner.startswith(f"{name}.") for inner, _ in experts)
-        if dense and name.rpartition(".")[2] in _MLP_NAMES and layer_index(name) >= 0:
+        if is_dense_mlp(name, experts):
             yield "mlp", layer_index(name), module
 
 
@@ -125,9 +124,10 @@ def on_objects(_: Hook) -> Around:
 
 
 def initialized(hook: Hook) -> Around:
-    """Worker.initialize_from_config: the model is loaded, and no graph captured yet."""
+    """Worker.initialize_from_config: the model is loaded, the KV connector made, and no graph captured yet."""
 
     def after(self: Any) -> None:
+        connector.attach(hook, RANK)
         attach(hook, self.model_runner)
 
     return Around(after=after)  # at every level: what is attached has a level of its own
@@ -312,6 +312,17 @@ def encoder(hook: Hook) -> Around:
         given = scheduler_output.scheduled_encoder_inputs
         if given and RANK.step:
             segment(_ENCODE, begin, end, RANK.instance, RANK.step, sum(map(len, given.values())))
+
+    return Around(after=after)
+
+
+def encoder_runner(hook: Hook) -> Around:
+    """EncoderRunner.execute_mm_encoder of Model Runner V2."""
+    segment = hook.recorder.segment
+
+    def after(mm_kwargs: Any, begin: int, end: int) -> None:
+        if mm_kwargs and RANK.step:
+            segment(_ENCODE, begin, end, RANK.instance, RANK.step, len(mm_kwargs))
 
     return Around(after=after)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from _thread import get_ident
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from stagetrace.instrument.around import Around
@@ -12,7 +13,7 @@ from stagetrace.instrument.recorder import now
 from stagetrace.instrument.records import HEAD, TAILS, Change, Event, RecordType, header_word
 from stagetrace.instrument.stages import BY_NAME, STEP_COMPOSITION, STEP_RESULT, IdleReason, Level, QueueCause
 
-from . import extract, startup
+from . import connector, extract, startup
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,13 +51,20 @@ _QUEUE = header_word(RecordType.STATE, BY_NAME["queue"].id)
 _PREFILL = header_word(RecordType.STATE, BY_NAME["prefill"].id)
 _DECODE = header_word(RecordType.STATE, BY_NAME["decode"].id)
 _PREEMPTED = header_word(RecordType.STATE, BY_NAME["preempted"].id)
+_KV_TRANSFER = header_word(RecordType.STATE, BY_NAME["kv_transfer"].id)
 _FINISHED = header_word(RecordType.EVENT, Event.FINISHED)
 _DRAFTED = header_word(RecordType.EVENT, Event.DRAFTED)
+_WAITED = header_word(RecordType.EVENT, Event.WAITED)
 _JOIN = header_word(RecordType.MEMBER, Change.JOIN)
 _LEAVE = header_word(RecordType.MEMBER, Change.LEAVE)
 _CHUNK = header_word(RecordType.MEMBER, Change.CHUNK)
 _DROPPED = header_word(RecordType.MEMBER, Change.DROPPED)
 _WAITS_FOR_GRAMMAR, _WAITS_ITS_TURN = int(QueueCause.GRAMMAR), int(QueueCause.TURN)
+_WAITS_FOR_LORA, _WAITS_FOR_CONNECTOR = int(QueueCause.LORA_LIMIT), int(QueueCause.REMOTE_KV)
+_PAUSED = int(QueueCause.PAUSED)
+
+# Requests whose grammar was compiled, by the threads that do it; more than a scheduler will find.
+_COMPILED: deque[str] = deque(maxlen=10_000)
 
 
 class Tracker:
@@ -74,6 +82,13 @@ class Tracker:
         self.batch: list[str] = []  # the requests of the last step: those that were running, then the new ones
         self.in_flight: dict[int, _InFlight] = {}  # by step
         self.compiling: dict[str, int] = {}  # requests queued before their grammar was compiled -> when
+        self.connected = False  # whether there is a KV connector
+        self.transferring: set[str] = set()  # requests that wait for KV from elsewhere
+        # Time that waiting requests were held back so far, by QueueCause, in ns; replaced when it grows.
+        self.held_ns: tuple[int, ...] = (0,) * len(QueueCause)
+        self.held = _WAITS_ITS_TURN  # what holds them back now: TURN stands for nothing that is known
+        self.held_since = 0
+        self.since: dict[str, tuple[int, ...]] = {}  # requests that wait -> held_ns when they began to
         self.dropped_requests: set[str] = set()  # those that ended while a step that has them was in flight
         self.accepted = 0  # draft tokens, of the step that is in update
         self.finished: Sequence[_Ended] | None = None  # held back while in update
@@ -103,6 +118,9 @@ class Tracker:
         self.context = -1
         self.last_end = self.preempted = self.snapshot_at = 0
         self.compiling.clear()
+        self.transferring.clear()
+        self.since.clear()
+        self.held = _WAITS_ITS_TURN
 
     # Requests
 
@@ -113,12 +131,77 @@ class Tracker:
         if request.use_structured_output and not getattr(request, COMPILED_ATTRIBUTE, 0):
             cause = _WAITS_FOR_GRAMMAR
             self.compiling[request.request_id] = time_ns
+        else:
+            self.begins_to_wait(request.request_id, time_ns)
         self.recorder.state(_QUEUE, time_ns, handle, self.instance, 0, request.num_prompt_tokens, cause)
 
     def compiled(self, request: Any, handle: int) -> None:
         """A request leaves the queue whose grammar had to be compiled: from when on it waited for its turn."""
         queued = self.compiling.pop(request.request_id)
         time_ns = max(getattr(request, COMPILED_ATTRIBUTE, 0), queued)
+        self.recorder.state(_QUEUE, time_ns, handle, self.instance, 0, request.num_prompt_tokens, _WAITS_ITS_TURN)
+
+    def begins_to_wait(self, request_id: str, time_ns: int) -> None:
+        """A request waits from now on to be scheduled."""
+        if self.held == _WAITS_ITS_TURN:
+            self.since[request_id] = self.held_ns
+        else:
+            self.since[request_id] = self._held_until(time_ns)
+
+    def _held_until(self, time_ns: int) -> tuple[int, ...]:
+        """What `held_ns` would be, were it brought up to that time."""
+        held = [*self.held_ns]
+        held[self.held] += max(time_ns - self.held_since, 0)
+        return tuple(held)
+
+    def holds_back(self, cause: int, time_ns: int) -> None:
+        """From now on this is what holds waiting requests back."""
+        if self.held != _WAITS_ITS_TURN:
+            self.held_ns = self._held_until(time_ns)
+        self.held, self.held_since = cause, time_ns
+
+    def has_waited(self, request: Any, handle: int, time_ns: int) -> None:
+        """A request waits no longer: records what held it back, and for how long."""
+        since = self.since.pop(request.request_id, None)
+        if since is None or (since is self.held_ns and self.held == _WAITS_ITS_TURN):
+            return
+        own = _WAITS_FOR_LORA if request.lora_request is not None else _WAITS_FOR_CONNECTOR if self.connected else 0
+        for held, (before, after) in enumerate(zip(since, self._held_until(time_ns), strict=True)):
+            cause = held or own
+            if cause and after != before and held != _WAITS_ITS_TURN:
+                self.recorder.state(_WAITED, time_ns, handle, self.instance, 0, cause, after - before)
+
+    def consider(self, scheduler: Any, output: Any, begin: int) -> None:
+        """A batch was chosen, at `begin`, while requests were waiting."""
+        while _COMPILED:
+            request_id = _COMPILED.popleft()
+            if request_id in self.compiling:
+                self.begins_to_wait(request_id, begin)
+        self.holds_back(extract.held_back(scheduler, output, self.preempted), begin)
+
+    def transfer_begins(self, request: Any, tokens: int) -> None:
+        """A request's KV is to be fetched from elsewhere."""
+        request_id, time_ns = request.request_id, now()
+        handle = self.handles.get(request_id)
+        if handle is None:
+            return
+        if request_id in self.compiling:
+            self.compiled(request, handle)
+        self.has_waited(request, handle, time_ns)
+        self.transferring.add(request_id)
+        self.recorder.state(_KV_TRANSFER, time_ns, handle, self.instance, 0, tokens)
+
+    def transferred(self, request: Any) -> None:
+        """A request's KV is there, or its transfer failed."""
+        request_id, time_ns = request.request_id, now()
+        handle = self.handles.get(request_id)
+        if handle is None or request_id not in self.transferring:
+            return
+        self.transferring.discard(request_id)
+        if request.num_preemptions:
+            self.recorder.state(_PREEMPTED, time_ns, handle, self.instance, 0, request.num_output_tokens)
+            return
+        self.begins_to_wait(request_id, time_ns)
         self.recorder.state(_QUEUE, time_ns, handle, self.instance, 0, request.num_prompt_tokens, _WAITS_ITS_TURN)
 
     def preempt(self, request: Any) -> None:
@@ -143,13 +226,17 @@ class Tracker:
             request.num_prompt_tokens,
             request.num_preemptions,
         )
+        time_ns = now()
         drafted = extract.drafted(request)
         if drafted is not None:
-            self.recorder.state(_DRAFTED, now(), handle, self.instance, self.step, *drafted)
+            self.recorder.state(_DRAFTED, time_ns, handle, self.instance, self.step, *drafted)
+        self.transferring.discard(request_id)
+        if request_id in self.since:
+            self.has_waited(request, handle, time_ns)
         if self.finished is not None:
             self.finished = (*self.finished, (request_id, handle, words))
         else:
-            self._ended(now(), self.step, request_id, handle, words)
+            self._ended(time_ns, self.step, request_id, handle, words)
 
     def _ended(self, time_ns: int, step: int, request_id: str, handle: int, words: tuple[int, ...]) -> None:
         """Records a request's end. Of a step that is in flight it gets no token."""
@@ -165,11 +252,13 @@ class Tracker:
 
     def scheduled(self, scheduler: Any, output: Any, begin: int, end: int) -> None:
         """A batch was chosen."""
-        if not output.total_num_scheduled_tokens:
-            return  # a flush of finished requests: no step, its time is `between`
         recorder = self.recorder
         if recorder.epoch[0] != self.epoch:
             self.resume(scheduler)
+        if self.since or self.compiling or self.held != _WAITS_ITS_TURN:
+            self.consider(scheduler, output, begin)
+        if not output.total_num_scheduled_tokens:
+            return  # a flush of finished requests: no step, its time is `between`
         new, cached = output.scheduled_new_reqs, output.scheduled_cached_reqs
         thread = get_ident()
         if thread != self.thread:
@@ -199,11 +288,12 @@ class Tracker:
             self._membership(requests, new)
         elif steady:
             before = self.context
+        running, waiting = scheduler.get_request_counts()
         words = extract.composition(
             output,
             chunks,
-            len(scheduler.waiting),
-            len(scheduler.running),
+            waiting,
+            running,
             scheduler.kv_cache_manager.usage,
             self.preempted,
             before,
@@ -237,8 +327,11 @@ class Tracker:
             self.prefilling[request_id] = request.num_tokens
             if request_id in self.compiling:
                 self.compiled(request, handle)
+            if request_id in self.since:
+                self.has_waited(request, handle, begin)
             again = 1 if request.num_preemptions else 0
-            cached, external = cached_of.get(request_id, 0), extract.external_tokens(request)
+            cached = cached_of.get(request_id, 0)
+            external = min(extract.external_tokens(request), cached)  # what came may have been incomplete
             self.recorder.state(_PREFILL, begin, handle, self.instance, self.step, cached, again, external)
         chunks = []
         complete = []
@@ -296,8 +389,7 @@ class Tracker:
         self.finished = ()  # requests that end from here on end with the step
         self.accepted = 0
         if output.scheduled_spec_decode_tokens and self.recorder.level[0] >= _STEP_LEVEL:
-            tokens, requests = extract.sampled_tokens(output, given, self.dropped_requests)
-            self.accepted = tokens - requests
+            self.accepted = extract.accepted_tokens(output, given, self.dropped_requests)
 
     def updated(self, scheduler: Any, output: Any, given: Any, begin: int, end: int) -> None:
         """The step is over. `given`: the ModelRunnerOutput."""
@@ -306,7 +398,7 @@ class Tracker:
         scheduled_end, first_tokens, tail = self.in_flight.pop(step, _NOT_IN_FLIGHT)
         received = 0
         if output.scheduled_spec_decode_tokens and self.recorder.level[0] >= _STEP_LEVEL:
-            received, _ = extract.sampled_tokens(output, given, self.dropped_requests)
+            received = extract.sampled_tokens(output, given, self.dropped_requests)
         if first_tokens:
             self._first_tokens(first_tokens, finished or (), end, instance, step)
         if finished:
@@ -365,6 +457,31 @@ def opens_recorder(hook: Hook) -> Around:
         info = extract.process_info(vllm_config, __version__)
         hook.recorder.open("engine_core", {**info, "instance": tracker.instance})
         startup.flush(hook.recorder)
+        tracker.connected = connector.follow(hook, self, tracker.transfer_begins)
+
+    return Around(after=after)
+
+
+def kv_transfers_finished(hook: Hook) -> Around:
+    """Scheduler._update_from_kv_xfer_finished: a worker said which transfers are over."""
+    recorder = hook.recorder
+
+    def after(self: Any, kv_connector_output: Any) -> None:
+        tracker = tracker_of(self, recorder)
+        for request_id in kv_connector_output.finished_recving or ():
+            request = self.requests.get(request_id)
+            if request is not None:
+                tracker.transferred(request)
+
+    return Around(after=after)
+
+
+def paused(hook: Hook) -> Around:
+    """Scheduler.set_pause_state: the engine takes nobody in, or does again. While it is paused there may be no step."""
+    recorder = hook.recorder
+
+    def after(self: Any, pause_state: Any) -> None:
+        tracker_of(self, recorder).holds_back(_PAUSED if pause_state else _WAITS_ITS_TURN, now())
 
     return Around(after=after)
 
@@ -442,6 +559,7 @@ def grammar_compiled(hook: Hook) -> Around:
 
     def after(request: Any, begin: int, end: int) -> None:
         request._stagetrace_compiled = end  # COMPILED_ATTRIBUTE
+        _COMPILED.append(request.request_id)
         if recorder.level[0] >= _STEP_LEVEL:
             recorder.segment(_GRAMMAR_COMPILE, begin, end, 0, 0)
 

@@ -28,6 +28,8 @@ _HEADERS = tuple(
     for name in ("rank_step", "prepare", "forward", "sample", "bookkeep", "draft", "verify", "return", "idle")
 )
 _DUMMY_RUN = header_word(RecordType.SEGMENT, BY_NAME["dummy_run"].id)
+_SLEEP = header_word(RecordType.SEGMENT, BY_NAME["sleep"].id)
+_WEIGHT_UPDATE = header_word(RecordType.SEGMENT, BY_NAME["weight_update"].id)
 _WAITING_FOR_SCHEDULER = int(IdleReason.WAITING_FOR_SCHEDULER)
 _pack_head = HEAD.pack
 _pack_tail, _pack_longer_tail = TAILS[1].pack, TAILS[2].pack
@@ -47,6 +49,7 @@ class _Rank:
         self.at_end: tuple[Callable[[], None], ...] = ()  # they raise nothing
         self.begin = 0  # of the rank's step
         self.ended = 0  # end of the step before, 0 where nothing was recorded
+        self.asleep = 0  # since when; 0: it is awake
         self.alone = False  # no scheduler shares the thread: between two steps the rank does nothing
         self.forwarded = 0  # end of its first half; the second is sampling
         self.forward_begin = 0
@@ -83,7 +86,7 @@ class _Rank:
 
     def forget(self) -> None:
         """There is no step that is recorded."""
-        self.step = self.ended = 0
+        self.step = self.ended = self.asleep = 0
 
 
 RANK = _Rank()
@@ -237,5 +240,39 @@ def verify_drafts(hook: Hook) -> Around:
     def after(begin: int, end: int) -> None:
         if rank.step:
             put(rank.verify, begin, end, rank.of_rank)
+
+    return Around(after=after)
+
+
+def falls_asleep(_: Hook) -> Around:
+    """Worker.sleep."""
+    rank = RANK
+
+    def before(begin: int) -> None:
+        rank.forget()  # the gap around it is not idle
+        rank.asleep = begin
+
+    return Around(before)
+
+
+def wakes_up(hook: Hook) -> Around:
+    """Worker.wake_up: with tags it wakes in parts, the last of which ends its sleep; each tells the time until then."""
+    segment, rank = hook.recorder.segment, RANK
+
+    def after(tags: Any, end: int) -> None:
+        asleep = rank.asleep
+        if asleep and not rank.ended:  # no step since
+            segment(_SLEEP, asleep, end, 0, 0)
+            rank.asleep = 0 if tags is None else end
+
+    return Around(after=after, off=rank.forget)
+
+
+def weights_updated(hook: Hook) -> Around:
+    """What replaces weights, or a part of them, in a running engine."""
+    segment = hook.recorder.segment
+
+    def after(begin: int, end: int) -> None:
+        segment(_WEIGHT_UPDATE, begin, end, 0, 0)
 
     return Around(after=after)

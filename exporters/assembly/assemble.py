@@ -356,7 +356,8 @@ class Assembler:
             if self._cut(step.begin, step.end, Level.STEP):
                 step.status = PARTIAL
         phases = {step.number: step.phase for step in closed}
-        self._held.release(instance.number, phases, [*instance.open, *instance.waiting], instance.newest)
+        cuts = {step.number: self._cut_above(step) for step in closed} if self.switches else {}
+        self._held.release(instance.number, phases, cuts, [*instance.open, *instance.waiting], instance.newest)
         return closed
 
     def _take_requests(self, now_ns: int) -> tuple[pa.Table, pa.Table]:
@@ -447,6 +448,12 @@ class Assembler:
         """Whether recording at `level` was switched on or off in [begin, end], in ns."""
         return bool(self.switches) and any(
             switch.crosses(level) and switch.begin_ns <= end and begin <= switch.end_ns for switch in self.switches
+        )
+
+    def _cut_above(self, step: Step) -> int:
+        """From which level on a switch cut what was recorded of a step; KERNEL where none did."""
+        return next(
+            (level for level in (Level.STEP, Level.LAYER) if self._cut(step.begin, step.end, level)), Level.KERNEL
         )
 
     def finish(self, open_status: str = "open") -> dict[str, pa.Table]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from stagetrace.instrument.ids import request_trace_id
 from stagetrace.instrument.records import Event, Text
-from stagetrace.instrument.stages import BY_ID, BY_NAME, MAX_ATTRIBUTES, Finish, Kind, QueueCause
+from stagetrace.instrument.stages import BY_ID, BY_NAME, MAX_ATTRIBUTES, QUEUE_CAUSES, Finish, Kind, QueueCause
 
 from ..session import REQUESTS_SCHEMA, STATES_SCHEMA
 from .columns import choices, column, table_of
@@ -32,16 +32,20 @@ _QUEUE = BY_NAME["queue"].id
 _PREFILL = BY_NAME["prefill"].id
 _DECODE = BY_NAME["decode"].id
 _PREEMPTED = BY_NAME["preempted"].id
+_KV_TRANSFER = BY_NAME["kv_transfer"].id
 _OUTPUT = BY_NAME["output"].id
 _SUMS = {
     "tokenize_ns": _TOKENIZE,
     "dispatch_ns": _DISPATCH,
     "queue_ns": _QUEUE,
+    "kv_transfer_ns": _KV_TRANSFER,
     "prefill_ns": _PREFILL,
     "decode_ns": _DECODE,
     "preempted_ns": _PREEMPTED,
     "output_ns": _OUTPUT,
 }
+_IN_ENGINE = (_QUEUE, _KV_TRANSFER, _PREFILL, _DECODE, _PREEMPTED)
+_BY_CAUSE = {cause: f"{cause.name.lower()}_ns" for cause in QUEUE_CAUSES}
 STATUSES = ("finished", "aborted", "error", "open", "lost")  # a status is its index here
 FINISHED, ABORTED, ERROR, OPEN, LOST = range(len(STATUSES))
 _FINISHES = tuple(finish.name.lower() for finish in Finish)
@@ -90,6 +94,35 @@ def _first(block: Block, who: Column, count: int, what: int) -> _Found:
     return _Found(block, row)
 
 
+class _Waited:
+    """What requests waited for in the queue, as the engine said at the end of each part of it."""
+
+    def __init__(self, block: Block, who: Column, count: int):
+        cause, ns = block[FIRST_ATTRIBUTE], block[FIRST_ATTRIBUTE + 1]
+        at = (block[WHAT] == -Event.WAITED) & np.isin(cause, QUEUE_CAUSES) & (ns > 0)
+        self._who, self._end, self._cause, self._ns = who[at], block[NS][at], cause[at], ns[at]
+        self.sums = {each: np.zeros(count, np.int64) for each in QUEUE_CAUSES}
+        for each, total in self.sums.items():
+            np.add.at(total, self._who[self._cause == each], self._ns[self._cause == each])
+
+    def name_causes(self, states: Block, who: Column, until: Column) -> None:
+        """Gives a part of the queue the cause that it is owed to most, where that is more than waiting for its turn."""
+        if not len(self._who):
+            return
+        turn = np.flatnonzero((states[WHAT] == _QUEUE) & (states[FIRST_ATTRIBUTE + 1] == QueueCause.TURN))
+        place = np.unique(np.concatenate([until[turn], self._end]), return_inverse=True)[1]
+        key = np.concatenate([who[turn], self._who]) * len(place) + place
+        of_part, of_event = key[: len(turn)], key[len(turn) :]
+        order = np.lexsort((self._cause, self._ns, of_event))
+        parts, firsts = np.unique(of_event[order], return_index=True)
+        longest = order[np.append(firsts[1:], len(order)) - 1]
+        rest = (until - states[NS])[turn]
+        found = np.minimum(np.searchsorted(parts, of_part), len(parts) - 1)
+        rest -= np.where(parts[found] == of_part, np.add.reduceat(self._ns[order], firsts)[found], 0)
+        named = (parts[found] == of_part) & (self._ns[longest][found] > rest)
+        states[FIRST_ATTRIBUTE + 1][turn[named]] = self._cause[longest][found][named]
+
+
 def request_tables(
     lives: Lives,
     requests: Sequence[Request],
@@ -112,7 +145,8 @@ def request_tables(
     events = _Events(lives.block[:, ~is_state], who[~is_state], count)
     front, engine, aborted = (events.rows(event) for event in (Event.LAST_OUTPUT, Event.FINISHED, Event.ABORTED))
     last_sent = events.rows(Event.LAST_SENT)
-    finish = _finish(front, engine, aborted)
+    refused = events.rows(Event.REFUSED)
+    finish = np.where(refused.there, Finish.ERROR, _finish(front, engine, aborted))
     completed = ~np.isin(finish, (Finish.UNKNOWN, Finish.ABORT, Finish.ERROR))
 
     states, who = lives.block[:, is_state], who[is_state]
@@ -130,7 +164,7 @@ def request_tables(
     stopped = engine.there & front.there & completed & (engine[FIRST_ATTRIBUTE] == Finish.ABORT)
     engine_end = np.where(stopped, np.minimum(engine_end, front[NS]), engine_end)
 
-    outputs = engine.there & np.isin(states[WHAT][lasts], (_QUEUE, _PREFILL, _DECODE, _PREEMPTED))
+    outputs = engine.there & np.isin(states[WHAT][lasts], _IN_ENGINE)
     over = np.maximum(engine_end, states[NS][lasts])
     end = np.where(outputs, np.maximum(end, over), end)
     partial = ~np.isin(states[WHAT][firsts], (_TOKENIZE, _QUEUE)) | cut | switched(lives.begin_ns, end)
@@ -141,6 +175,9 @@ def request_tables(
     who = np.insert(who, lasts[outputs] + 1, np.flatnonzero(outputs))
     until = np.append(states[NS][1:], 0)
     until[np.append(np.flatnonzero(np.diff(who)), len(who) - 1)] = end
+
+    waited = _Waited(lives.block, np.repeat(np.arange(count), lives.lengths), count)
+    waited.name_causes(states, who, until)
 
     instance = lives.instance
     first = {stage: _first(states, who, count, stage) for stage in _SUMS.values()}
@@ -153,6 +190,7 @@ def request_tables(
     compiling = np.zeros(count, np.int64)
     np.add.at(compiling, who[grammar], (until - states[NS])[grammar])
     sums = {"grammar_ns": column(compiling, ~np.isin(np.arange(count), who[grammar]))}
+    sums |= {_BY_CAUSE[cause]: column(waited.sums[cause], waited.sums[cause] == 0) for cause in QUEUE_CAUSES}
     for name, stage in _SUMS.items():
         total = np.zeros(count, np.int64)
         at = states[WHAT] == stage
@@ -172,14 +210,15 @@ def request_tables(
         child=child.column(FIRST_ATTRIBUTE + 1),
         children=child.column(FIRST_ATTRIBUTE + 2),
         priority=first[_TOKENIZE].column(FIRST_ATTRIBUTE + 3),
-        prompt_tokens=column(prompt, ~(first[_TOKENIZE].there | first[_QUEUE].there)),
+        refused=refused.column(FIRST_ATTRIBUTE),
+        prompt_tokens=column(prompt, ~(first[_TOKENIZE].there | first[_QUEUE].there) | refused.there),
         output_tokens=column(output, ~(front.there | engine.there)),
         cached_tokens=first[_PREFILL].column(FIRST_ATTRIBUTE),
         external_tokens=first[_PREFILL].column(FIRST_ATTRIBUTE + 2),
         draft_tokens=drafted.column(FIRST_ATTRIBUTE),
         accepted_tokens=drafted.column(FIRST_ATTRIBUTE + 1),
         max_tokens=column(most, most == 0),
-        preemptions=np.bincount(who[states[WHAT] == _PREEMPTED], minlength=count),
+        preemptions=np.bincount(who[_preempted(states)], minlength=count),
         arrival_ns=first[_TOKENIZE].column(NS),
         dispatched_ns=first[_DISPATCH].column(NS),
         queued_ns=first[_QUEUE].column(NS),
@@ -195,6 +234,13 @@ def request_tables(
         **_named(np.where(child.there, child[FIRST_ATTRIBUTE], lives.handle), requests, key),
     )
     return requests_table, _states_table(states, until, instance[who])
+
+
+def _preempted(states: Block) -> Flags:
+    """Which states begin with a preemption; what was preempted and then fetched its KV is so still."""
+    found: Flags = states[WHAT] == _PREEMPTED
+    found[1:] &= (states[WHAT][:-1] != _KV_TRANSFER) | (states[HANDLE][1:] != states[HANDLE][:-1])
+    return found
 
 
 def _finish(front: _Found, engine: _Found, aborted: _Found) -> Column:

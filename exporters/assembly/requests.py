@@ -113,7 +113,7 @@ class Lives:
         sent: Flags = np.where(by_http, self.had(Event.LAST_SENT), self.had(Event.LAST_OUTPUT))
         given_up = any_of(self.family, self.had(Event.ABORTED))
         over: Flags = self.had(Event.FINISHED) & (straight | given_up | sent)
-        return over
+        return over | self.had(Event.REFUSED)
 
     @property
     def ending(self) -> Flags:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from stagetrace.instrument.stages import BY_ID, BY_NAME, MAX_ATTRIBUTES, Kind
+from stagetrace.instrument.stages import BY_ID, BY_NAME, MAX_ATTRIBUTES, Kind, Level
 
 from ..session import SEGMENTS_SCHEMA
 from .columns import choices, column, table_of
@@ -51,8 +51,9 @@ _OUTERMOST[
     ]
 ] = True
 _ATTRIBUTES = np.zeros(1 << 16, np.int64)  # stage -> how many attributes it has
+_LEVELS = np.zeros(1 << 16, np.int64)
 for _stage in BY_ID.values():
-    _ATTRIBUTES[_stage.id] = len(_stage.attributes)
+    _ATTRIBUTES[_stage.id], _LEVELS[_stage.id] = len(_stage.attributes), int(_stage.level)
 
 
 def _nothing(fields: int) -> Block:
@@ -198,7 +199,8 @@ class Held:
 
     def __init__(self) -> None:
         self._blocks: list[Block] = []
-        self._ready: list[tuple[Block, Column]] = []  # with the phase of each, -1 for none
+        # With the phase of each, -1 for none, and the level from which on a switch cut its step.
+        self._ready: list[tuple[Block, Column, Column]] = []
 
     def add(self, block: Block) -> None:
         """Takes in settled segments; those of no step are ready."""
@@ -231,8 +233,10 @@ class Held:
         steps, counts = np.unique(step[new], return_counts=True)
         return dict(zip(steps.tolist(), counts.tolist(), strict=True))
 
-    def release(self, instance: int, steps: dict[int, int], waiting: list[int], closed: int) -> None:
-        """Lets go of the segments of steps that are closed (step -> phase), and of strays.
+    def release(
+        self, instance: int, steps: dict[int, int], cuts: dict[int, int], waiting: list[int], closed: int
+    ) -> None:
+        """Lets go of the segments of steps that are closed (step -> phase, step -> level of a cut), and of strays.
 
         Strays are of steps up to `closed` that are not `waiting`: they were closed before, or their begin was lost.
         """
@@ -241,7 +245,7 @@ class Held:
         block = self._blocks[0]
         mine = block[INSTANCE] == instance
         step = block[STEP]
-        phase = np.full(block.shape[1], -1)
+        phase, cut = np.full(block.shape[1], -1), np.full(block.shape[1], int(Level.KERNEL))
         going = mine & (step <= closed) & ~np.isin(step, np.array(waiting, np.int64))
         if steps:
             known = np.array(sorted(steps), np.int64)
@@ -249,12 +253,14 @@ class Held:
             place = np.minimum(np.searchsorted(known, step), len(known) - 1)
             found = mine & (known[place] == step)
             phase[found] = phases[place[found]]
+            if cuts:
+                cut[found] = np.array([cuts[number] for number in known.tolist()], np.int64)[place[found]]
             going |= found
         if going.all():
-            self._ready.append((block, phase))
+            self._ready.append((block, phase, cut))
             self._blocks = []
         elif going.any():
-            self._ready.append((block[:, going], phase[going]))
+            self._ready.append((block[:, going], phase[going], cut[going]))
             self._blocks = [block[:, ~going]]
 
     def release_all(self) -> None:
@@ -265,15 +271,15 @@ class Held:
 
     def _release(self, block: Block) -> None:
         if block.shape[1]:
-            self._ready.append((block, np.full(block.shape[1], -1)))
+            self._ready.append((block, np.full(block.shape[1], -1), np.full(block.shape[1], int(Level.KERNEL))))
 
     def table(self) -> pa.Table:
         """What is ready, as rows of the segments table."""
         ready, self._ready = self._ready, []
         if not ready:
             return SEGMENTS_SCHEMA.empty_table()
-        block = np.concatenate([block for block, _ in ready], axis=1)
-        phase = np.concatenate([phase for _, phase in ready])
+        block = np.concatenate([block for block, _, _ in ready], axis=1)
+        phase, cut = (np.concatenate([one[i] for one in ready]) for i in (1, 2))
         known = _ATTRIBUTES[block[STAGE]]
         return table_of(
             SEGMENTS_SCHEMA,
@@ -289,6 +295,7 @@ class Held:
             instance=column(block[INSTANCE], block[INSTANCE] == 0),
             step=column(block[STEP], block[STEP] == 0),
             phase=choices(phase, PHASES),
+            partial=_LEVELS[block[STAGE]] >= cut,
             **{f"a{i}": column(block[FIRST_ATTRIBUTE + i], known <= i) for i in range(MAX_ATTRIBUTES)},
         )
 

@@ -39,6 +39,17 @@ def test_layer_cost(engine_python: Path) -> None:
     assert found["step_slots"] == 2 + 4 * (5 + 1)
 
 
+@pytest.mark.matrix
+def test_dense_prefill(engine_python: Path) -> None:
+    found = object_of("dense_prefill.py", "--python", str(engine_python))
+    assert {"embed", "forward", "attention", "mlp", "logits"} == set(found["stages"])
+    assert found["steps"] == 1 and 0 < found["of_light"] <= found["mfu"] + 1e-9 < 1.05
+    assert all(0 < stage["of_light"] < 1.05 for stage in found["stages"].values())
+    assert found["gap"]["launch"] is None and found["gap"]["communication"] == found["gap"]["imbalance"] == 0
+    assert found["gap_of_step"] == pytest.approx(1 - found["of_light"], abs=1e-3)
+    assert found["gap_of_step"] == pytest.approx(found["gap"]["host"] + found["gap"]["kernel"], abs=1e-3)
+
+
 @pytest.mark.usefixtures("engine_python")
 def test_engine_overhead() -> None:
     found = object_of("engine_overhead.py", "--collector")

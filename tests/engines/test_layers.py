@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from engines.lit import assert_lit
 from engines.recording import STAGETRACE, Recording, ask, record
 from engines.server import environment, serve
 from quickstart.load import Request, Result, run_load
@@ -24,6 +25,7 @@ from stagetrace.instrument.stages import BY_ID, BY_NAME, AttentionKind, Collecti
 
 if TYPE_CHECKING:
     import pandas as pd
+    from engines.conftest import Calibrated
 
     from stagetrace.analysis.load import Frames
 
@@ -186,6 +188,13 @@ def test_report(moe: Recorded) -> None:
     assert layers.not_visible == [] and {"mlp", "collective"} <= {*layers.not_in_model}
 
 
+def test_no_stage_is_faster_than_what_was_measured(moe: Recorded, calibrated: Calibrated) -> None:
+    light = summarise(moe.recording.session, calibration=calibrated.path).light
+    assert_lit(light)
+    timed = {name for name, done in light.stages.items() if done.time_ns}
+    assert timed == {"embed", "forward", "attention", "moe_route", "expert_compute", "logits"}
+
+
 @pytest.mark.matrix
 def test_output_is_the_same_without_stagetrace(moe: Recorded, model: Path) -> None:
     with serve(model, "--enforce-eager", "--max-num-batched-tokens", "256") as server:
@@ -257,6 +266,18 @@ def test_ranks_wait_for_each_other(parallel: Recorded) -> None:
         assert row.ranks == 2 and row.compared == row.count
         assert row.waiting_ns is not None and row.moving_ns is not None
         assert 0 < row.waiting_ns < row.total_ns and row.moving_ns > 0
+
+
+def test_what_ranks_exchange_is_a_part_of_the_gap(parallel: Recorded, calibrated: Calibrated) -> None:
+    summary = summarise(parallel.recording.session, calibration=calibrated.path)
+    assert_lit(summary.light)
+    collectives = summary.layers.collectives
+    waited, moved = (sum(getattr(row, f"{name}_ns") for row in collectives) / 2 for name in ("waiting", "moving"))
+    gaps = [done.gap for done in summary.light.phases.values() if done.gap]
+    # Both are means over the ranks; the gap has what of them is in a step's own time.
+    assert 0 < sum(gap.imbalance_ns or 0 for gap in gaps) <= waited * 1.0001
+    assert 0 < sum(gap.communication_ns or 0 for gap in gaps) <= moved * 1.0001
+    assert summary.light.stages["collective"].bus_bytes > 0
 
 
 def test_one_of_ranks_with_the_same_tokens_counts_experts(parallel: Recorded) -> None:

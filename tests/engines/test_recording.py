@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from backends.receiver import GrpcReceiver, Received
+from backends.receiver import GrpcReceiver, Received, values
+from engines.lit import MOST, assert_lit
 from engines.recording import Recording, abort_after, ask, complete, metrics, record
 from quickstart.load import Request, Result, run_load
 
 from stagetrace.adapters.vllm.hooks import HOOK_POINTS
 from stagetrace.analysis.batch import Batch
 from stagetrace.analysis.breakdown import hook_troubles
+from stagetrace.analysis.calibration.results import file_name, save
 from stagetrace.analysis.report import print_summary, summarise
 from stagetrace.analysis.speed_of_light import MEASURED
 from stagetrace.instrument.hooks import in_range, release_of
@@ -28,6 +30,7 @@ from stagetrace.instrument.stages import BY_NAME, Level
 if TYPE_CHECKING:
     import pandas as pd
     from engines.conftest import Calibrated
+    from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
     from stagetrace.analysis.load import Frames
 
@@ -47,17 +50,21 @@ class Recorded:
     before: dict[str, float]
     after: dict[str, float]
     spans: list[Received]
+    metrics: list[ExportMetricsServiceRequest]
 
 
 @pytest.fixture(scope="module")
-def recorded(model, tmp_path_factory) -> Recorded:  # type: ignore[no-untyped-def]
+def recorded(model, calibrated, tmp_path_factory) -> Recorded:  # type: ignore[no-untyped-def]
     """One server: a load between two looks at its metrics, then requests of special kinds, then its end."""
     directory = tmp_path_factory.mktemp("recording")
+    kept = directory / "data" / "stagetrace" / "calibrations" / file_name(calibrated.found.name, 1)
+    save(calibrated.found, kept)
     with GrpcReceiver() as receiver:
         env = {
             "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint,
             "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
             "OTEL_EXPORTER_OTLP_INSECURE": "true",
+            "XDG_DATA_HOME": str(directory / "data"),
         }
         arguments = ("--enforce-eager", "--max-num-batched-tokens", "256", "--enable-logging-iteration-details")
         with record(model, directory, *arguments, env=env) as recording:
@@ -70,8 +77,8 @@ def recorded(model, tmp_path_factory) -> Recorded:  # type: ignore[no-untyped-de
             complete(server, prompt=["first prompt", "second prompt"], max_tokens=7, n=2, ignore_eos=True)
             complete(server, prompt="only one token", max_tokens=1)
             time.sleep(0.5)  # the abort of a client that went away is noticed by and by
-        spans = receiver.received()
-    return Recorded(recording, recording.frames(), results, before, after, spans)
+        spans, sent = receiver.received(), list(receiver.metrics)
+    return Recorded(recording, recording.frames(), results, before, after, spans, sent)
 
 
 def by_external_id(recorded: Recorded) -> pd.DataFrame:
@@ -305,6 +312,8 @@ def test_otlp_attributes_and_links(recorded: Recorded) -> None:
     assert attributes["gen_ai.latency.time_to_first_token"] == pytest.approx(expected)
     stepped = [item.attributes for item in recorded.spans if item.span.name.startswith("step ")]
     assert stepped and all(item["stagetrace.operations"] > 0 < item["stagetrace.moved_bytes"] for item in stepped)
+    assert all(0 < item["stagetrace.light_share"] < MOST for item in stepped)
+    assert all(0 <= item["stagetrace.gap_host_ns"] <= item["stagetrace.gap_ns"] for item in stepped)
     # Alone in the engine: its steps are those with a link, one a token.
     assert len(span.span.links) == result.output_tokens
     runs = recorded.frames["members"].query("handle == @row.handle")
@@ -400,12 +409,40 @@ def test_nothing_is_faster_than_what_was_measured(recorded: Recorded, calibrated
     assert [(info["device_name"], info["device_threads"]) for info in workers] == [(calibrated.found.name, 1)]
     light = summarise(recorded.recording.session, calibration=calibrated.path).light
     assert light.ceilings[MEASURED].source == calibrated.found.source
-    for name, done in {**light.phases, **light.stages}.items():
-        share = done.share(MEASURED)
-        assert (share is None) == (done.time_ns is None), name
-        assert share is None or 0 <= share < 1.05, name
+    assert_lit(light)
+    assert len(light.phases) == 3
+    # One rank on a processor: all that is not the host's is in its kernels, and what launching took is not known.
+    for done in light.phases.values():
+        assert done.gap is not None and done.gap.launch_ns is None
+        assert (done.gap.communication_ns, done.gap.imbalance_ns) == (0, 0)
+    (note,) = (note for note in light.notes if "in the gap" in note)
+    assert "launch is in the kernels' part" in note
     assert light.requests is not None and light.requests.least_tpot_ns and light.requests.tpot_ns
     assert light.requests.least_tpot_ns < light.requests.tpot_ns
+
+
+def test_the_speed_of_light_arrives_as_metrics(recorded: Recorded, calibrated: Calibrated) -> None:
+    """The last that arrived has most of the session; what it says of kinds of steps is what the report says."""
+    light = summarise(recorded.recording.session, calibration=calibrated.path).light
+    last: dict[str, dict[tuple[str, ...], float]] = {}
+    for request in recorded.metrics:
+        for one in request.resource_metrics[0].scope_metrics[0].metrics:
+            points = getattr(one, str(one.WhichOneof("data"))).data_points
+            if one.name.startswith("stagetrace.step."):
+                last[one.name] = {tuple(sorted(values(point.attributes).values())): point.as_double for point in points}
+            elif one.name.startswith("stagetrace.request."):
+                last[one.name] = dict.fromkeys([()], points[0].sum / points[0].count)
+    for name, done in light.phases.items():
+        roofs = done.roofs[MEASURED]
+        assert roofs.whole_ns is not None and done.time_ns is not None
+        assert 0 < last["stagetrace.step.time"][name,] <= done.time_ns / 1e9 * (1 + 1e-9)
+        assert 0 < last["stagetrace.step.least_time"]["all", name] <= roofs.whole_ns / 1e9 * (1 + 1e-9)
+        assert 0 < last["stagetrace.step.light_share"][name,] < MOST
+        assert tuple(sorted((name, "kernel"))) in last["stagetrace.step.gap"]
+    assert {"stagetrace.step.mfu", "stagetrace.step.mbu", "stagetrace.step.operations"} <= set(last)
+    assert light.requests is not None and light.requests.tpot_ns is not None
+    assert 0 < last["stagetrace.request.least_time_per_output_token"][()] < light.requests.tpot_ns / 1e9
+    assert last["stagetrace.request.least_time_to_first_token"][()] > 0
 
 
 def model_config(recorded: Recorded) -> dict[str, int]:

@@ -77,6 +77,7 @@ class SessionBuilder:
             "sequence": self.sequence,
             "self_ns": end_ns - begin_ns,
             "instance": None if step is None else INSTANCE,
+            "partial": False,
         }
         placed = {"stage": BY_NAME[stage].id, "begin_ns": begin_ns, "end_ns": end_ns, "step": step}
         self.row("segments", **{**defaults, **placed, **values})

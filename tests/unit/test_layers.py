@@ -86,6 +86,24 @@ def test_stages_by_kind(session: Session):
     assert found["collective", None].layers is None
 
 
+def test_steps_whose_layers_were_not_recorded_or_in_part_are_left_out(tmp_path: Path):
+    builder = SessionBuilder(tmp_path / "s", level="layer")
+    worker(builder, WORKERS[0])
+    place = {"process": WORKERS[0], "thread": WORKERS[0]}
+    for step, forward in ((1, 100), (2, 5_000), (3, 7_000)):
+        builder.step(step, 10_000 * step, 10_000 * step + 9_000)
+        builder.segment("forward", 10_000 * step, 10_000 * step + forward, step, self_ns=forward, **place)
+    builder.segment("attention", 10_000, 10_040, 1, a0=0, a1=AttentionKind.FULL, a2=5, **place)
+    builder.segment("attention", 20_000, 20_900, 2, a0=0, a1=AttentionKind.FULL, a2=5, partial=True, **place)
+    for step in (1, 2):
+        row = {"process": WORKERS[0], "instance": INSTANCE, "step": step, "rank": 0, "layer": 0, "tokens": step}
+        builder.row("experts", **row, counts=[step, 0])
+    found = layers_of(builder.write())
+    (attention,) = found.stages
+    assert (attention.count, attention.self_ns, attention.share) == (1, 40, 0.4)
+    assert [load.tokens for load in found.experts] == [1]
+
+
 def test_collectives_wait_for_the_last_rank(session: Session):
     (row,) = layers_of(session).collectives
     assert (row.op, row.group, row.algorithm, row.ranks) == ("all_reduce", "tp:0 (ranks 0-1)", "shared memory", 2)

@@ -147,6 +147,26 @@ def test_steps_that_a_switch_cuts(tmp_path: Path) -> None:
     assert {row["step"]: row["status"] for row in steps} == {1: "complete", 2: "partial", 3: "partial", 4: "complete"}
 
 
+def test_layers_of_a_step_that_a_switch_cuts_are_partial(tmp_path: Path) -> None:
+    """The step is whole where only its layers were switched on or off; where it is cut itself, so is all of it."""
+    stages = ("rank_step", "forward", "attention")
+    with opened(tmp_path) as (recorder, reader):
+        for step, begin in ((1, 100), (2, 200), (3, 300), (4, 400)):
+            recorder.step_begin(begin, begin + 1, 9, step, COMPOSITION)
+            for number, stage in enumerate(reversed(stages)):
+                header = header_word(RecordType.SEGMENT, BY_NAME[stage].id)
+                recorder.segment(header, begin + 30 - number, begin + 40 + number, 9, step)
+            recorder.step_end(begin + 60, 9, step)
+        assembler = Assembler(b"key")
+        assembler.switches = [Switch(230, 235, Level.STEP, Level.LAYER), Switch(330, 331, Level.LAYER, Level.OFF)]
+        assembler.add(read_all(reader))
+        tables = assembler.finish()
+    statuses = {row["step"]: row["status"] for row in tables["steps"].to_pylist()}
+    assert statuses == {1: "complete", 2: "complete", 3: "partial", 4: "complete"}
+    partial = {(row["step"], row["stage"]) for row in tables["segments"].to_pylist() if row["partial"]}
+    assert partial == {(2, BY_NAME["attention"].id), *((3, BY_NAME[stage].id) for stage in stages)}
+
+
 def test_an_error_in_recording_a_collection_is_contained_and_said_once(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -381,7 +382,8 @@ def test_a_default_directory_that_somebody_else_made_is_refused(tmp_path: Path):
     """In /dev/shm anybody can be first to make it, open to all, and then move what others put there."""
     user = 54_321
     claim_identity(tmp_path / "session")
-    for path in (*tmp_path.parents[:2], tmp_path, tmp_path / "session", tmp_path / "session" / "session.json"):
+    above = [path for path in tmp_path.parents if path.is_relative_to(tempfile.gettempdir())]
+    for path in (*above[:-1], tmp_path, tmp_path / "session", tmp_path / "session" / "session.json"):
         path.chmod(path.stat().st_mode | 0o755)
     os.chown(tmp_path / "session", user, user)
     with environment(STAGETRACE_RING_DIR=None):

@@ -300,10 +300,7 @@ def test_any_records_give_states_that_partition_the_request(states, events, rand
     order = [*range(len(life.records))]
     random.shuffle(order)
     assert life.rows(order=order) == (row, found)
-    kv_transfer = sum(
-        state["end_ns"] - state["begin_ns"] for state in found if state["stage"] == BY_NAME["kv_transfer"].id
-    )
-    assert sum(row[name] or 0 for name in SUMS) + kv_transfer == row["end_ns"] - found[0]["begin_ns"]
+    assert sum(row[name] or 0 for name in SUMS) == row["end_ns"] - found[0]["begin_ns"]
     assert all(state["end_ns"] >= state["begin_ns"] for state in found)
     assert row["status"] in ("finished", "aborted", "error", "open")
 
@@ -461,6 +458,50 @@ def test_the_wait_for_a_grammar_is_a_part_of_the_queue():
     assert causes == [QueueCause.UNKNOWN, QueueCause.GRAMMAR, QueueCause.TURN]
     plain, _ = full().rows()
     assert (plain["grammar_ns"], plain["draft_tokens"], plain["parent"], plain["lora"]) == (None,) * 4
+
+
+def test_what_held_a_request_back_is_told_by_cause():
+    """Two parts of the queue, around a transfer of KV; what is left over in each was its turn."""
+    life = Life().arrives(1_000).enter("queue", 1_030, 40, QueueCause.TURN)
+    life.happen(Event.WAITED, 1_130, QueueCause.BATCH_FULL, 60).happen(Event.WAITED, 1_130, QueueCause.KV_SPACE, 30)
+    life.enter("kv_transfer", 1_130, 32).enter("queue", 1_150, 40, QueueCause.TURN)
+    life.happen(Event.WAITED, 1_170, QueueCause.KV_SPACE, 5).enter("prefill", 1_170, 32, 0, 32, step=3)
+    life.enter("decode", 1_200, 1, step=4).happen(Event.FINISHED, 1_500, Finish.STOP, 8, 40, 0, step=11)
+    life.happen(Event.LAST_OUTPUT, 1_520, Finish.STOP, 8, 40, 16).happen(Event.LAST_SENT, 1_550)
+    row, states = life.rows()
+    assert (row["queue_ns"], row["kv_transfer_ns"]) == (120, 20)
+    assert (row["batch_full_ns"], row["kv_space_ns"], row["token_budget_ns"]) == (60, 35, None)
+    causes = [(state["a1"], state["end_ns"]) for state in states if state["stage"] == BY_NAME["queue"].id]
+    assert causes == [(QueueCause.UNKNOWN, 1_030), (QueueCause.BATCH_FULL, 1_130), (QueueCause.TURN, 1_170)]
+    order = [*range(len(life.records))]
+    assert life.rows(order=order[::-1]) == (row, states)
+
+
+@pytest.mark.parametrize(("cause", "ns"), [(99, 5), (QueueCause.GRAMMAR, 5), (QueueCause.KV_SPACE, -3)])
+def test_what_cannot_have_held_a_request_back_is_not_told(cause: int, ns: int):
+    life = full().happen(Event.WAITED, 1_060, cause, ns)
+    assert life.rows() == full().rows()
+
+
+def test_a_preemption_counts_once_where_kv_is_fetched_after_it():
+    life = Life().arrives(1_000, by_http=0).enter("prefill", 1_060, 0, 0, step=3).enter("decode", 1_200, 1, step=4)
+    life.enter("preempted", 1_300, 5, step=8).enter("kv_transfer", 1_310, 32).enter("preempted", 1_340, 5)
+    life.enter("prefill", 1_400, 32, 1, step=12).enter("decode", 1_450, 6, step=13)
+    life.happen(Event.FINISHED, 1_700, Finish.STOP, 10, 40, 1, step=20)
+    row, _ = life.happen(Event.LAST_OUTPUT, 1_710, Finish.STOP, 10, 40, 0).rows()
+    assert (row["preemptions"], row["preempted_ns"], row["kv_transfer_ns"]) == (1, 70, 30)
+
+
+def test_a_request_that_the_front_end_refused():
+    life = Life().enter("request_tokenize", 1_000, 0, 0, 1)
+    assert not life.over()
+    life.happen(Event.LAST_SENT, 1_040).happen(Event.REFUSED, 1_040, 400)
+    assert life.over()
+    row, states = life.rows()
+    assert (row["status"], row["finish"], row["refused"], row["partial"]) == ("error", "error", 400, False)
+    assert (row["prompt_tokens"], row["queued_ns"], row["last_sent_ns"], row["end_ns"]) == (None, None, 1_040, 1_040)
+    assert [state["stage"] for state in states] == [BY_NAME["request_tokenize"].id]
+    assert full().rows()[0]["refused"] is None
 
 
 PARENT = 700

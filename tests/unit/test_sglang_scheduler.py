@@ -131,8 +131,8 @@ class Engine:
         self.forward_ct += 1
         batch.forward_iter = self.forward_ct
         begin = time.monotonic_ns()
-        _call(forward.before, {"begin": begin})
         target = SimpleNamespace(is_draft_worker=False)
+        _call(forward.before, {"self": target, "forward_batch": None, "begin": begin})
         _call(forward.after, {"self": target, "begin": begin, "end": time.monotonic_ns()})
         self.after("sample", begin=time.monotonic_ns(), end=time.monotonic_ns())
         self.after("run_batch", end=time.monotonic_ns())

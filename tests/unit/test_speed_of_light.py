@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -21,8 +22,8 @@ from stagetrace.analysis.model_config import ConfigError, describe
 from stagetrace.analysis.operations import step_work
 from stagetrace.analysis.report import as_dict, summarise
 from stagetrace.analysis.sharding import Sharding
-from stagetrace.analysis.speed_of_light import DATA_SHEET
-from stagetrace.analysis.step_light import step_light, with_light
+from stagetrace.analysis.speed_of_light import DATA_SHEET, window_width
+from stagetrace.analysis.step_light import light_over_time, request_light, step_light, with_light
 from stagetrace.cli.report import report
 from stagetrace.exporters.session import TABLES
 from stagetrace.exporters.spans import STEP_LIGHT
@@ -102,8 +103,14 @@ def test_shards_are_those_of_the_engine(tmp_path: Path):
     model = describe(MIXTRAL_8X7B)
     batch = Batch.of_requests(PREFILL)
     parts = [step_work(model, batch, Sharding.vllm(4, 2), stage=stage) for stage in (0, 1)]
-    assert light.phases["prefill"].operations == pytest.approx(sum(float(part.operations()) for part in parts))
-    assert light.phases["prefill"].bus_bytes == pytest.approx(sum(float(part.bus_bytes()) for part in parts))
+    prefill = light.phases["prefill"]
+    assert prefill.operations == pytest.approx(sum(float(part.operations()) for part in parts) / 2)
+    assert prefill.bus_bytes == pytest.approx(sum(float(part.bus_bytes()) for part in parts) / 2)
+    device = match(H100).device
+    assert device is not None
+    wholes = [least_times(part.works, part.collectives, Ceilings.of(device)).whole for part in parts]
+    assert None not in wholes
+    assert prefill.roofs[DATA_SHEET].whole_ns == pytest.approx(sum(map(float, wholes)) / 2 * 1e9)  # type: ignore[arg-type]
     assert any("2 pipeline stages" in note for note in light.notes)
 
 
@@ -119,6 +126,67 @@ def test_times_of_stages_are_those_of_one_rank(tmp_path: Path):
     assert light.stages["attention"].time_ns == 6_000_000 and light.stages["forward"].time_ns == 34_000_000
     assert light.stages["logits"].time_ns is None
     assert light.stages["collective"].bus_bytes > 0 and light.stages["collective"].operations == 0
+
+
+def test_times_of_stages_of_several_engines_and_pipeline_stages(tmp_path: Path):
+    """The work of a stage is over the time that it took: neither engines nor pipeline stages make it look faster."""
+
+    def share(path: Path, engines: int, ranks: int) -> float | None:
+        builder = built(path, device_name=H100, pipeline_parallel=ranks)
+        builder.rows["steps"] = []
+        for engine in range(engines):
+            at = {"instance": INSTANCE + engine}
+            builder.step(1, 0, 200_000_000, "prefill", **at, **sums("prefill", PREFILL))
+            for rank in range(ranks):
+                where = {"process": 10 * engine + rank, "thread": rank}
+                end = 100_000_000 // ranks
+                builder.segment("attention", 0, end, 1, **at, **where)
+                builder.segment("forward", 0, 2 * end, 1, self_ns=end, **at, **where)
+        return summarise(builder.write()).light.stages["attention"].share(DATA_SHEET)
+
+    one = share(tmp_path / "a", 1, 1)
+    assert one == pytest.approx(share(tmp_path / "b", 2, 1)) == pytest.approx(share(tmp_path / "c", 1, 2))
+
+
+def test_over_time(tmp_path: Path):
+    """Steps are of the window that they end in; windows add up to all."""
+    builder = built(tmp_path / "s", device_name=H100)
+    builder.step(5, 3_000_000_000, 3_500_000_000, "decode", **sums("decode", DECODE))
+    session = builder.write()
+    light = summarise(session).light
+    assert [(each.begin_ns, each.width_ns, each.done.count) for each in light.windows] == [
+        (0, 1_000_000_000, 3),
+        (3_000_000_000, 1_000_000_000, 1),
+    ]
+    assert [each.busy for each in light.windows] == [0.28, 0.5]
+    assert sum(each.done.operations for each in light.windows) == pytest.approx(
+        sum(each.operations for each in light.phases.values())
+    )
+    assert light.windows[1].done.mbu(DATA_SHEET) == pytest.approx(light.windows[1].done.bytes / 3.35e12 / 0.5)
+    assert "Speed of light over time, windows of 1.00 s" in shown(summarise(session))
+    frames = load(session)
+    found = light_over_time(session, frames.manifest, frames["steps"], frames["experts"])
+    assert found["mbu"].tolist() == [each.done.mbu(DATA_SHEET) for each in light.windows]
+    assert found["busy"].tolist() == [0.28, 0.5]
+    finer = light_over_time(session, frames.manifest, frames["steps"], frames["experts"], 0.1)
+    assert finer["steps"].sum() == 4 and (finer["width_ns"] == 100_000_000).all()
+    rows = as_dict(summarise(session))["speed_of_light"]["over_time"]
+    assert [row["against"][DATA_SHEET]["mbu"] for row in rows] == found["mbu"].tolist()
+
+
+@pytest.mark.parametrize(("span_s", "width_s"), [(0.1, 1), (12, 1), (12.1, 2), (3600, 300), (86400 * 30, 86400 * 3)])
+def test_windows_are_few(span_s: float, width_s: int):
+    steps = pd.DataFrame({"begin_ns": [5], "end_ns": [5 + round(span_s * 1e9)]})
+    assert window_width(steps) == width_s * 10**9
+
+
+def test_steps_of_a_commit_know_the_end_of_the_one_before(tmp_path: Path):
+    session = built(tmp_path / "s", device_name=H100).write()
+    tables = {name: session.read_table(name) for name in TABLES}
+    enrich, manifest, steps = with_light(session), session.read_manifest(), tables["steps"]
+    parts = [enrich({**tables, "steps": steps.slice(at, count)}, manifest) for at, count in ((0, 2), (2, 2))]
+    own = [value for part in parts for value in part["steps"]["own_ns"].to_pylist()]
+    assert own == [200e6, 40e6, 40e6, 600e6]
 
 
 def test_a_missing_config_is_said(tmp_path: Path):
@@ -215,6 +283,26 @@ def test_one_request_alone_is_beside_what_requests_took(tmp_path: Path):
         max(float(prefill.operations()) / 989.5e12, float(prefill.bytes()) / 3.35e12) * 1e9
     )
     assert found.least_tpot_ns is not None and found.least_tpot_ns < found.least_ttft_ns
+    session = builder.session
+    frames = load(session)
+    each = request_light(session, frames.manifest, frames["requests"])
+    assert each["least_ttft_ns"].tolist() == pytest.approx([found.least_ttft_ns] * 3)
+    assert each["least_tpot_ns"].isna().tolist() == [False, False, True]
+
+
+def test_one_request_on_a_pipeline(tmp_path: Path):
+    """Chunks of a prompt are in all stages at once, a token is in one stage after the other."""
+    times = {"arrival_ns": 0, "first_token_ns": 50_000_000, "last_token_ns": 60_000_000}
+    tokens = {"prompt_tokens": 4000, "output_tokens": 11}
+    least = []
+    for name, ranks in (("a", 1), ("b", 2)):
+        builder = built(tmp_path / name, device_name=H100, pipeline_parallel=ranks)
+        builder.request(1, 90_000_000, **tokens, **times)
+        light = summarise(builder.write()).light.requests
+        assert light is not None and light.least_ttft_ns and light.least_tpot_ns
+        least.append((light.least_ttft_ns, light.least_tpot_ns))
+    (alone_first, alone_each), (first, each) = least
+    assert first == pytest.approx(alone_first / 2, rel=0.02) and each == pytest.approx(alone_each, rel=0.02)
 
 
 def test_experts_that_were_touched_are_taken_where_they_were_recorded(tmp_path: Path):

@@ -1,0 +1,120 @@
+"""Causes in prefill: the prefix cache, and what prefill does to requests in decode. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .causes import Phase
+from .facts import Covered, Facts, Values
+from .finding import Evidence, Missing, Part, of_requests, seen
+from .thresholds import limit
+
+if TYPE_CHECKING:
+    from .finding import Answer
+
+
+def prefill_delays_decode(facts: Facts) -> Answer:
+    """Requests in decode waited for prefill of others.
+
+    What a step with prefill took longer than one of decode alone with as many requests is the prefill's. A token is
+    held up where that is several steps of decode; what is less is the ordinary price of a mixed batch.
+    """
+    if facts.decode_only.sum() < limit("steps"):
+        return Missing("too few steps of decode alone to compare with")
+    rows = facts.intervals
+    others = ~facts.decode_only
+    excess = np.where(
+        others, np.clip(facts.own - np.where(facts.step("decode_requests") > 0, facts.usual_decode, 0.0), 0, None), 0.0
+    )
+    ends = facts.step("end_ns")
+    covered = Covered(facts.step_instance, ends - facts.own, facts.own, excess)
+    place = facts.place(rows)
+    known = place >= 0
+    rows, place = rows[known], place[known]
+    interval = rows["interval_ns"].to_numpy(dtype=np.float64)
+    tokens = rows["tokens"].to_numpy(dtype=np.float64)
+    until = ends[place]
+    prefill = np.minimum(covered.within(facts.step_instance[place], until - interval, until), interval)
+    usual = np.maximum(facts.usual_decode[place], 1.0)
+    held_up = prefill >= limit("stall") * usual
+    lost = np.where(held_up, prefill, 0.0) * tokens
+    per_step: Values = np.zeros(len(facts.steps))
+    np.add.at(per_step, place, lost)
+    stalled = interval[held_up]
+    return seen(
+        (Part(Phase.TPOT, per_step, facts.interval_time),),
+        "stall_share",
+        evidence=(
+            Evidence("tokens that were held up", float(tokens[held_up].sum()), "tokens"),
+            Evidence("of all tokens in decode", float(tokens[held_up].sum() / max(tokens.sum(), 1.0)), "share"),
+            Evidence("time between tokens then, median", float(np.median(stalled)) if len(stalled) else 0.0, "ns"),
+            Evidence("a step of decode alone, median", float(np.median(facts.own[facts.decode_only])), "ns"),
+            Evidence("tokens of prefill in a step that has some, 95th percentile", _p95(facts), "tokens"),
+        ),
+        examples=facts.step_examples(per_step),
+    )
+
+
+def _p95(facts: Facts) -> float:
+    tokens = facts.step("prefill_tokens")[~facts.decode_only]
+    return float(np.percentile(tokens, 95)) if len(tokens) else 0.0
+
+
+def prefix_cache_thrashed(facts: Facts) -> Answer:
+    """Prompts find less in the cache while the KV cache is full."""
+    if facts.info.get("prefix_caching") is False:
+        return None
+    prompt, cached, scheduled, prefill = facts.request("prompt_tokens", "cached_tokens", "scheduled_ns", "prefill_ns")
+    known = ~(np.isnan(prompt) | np.isnan(cached) | np.isnan(scheduled)) & (prompt > 0)
+    if not len(facts.steps) or known.sum() < limit("requests"):
+        return Missing("too few requests whose cached tokens are known")
+    order = np.argsort(facts.step("begin_ns"), kind="stable")
+    at = np.searchsorted(facts.step("begin_ns")[order], np.nan_to_num(scheduled), side="left")
+    usage = facts.step("kv_usage")[order][np.clip(at, 0, len(order) - 1)] / 1e6
+    full, room = known & (usage >= 0.9), known & (usage < 0.7)
+    if min(full.sum(), room.sum()) < limit("requests"):
+        return None  # the cache was never full, or never anything else
+    in_room = float(cached[room].sum() / prompt[room].sum())
+    in_full = float(cached[full].sum() / prompt[full].sum())
+    lost = max(in_room - in_full, 0.0)
+    computed = np.where(full, np.nan_to_num(prefill) * lost / max(1 - in_full, 1e-9), 0.0)
+    return seen(
+        (of_requests(facts, Phase.TTFT, computed),),
+        "again_share",
+        also=in_room > 0.05 and lost / max(in_room, 1e-9) >= limit("cache_loss"),
+        evidence=(
+            Evidence("of the prompts found in the cache while it had room", in_room, "share"),
+            Evidence("of the prompts found in the cache while it was full", in_full, "share"),
+            Evidence("requests that came while it was full", float(full.sum()), "requests"),
+        ),
+        examples=facts.request_examples(computed),
+    )
+
+
+def prefix_cache_off(facts: Facts) -> Answer:
+    """The prefix cache is off, and the same prompt was computed again for certain."""
+    if facts.info.get("prefix_caching") is not False:
+        return None
+    (prefill,) = facts.request("prefill_ns")
+    children = facts.requests["parent"].notna().to_numpy()
+    first = ~facts.requests.duplicated("parent").to_numpy()
+    again = np.where(children & ~first, np.nan_to_num(prefill), 0.0)
+    return seen(
+        (of_requests(facts, Phase.TTFT, again),),
+        "again_share",
+        evidence=(
+            Evidence("answers to a prompt that others answered as well", float((again > 0).sum()), "requests"),
+            Evidence("their time in prefill", float(again.sum()), "ns"),
+        ),
+        examples=facts.request_examples(again),
+        note="Whether other requests share beginnings is not recorded, as no token is.",
+    )
+
+
+CHECKS = {
+    "prefill_delays_decode": prefill_delays_decode,
+    "prefix_cache_thrashed": prefix_cache_thrashed,
+    "prefix_cache_off": prefix_cache_off,
+}

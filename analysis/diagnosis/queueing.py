@@ -1,0 +1,243 @@
+"""Who waits in the queue and for what: capacity, the batch's cap, the token budget, the KV cache. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .causes import Phase
+from .facts import Covered, Facts, Flags, Values, line
+from .finding import Evidence, Missing, of_requests, seen
+from .thresholds import limit
+
+if TYPE_CHECKING:
+    from .finding import Answer, Part
+
+KV, BATCH, BUDGET = "kv", "batch", "budget"
+TOLD = {KV: "kv_space_ns", BATCH: "batch_full_ns", BUDGET: "token_budget_ns"}  # where the engine says
+_LITTLE_KV = 0.5  # of the cache; with less in use it is not what is waited for
+
+
+def full_batch(facts: Facts) -> Flags:
+    """Steps after which as many requests were running as may."""
+    cap = facts.setting("max_num_seqs")
+    return facts.step("running") >= cap if cap else np.zeros(len(facts.steps), dtype=bool)
+
+
+def full_budget(facts: Facts) -> Flags:
+    """Steps that have prefill and as many tokens as they may."""
+    budget = facts.setting("max_num_batched_tokens")
+    if budget:
+        return (facts.tokens >= budget) & (facts.step("prefill_tokens") > 0)
+    chunk = facts.setting("chunked_prefill_size")
+    page = max(facts.setting("block_size"), 1)  # chunks end with a page
+    return facts.step("prefill_tokens") > chunk - page if chunk else np.zeros(len(facts.steps), dtype=bool)
+
+
+def why_waiting(facts: Facts) -> dict[str, Flags]:
+    """Steps that left requests in the queue, by what kept these there; as the step's own record says."""
+    waiting = facts.step("waiting") > 0
+    threw_out = facts.step("preempted") > 0
+    batch = waiting & full_batch(facts) & ~threw_out
+    budget = waiting & full_budget(facts) & ~batch & ~threw_out
+    full = facts.step("kv_usage") >= _LITTLE_KV * 1e6
+    return {BATCH: batch, BUDGET: budget, KV: waiting & ~batch & ~budget & (full | threw_out)}
+
+
+def queued_by(facts: Facts, cause: str) -> Values:
+    """Of each request its time in the queue for a cause, ns: as the engine said, else by the steps meanwhile."""
+    if any(name in facts.requests and facts.requests[name].notna().any() for name in TOLD.values()):
+        return np.nan_to_num(facts.request(TOLD[cause])[0])
+    begins, lengths = facts.since_schedule
+    chosen = why_waiting(facts)[cause]
+    covered = Covered(facts.step_instance[chosen], begins[chosen], lengths[chosen], lengths[chosen])
+    since, until = facts.request("queued_ns", "scheduled_ns")
+    (grammar,) = facts.request("grammar_ns")
+    since = since + np.nan_to_num(grammar)
+    return np.nan_to_num(covered.within(facts.request_instance, since, until))
+
+
+def _queued(facts: Facts, cause: str) -> tuple[Evidence, ...]:
+    flags = why_waiting(facts)[cause]
+    waiting = facts.step("waiting")
+    return (
+        Evidence("steps that left requests in the queue for it", float(flags.sum()), "steps"),
+        Evidence("waiting then, on average", float(waiting[flags].mean()) if flags.any() else 0.0, "requests"),
+        Evidence(
+            "running then, on average", float(facts.step("running")[flags].mean()) if flags.any() else 0.0, "requests"
+        ),
+    )
+
+
+def larger_batch_gain(facts: Facts) -> float:
+    """What twice the requests in a batch would add to tokens per second, 0 to 1, by the steps of decode.
+
+    By a line through their durations. It ignores that attention's part grows with context, and steps with prefill.
+    """
+    size = facts.step("decode_requests")
+    fixed, each = line(size[facts.decode_only], facts.own[facts.decode_only])
+    full = float(np.percentile(size[facts.decode_only], 90)) if facts.decode_only.any() else 0.0
+    now, then = fixed + each * full, fixed + each * 2 * full
+    return 2 * now / then - 1 if then > 0 else 0.0
+
+
+def left_of(facts: Facts, queue: Values, flags: Flags) -> float:
+    """What of a time in the queue would be saved if all that waited ran: less what their steps would get longer, ns.
+
+    By a line through the steps of decode; prefill is the same work either way.
+    """
+    if not flags.any() or not facts.decode_only.any():
+        return float(queue.sum())
+    size = facts.step("decode_requests")
+    fixed, each = line(size[facts.decode_only], facts.own[facts.decode_only])
+    now = float(facts.step("running")[flags].mean())
+    then = now + float(facts.step("waiting")[flags].mean())
+    longer = each * (then - now) / (fixed + each * now) if fixed + each * now > 0 else 0.0
+    return float(queue.sum()) - longer * float(np.nansum(facts.decode))
+
+
+def batch_cap(facts: Facts) -> Answer:
+    """The batch is as large as it may be."""
+    if not len(facts.steps):
+        return Missing("no steps were recorded")
+    cap = facts.setting("max_num_seqs")
+    if not cap:
+        return Missing("the engine did not say how many requests may run at once")
+    queue = queued_by(facts, BATCH)
+    gain = larger_batch_gain(facts)
+    return seen(
+        (of_requests(facts, Phase.TTFT, queue),),
+        "queue_share",
+        lambda _: left_of(facts, queue, why_waiting(facts)[BATCH]),
+        also=gain >= limit("larger_batch_gain"),
+        evidence=(
+            Evidence("requests that may run at once", cap, "requests"),
+            *_queued(facts, BATCH),
+            Evidence("tokens per second that twice the batch would add, by how long steps take", gain, "share"),
+            Evidence("KV cache in use then, at most", _kv(facts, why_waiting(facts)[BATCH]), "share"),
+        ),
+        examples=facts.request_examples(queue),
+    )
+
+
+def _kv(facts: Facts, flags: Flags) -> float:
+    usage = facts.step("kv_usage")[flags]
+    return float(usage.max()) / 1e6 if len(usage) else 0.0
+
+
+def arrival_above_capacity(facts: Facts) -> Answer:
+    """Requests arrive faster than they are served."""
+    if len(facts.steps) < limit("steps"):
+        return Missing("too few steps were recorded")
+    arrivals, ends = facts.request("arrival_ns", "last_token_ns")
+    known = ~(np.isnan(arrivals) | np.isnan(ends))
+    if known.sum() < limit("requests"):
+        return Missing("too few requests were recorded")
+    # Requests in the engine when each arrived, itself included: arrivals are in order.
+    there = np.full(len(arrivals), np.nan)
+    there[known] = np.arange(1, known.sum() + 1) - np.searchsorted(np.sort(ends[known]), arrivals[known])
+    among, quarter = there[known], max(int(known.sum()) // 4, 1)
+    first, early, late = (
+        float(part.mean()) for part in (among[:quarter], among[quarter : 2 * quarter], among[-quarter:])
+    )
+    since, until = float(arrivals[known][quarter]), float(arrivals[known][-1])
+    end = facts.step("end_ns")
+    within = np.clip(np.minimum(end, until) - np.maximum(end - facts.period, since), 0, None)
+    busy = float(within.sum()) / max((until - since) * max(len(np.unique(facts.step_instance)), 1), 1.0)
+    waiting = facts.step("waiting") > 0
+    capped = bool(waiting.any() and full_batch(facts)[waiting].mean() > 0.5)
+    for_blocks = float(queued_by(facts, KV).sum()) > 0.5 * float(np.nansum(facts.request("queue_ns")[0]))
+    # By Little's law a request is in the engine for as long as there are others, over what is finished in that time.
+    lost = np.nan_to_num(facts.e2e * np.clip(1 - first / there, 0, None))
+    return seen(
+        (of_requests(facts, Phase.THROUGHPUT, lost),),
+        "queue_share",
+        also=late >= limit("backlog_growth") * early
+        and late - early >= limit("backlog")
+        and busy >= limit("busy")
+        and not (capped and larger_batch_gain(facts) >= limit("larger_batch_gain"))
+        and not (for_blocks and waiting.any()),
+        evidence=(
+            Evidence("requests in the engine, second quarter of the arrivals", early, "requests"),
+            Evidence("requests in the engine, last quarter of the arrivals", late, "requests"),
+            Evidence("the scheduler's time in steps meanwhile", min(busy, 1.0), "share"),
+            Evidence("arrivals", known.sum() * 1e9 / max(until - float(arrivals[known][0]), 1.0), "requests/s"),
+            Evidence(
+                "finished", known.sum() * 1e9 / max(float(ends[known].max() - arrivals[known][0]), 1.0), "requests/s"
+            ),
+        ),
+        examples=facts.request_examples(lost),
+    )
+
+
+def token_budget(facts: Facts) -> Answer:
+    """Prompts are cut, or wait, because a step has as many tokens as it may."""
+    if len(facts.steps) < limit("steps"):
+        return Missing("too few steps were recorded")
+    budget = facts.setting("max_num_batched_tokens", "chunked_prefill_size")
+    if not budget:
+        return Missing("the engine did not say how many tokens a step may have")
+    full = full_budget(facts)
+    begins, lengths = facts.since_schedule
+    covered = Covered(facts.step_instance[full], begins[full], lengths[full], lengths[full])
+    since, until = facts.request("scheduled_ns", "first_token_ns")
+    chunked = np.nan_to_num(covered.within(facts.request_instance, since, until))
+    queued = queued_by(facts, BUDGET)
+    lost = chunked + queued
+    fixed, each = facts.cost
+    part = fixed / (fixed + each * budget) if fixed + each * budget > 0 else 0.0
+
+    def saved(found: Part) -> float:
+        return float(np.nansum(found.part)) * part
+
+    return seen(
+        (of_requests(facts, Phase.TTFT, lost),),
+        "budget_share",
+        saved,
+        also=part >= limit("fixed_share"),
+        evidence=(
+            Evidence("tokens that a step may have", budget, "tokens"),
+            Evidence("steps that had as many", float(full.sum()), "steps"),
+            Evidence("time in prefill during these", float(chunked.sum()), "ns"),
+            Evidence("time in the queue for them", float(queued.sum()), "ns"),
+            Evidence("what a step costs whatever is in it", fixed, "ns"),
+            Evidence("of a full step's time that is", part, "share"),
+        ),
+        examples=facts.request_examples(lost),
+    )
+
+
+def kv_exhausted(facts: Facts) -> Answer:
+    """Requests wait for KV blocks, or are thrown out for others."""
+    if not len(facts.steps):
+        return Missing("no steps were recorded")
+    queued = queued_by(facts, KV)
+    (preempted,) = facts.request("preempted_ns")
+    (prefill,) = facts.request("prefill_ns")
+    (times,) = facts.request("preemptions")
+    first, scheduled = facts.request("first_token_ns", "scheduled_ns")
+    # The context of a request that was thrown out is computed again: prefill beyond its first.
+    again = np.where(
+        times > 0, np.maximum(np.nan_to_num(prefill) - np.maximum(np.nan_to_num(first - scheduled), 0), 0), 0
+    )
+    preempted = np.nan_to_num(preempted)
+    decode = of_requests(facts, Phase.TPOT, np.minimum(preempted + again, np.nan_to_num(facts.decode)))
+    usage = facts.step("kv_usage")
+    return seen(
+        (of_requests(facts, Phase.TTFT, queued), decode),
+        "kv_share",
+        lambda part: left_of(facts, queued, why_waiting(facts)[KV]) if part.phase is Phase.TTFT else part.part.sum(),
+        evidence=(
+            Evidence("preemptions", float(np.nansum(times)), "times"),
+            Evidence("requests that were preempted", float((times > 0).sum()), "requests"),
+            Evidence("time in the queue for KV blocks", float(queued.sum()), "ns"),
+            Evidence("time thrown out", float(preempted.sum()), "ns"),
+            Evidence("time computing lost context again", float(again.sum()), "ns"),
+            Evidence("KV cache in use, 95th percentile of steps", float(np.percentile(usage, 95)) / 1e6, "share"),
+        ),
+        examples=facts.request_examples(queued + preempted + again),
+    )
+
+
+CHECKS = {check.__name__: check for check in (arrival_above_capacity, batch_cap, token_budget, kv_exhausted)}

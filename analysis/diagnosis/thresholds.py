@@ -1,0 +1,73 @@
+"""From what size on a cause is a finding: one table, each number with its reason.
+
+A share is that of the cause in its phase's time; the lower end of its confidence interval has to reach it. They were
+fixed on the sessions of benchmarks/diagnosis_score.py with seed 1, before any other seed was scored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """One number; `reason` says why it is not another."""
+
+    name: str
+    value: float
+    unit: str
+    reason: str
+
+
+THRESHOLDS: tuple[Threshold, ...] = (
+    Threshold("requests", 8, "requests", "with fewer no interval says anything: not enough data"),
+    Threshold("steps", 20, "steps", "the same for what is looked for in steps"),
+    Threshold("queue_share", 0.25, "of TTFT", "a short queue keeps the batch full: it is the price of throughput"),
+    Threshold(
+        "backlog_growth", 2.0, "times", "the second half of the arrivals against the first: chance makes up to 1.5"
+    ),
+    Threshold("backlog", 8, "requests", "a backlog of a few comes and goes with any arrivals"),
+    Threshold("busy", 0.9, "of the time", "an engine that pauses has capacity left"),
+    Threshold(
+        "larger_batch_gain", 0.15, "of tokens per second", "what twice the batch must give for the cap to matter"
+    ),
+    Threshold("fixed_share", 0.1, "of a step", "where a full step's fixed cost is less, a larger budget gains nothing"),
+    Threshold("budget_share", 0.15, "of TTFT", "as a share that a user would notice"),
+    Threshold("kv_share", 0.1, "of TTFT or TPOT", "preemptions are to be rare: what is computed again is lost"),
+    Threshold("cache_loss", 0.3, "of the cached share", "how much less must be found in a full cache; less is chance"),
+    Threshold("again_share", 0.1, "of TTFT", "as a share that a user would notice"),
+    Threshold("stall", 2.0, "steps of decode", "what a token must wait longer than usual to be held up by prefill"),
+    Threshold("stall_share", 0.4, "of TPOT", "mixed batches with short prompts have a quarter, and are well served"),
+    Threshold("at_roof", 0.6, "of the memory's bandwidth", "what well tuned kernels reach in decode"),
+    Threshold("far_below", 0.2, "of the speed of light", "well kept engines are above it, with their host's part"),
+    Threshold("far_share", 0.25, "of TTFT or TPOT", "time beyond that; half of a phase is not to be argued about"),
+    Threshold("long_enough", 500_000, "ns", "a shorter step, at the speed of light, is launching and not kernels"),
+    Threshold("schedule_share", 0.15, "of step time", "usual is 3 to 5 %, of tiny models and steps as well"),
+    Threshold("schedule_usual", 0.05, "of step time", "what remains when it is mended"),
+    Threshold("prepare_share", 0.35, "of step time", "usual is up to 20 % of a tiny model's steps on a processor"),
+    Threshold("prepare_usual", 0.15, "of step time", "what remains when it is mended"),
+    Threshold("sampling_share", 0.15, "of step time", "usual is 2 to 5 %"),
+    Threshold("sampling_usual", 0.03, "of step time", "what remains when it is mended"),
+    Threshold("gc_share", 0.05, "of step time", "usual is under 1 %: engines freeze what lives long"),
+    Threshold("grammar_share", 0.1, "of TTFT or TPOT", "a compiled grammar costs microseconds a step"),
+    Threshold("tokenize_share", 0.35, "of TTFT", "usual is 5 to 20 % of a tiny model's, whose prefill is short"),
+    Threshold("tokenize_usual", 0.1, "of TTFT", "what remains when it is mended"),
+    Threshold("late_share", 0.15, "of TTFT or end-to-end latency", "usual is under 5 %: handing a token on is short"),
+    Threshold("detokenize_busy", 0.5, "of the front end's lateness", "more than half of what it does"),
+    Threshold("client_share", 0.1, "of end-to-end latency", "usual is under 1 %: bytes go into the socket's buffer"),
+    Threshold("waiting_share", 0.1, "of forward", "ranks of one step differ by a few percent"),
+    Threshold("one_rank", 0.7, "of the waiting", "chance makes each of two ranks the last half of the time"),
+    Threshold("collective_share", 0.3, "of forward", "tensor parallelism within a node costs 10 to 25 %"),
+    Threshold("dispatch_share", 0.3, "of forward", "expert parallelism with overlap costs 10 to 25 %"),
+    Threshold("imbalance", 1.6, "most over mean", "trained routers are at 1.1 to 1.5 over many tokens"),
+    Threshold("padding", 0.25, "of the tokens that were run", "usual capture sizes leave up to 20 %"),
+    Threshold("graph_miss_share", 0.1, "of TPOT", "as a share that a user would notice"),
+    Threshold("compile_share", 0.05, "of TTFT or TPOT", "it should not happen at all; less is not felt"),
+    Threshold("draft_share", 0.05, "of TPOT", "as a share that a user would notice"),
+)
+_VALUES = {each.name: each.value for each in THRESHOLDS}
+
+
+def limit(name: str) -> float:
+    """A threshold by its name."""
+    return _VALUES[name]

@@ -1,0 +1,284 @@
+"""How often `stagetrace diagnose` names the cause: sessions of real engines, with causes put there on purpose and none.
+
+    .venv/bin/python benchmarks/diagnosis_score.py [--json] [--seed N] [--only CAUSE ...] [--rounds N] [--keep DIR]
+    .venv/bin/python benchmarks/diagnosis_score.py --score DIR [--json]          sessions that were kept, once more
+
+Each session has a server of its own, a load of random lengths and arrivals, and a cause of random size
+(on_purpose.py). A session counts as right when its first finding names the cause, a clean one when it has none. The
+engines' environments have to be there (`make engines-env`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+
+from engines.recording import record
+from engines.server import environment
+from on_purpose import INJECTED, PLANS, Planned, send
+from quickstart.servers import MODEL_SCRIPT, VLLM, StartError
+from rich.console import Console
+
+from stagetrace.analysis.diagnosis.diagnose import diagnose
+from stagetrace.analysis.show import Grid, print_parts
+from stagetrace.exporters.session import Session, SessionError
+
+CASE = "case.json"  # beside a session: what was put there
+NONE = "nothing"
+CLEAN_ROUNDS = 3  # clean sessions for each of a cause
+console = Console()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A session with what was put there."""
+
+    path: Path
+    cause: str
+    right: tuple[str, ...]
+    said: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the diagnosis said of a case."""
+
+    case: Case
+    found: tuple[str, ...]  # causes that stand out, the most recoverable first
+
+    @property
+    def first(self) -> str:
+        """The first finding, or NONE."""
+        return self.found[0] if self.found else NONE
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the first finding names the cause; of a clean session, whether there is none."""
+        return self.first in self.case.right if self.case.right else not self.found
+
+
+# Recording
+
+
+def build(models: Path, kind: str) -> Path:
+    """One of the tiny models, built once."""
+    path = models / kind
+    if kind == "biased":
+        if not path.is_dir():
+            bias(build(models, "moe"), path)
+        return path
+    dense = ["--dense"] if kind == "dense" else []
+    subprocess.run(
+        [str(VLLM.python), str(MODEL_SCRIPT), str(path), *dense], env=environment(), check=True, capture_output=True
+    )
+    return path
+
+
+def bias(plain: Path, path: Path, strength: float = 6.0) -> None:
+    """The same model with a router that sends most tokens to two of the experts, one or the other.
+
+    Their rows of the gate point in opposite directions and are longer than the others'.
+    """
+    script = (
+        "import sys, torch; from safetensors.torch import load_file, save_file\n"
+        "path, strength = sys.argv[1], float(sys.argv[2])\n"
+        "weights = load_file(path)\n"
+        "for name, weight in weights.items():\n"
+        "    if name.endswith('mlp.gate.weight'):\n"
+        "        weight[1] = weight[0] * strength\n"
+        "        weight[0] = -weight[1]\n"
+        "        weights[name] = weight.contiguous()\n"
+        "save_file(weights, path, metadata={'format': 'pt'})\n"
+    )
+    partial = Path(tempfile.mkdtemp(dir=path.parent))
+    shutil.copytree(plain, partial, dirs_exist_ok=True)
+    command = [str(VLLM.python), "-c", script, str(partial / "model.safetensors"), str(strength)]
+    subprocess.run(command, env=environment(), check=True, capture_output=True)
+    partial.replace(path)
+
+
+def record_case(plan: Planned, models: Path, directory: Path, seed: int) -> Case:
+    """Records one session. Raises StartError, and ValueError when requests fail."""
+    directory.mkdir(parents=True)
+    kind = plan.model
+    model = build(models, kind)
+    variables = {**plan.variables, "INJECTED": json.dumps(plan.injected)}
+    if plan.injected:
+        variables["PYTHONPATH"] = str(INJECTED)
+    run = ("--level", plan.level, "--no-report")
+    with record(model, directory, *plan.arguments, env=variables, run=run, engine=plan.engine) as recording:
+        port = int(recording.server.root_url.rpartition(":")[2])
+        wrong = asyncio.run(send(plan.asks, plan.width, port, seed))
+    if len(wrong) > len(plan.asks) // 10:
+        raise ValueError(f"{len(wrong)} of {len(plan.asks)} requests failed: {wrong[0]}")
+    case = {"cause": plan.cause, "right": plan.right, "said": plan.said, "seed": seed}
+    (directory / CASE).write_text(json.dumps(case))
+    return read_case(directory)
+
+
+def read_case(directory: Path) -> Case:
+    """A case that was kept."""
+    said = json.loads((directory / CASE).read_text())
+    return Case(directory, said["cause"], tuple(said["right"]), said["said"], said["seed"])
+
+
+def plans(seed: int, rounds: int, only: list[str]) -> list[tuple[str, Planned]]:
+    """The sessions of a seed, by the name of their folder; clean ones are more, spread among the others."""
+    names = [name for name in PLANS if name in only or not only]
+    chosen = []
+    for number in range(rounds):
+        for name in names:
+            times = CLEAN_ROUNDS if name == "clean" and not only else 1
+            for again in range(times):
+                key = f"{name}-{seed}-{number}-{again}"
+                chosen.append((key, PLANS[name](random.Random(key))))
+    return chosen
+
+
+# Scoring
+
+
+def score(case: Case) -> Scored:
+    """What the diagnosis says of a session. The calibrations of this machine are left out: no run depends on them."""
+    found = diagnose(Session.open(case.path / "session"))
+    return Scored(case, tuple(finding.cause.id for finding in found.findings))
+
+
+def figures(scored: list[Scored]) -> dict[str, Any]:
+    """Precision and recall by cause, and what the goals are about."""
+    with_cause = [one for one in scored if one.case.right]
+    clean = [one for one in scored if not one.case.right]
+    names = sorted({name for one in with_cause for name in one.case.right} | {one.first for one in scored} - {NONE})
+    by_cause = {}
+    for name in names:
+        there = [one for one in with_cause if name in one.case.right]
+        named = [one for one in scored if one.first == name]
+        right = [one for one in there if one.first == name]
+        by_cause[name] = {
+            "sessions": len(there),
+            "precision": len(right) / len(named) if named else None,
+            "recall": len(right) / len(there) if there else None,
+        }
+    return {
+        "sessions": len(scored),
+        "with_cause": len(with_cause),
+        "first_is_right": sum(one.is_right for one in with_cause) / len(with_cause) if with_cause else None,
+        "clean": len(clean),
+        "clean_with_findings": sum(not one.is_right for one in clean) / len(clean) if clean else None,
+        "by_cause": by_cause,
+        "confusion": confusion(scored),
+        "wrong": [
+            {"session": str(one.case.path), "put": one.case.said, "found": list(one.found)}
+            for one in scored
+            if not one.is_right
+        ],
+    }
+
+
+def confusion(scored: list[Scored]) -> dict[str, dict[str, int]]:
+    """What was put there -> what the first finding was -> how often."""
+    found: dict[str, dict[str, int]] = {}
+    for one in scored:
+        row = found.setdefault(one.case.cause, {})
+        row[one.first] = row.get(one.first, 0) + 1
+    return found
+
+
+def show(found: dict[str, Any]) -> None:
+    """Prints the tables."""
+
+    def percent(share: float | None) -> str:
+        return "-" if share is None else f"{share:.0%}"
+
+    rows = [
+        [name, str(row["sessions"]), percent(row["precision"]), percent(row["recall"])]
+        for name, row in found["by_cause"].items()
+    ]
+    firsts = sorted({first for row in found["confusion"].values() for first in row})
+    table = [[cause, *(str(row.get(first, 0) or ".") for first in firsts)] for cause, row in found["confusion"].items()]
+    wrong = [[each["put"], ", ".join(each["found"]) or NONE] for each in found["wrong"]]
+    parts: list[Any] = [
+        Grid("First finding, by cause", ("cause", "sessions", "precision", "recall"), rows),
+        Grid("What was put there (row) and what the first finding was (column)", ("", *firsts), table),
+    ]
+    if wrong:
+        parts.append(Grid("Not right", ("put there", "found"), wrong, text=True))
+    parts.append(
+        f"{found['sessions']} sessions. First finding right in {percent(found['first_is_right'])} of"
+        f" {found['with_cause']} with a cause (goal: 90 %); findings in {percent(found['clean_with_findings'])} of"
+        f" {found['clean']} clean ones (goal: at most 5 %)."
+    )
+    print_parts(parts, console)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Score the diagnosis on sessions with known causes.")
+    parser.add_argument("--seed", type=int, default=1, help="of everything that is left to chance (1)")
+    parser.add_argument("--rounds", type=int, default=1, help="sessions of each cause (1), three times as many clean")
+    parser.add_argument("--only", choices=sorted(PLANS), nargs="+", default=[], help="these sessions alone")
+    parser.add_argument("--keep", type=Path, help="keep the sessions here; those that are there are not recorded again")
+    parser.add_argument("--score", type=Path, help="score the sessions that were kept here, without any engine")
+    parser.add_argument("--json", action="store_true", help="one JSON object in the last line as well")
+    arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    if arguments.score is not None and not arguments.score.is_dir():
+        parser.error(f"{arguments.score} is no directory: name the one that --keep was given")
+    failed = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        if arguments.score is None:
+            place = arguments.keep or Path(temporary)
+            place = place.resolve()
+            failed = record_all(plans(arguments.seed, arguments.rounds, arguments.only), place, arguments.seed)
+        else:
+            place = arguments.score
+        cases = [read_case(path.parent) for path in sorted(place.glob(f"*/{CASE}"))]
+        if arguments.only:
+            cases = [case for case in cases if case.path.name.partition("-")[0] in arguments.only]
+        if not cases:
+            print("diagnosis_score: there is no session to score", file=sys.stderr)
+            return 2
+        found = figures([score(case) for case in cases]) | {"failed": failed}
+    show(found)
+    if arguments.json:
+        print(json.dumps(found))
+    return 1 if failed else 0
+
+
+def record_all(planned: list[tuple[str, Planned]], place: Path, seed: int) -> int:
+    """Records what is not there yet; how many could not be."""
+    failed = 0
+    models = place / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    for key, plan in planned:
+        directory = place / key
+        if (directory / CASE).is_file():
+            continue
+        shutil.rmtree(directory, ignore_errors=True)
+        began = time.monotonic()
+        try:
+            record_case(plan, models, directory, seed)
+        except (StartError, ValueError, AssertionError, SessionError) as error:
+            failed += 1
+            print(f"diagnosis_score: {key} ({plan.said}): {error}", file=sys.stderr)
+            continue
+        print(f"diagnosis_score: {key}: {plan.said}; {time.monotonic() - began:.0f} s", file=sys.stderr)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,335 @@
+"""Sessions of real engines with a cause of slowness put there on purpose, of random size, and clean ones.
+
+Everything that is left to chance comes from one random.Random: the same seed plans the same session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quickstart.load import _words
+from quickstart.servers import HOST, MODEL_NAME, SGLANG, VLLM, Engine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+INJECTED = Path(__file__).resolve().parent / "injected"
+EAGER = "--enforce-eager"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request of a load. Lengths are of words, about three tokens each."""
+
+    at_s: float  # when it is sent: since the begin, or in a closed load after a place is free
+    words: int
+    tokens: int
+    shared: int = 0  # of its words, the beginning that others have too
+    schema: int | None = None  # structured output, of a schema of that number
+    logprobs: int = 0
+    reads_s: float = 0.0  # a slow client: it waits so long after every piece that it reads
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One session to record."""
+
+    cause: str  # what was put there; "clean" for nothing
+    right: tuple[str, ...]  # causes of the diagnosis that name it
+    asks: tuple[Ask, ...]
+    width: int | None  # so many at once, one after the other; None: each at its time
+    arguments: tuple[str, ...] = ()
+    injected: dict[str, Any] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)
+    level: str = "step"
+    model: str = "moe"  # moe, dense, biased
+    engine: Engine = VLLM
+
+    @property
+    def said(self) -> str:
+        """What was put there and how much, in a line."""
+        sizes = " ".join(
+            [*(word for word in self.arguments if word != EAGER), *(f"{k}={v}" for k, v in self.injected.items())]
+        )
+        return f"{self.cause} on {self.engine.name}: {sizes or '-'}; {len(self.asks)} requests, {self.width or 'open'}"
+
+
+def _asks(
+    chance: random.Random,
+    count: int,
+    words: tuple[int, int],
+    tokens: tuple[int, int],
+    rate: float | None = None,
+    **more: Any,
+) -> tuple[Ask, ...]:
+    """Requests of random lengths, in a row or, with a rate in requests a second, as a Poisson process."""
+    now, asks = 0.0, []
+    for _ in range(count):
+        now += chance.expovariate(rate) if rate else 0.0
+        asks.append(Ask(now, chance.randint(*words), chance.randint(*tokens), **more))
+    return tuple(asks)
+
+
+def _ordinary(chance: random.Random) -> tuple[tuple[Ask, ...], int | None]:
+    """A load that the engine serves well: a few at once, or arrivals that it keeps up with."""
+    if chance.random() < 0.5:
+        width = chance.randint(2, 5)
+        return _asks(chance, 14 * width, (15, 90), (25, 60)), width
+    rate = chance.uniform(1.5, 3.5)
+    return _asks(chance, 32, (15, 90), (25, 60), rate), None
+
+
+# Causes
+
+
+def clean(chance: random.Random) -> Planned:
+    asks, width = _ordinary(chance)
+    model = chance.choice(("moe", "dense"))
+    return Planned("clean", (), asks, width, (EAGER,), model=model)
+
+
+def kv_cache(chance: random.Random) -> Planned:
+    blocks = chance.randint(12, 18)
+    asks = _asks(chance, 48, (60, 160), (120, 220))
+    arguments = (EAGER, "--num-gpu-blocks-override", str(blocks), "--block-size", "32", "--max-model-len", "384")
+    asks = _asks(chance, 48, (30, 80), (60, 140))
+    return Planned("kv_cache", ("kv_exhausted",), asks, chance.randint(10, 16), arguments)
+
+
+def batch_cap(chance: random.Random) -> Planned:
+    cap = chance.randint(1, 4)
+    asks = _asks(chance, 16 * cap + 16, (15, 60), (25, 60))
+    return Planned("batch_cap", ("batch_cap",), asks, cap * chance.randint(3, 5), (EAGER, "--max-num-seqs", str(cap)))
+
+
+def token_budget(chance: random.Random) -> Planned:
+    budget = chance.choice((24, 32, 48))
+    asks = _asks(chance, 40, (80, 240), (8, 24))
+    arguments = (EAGER, "--max-num-batched-tokens", str(budget), "--max-num-seqs", "16")
+    return Planned(
+        "token_budget", ("token_budget",), asks, chance.randint(4, 8), (*arguments, "--no-enable-prefix-caching")
+    )
+
+
+def long_prompts(chance: random.Random) -> Planned:
+    seconds = 14
+    talk = _asks(chance, 36, (10, 30), (80, 140), 36 / seconds)
+    rate = chance.uniform(1.2, 2.0)
+    long = _asks(chance, int(rate * seconds), (700, 1300), (2, 4), rate)
+    asks = tuple(sorted((*talk, *long), key=lambda ask: ask.at_s))
+    arguments = (EAGER, "--max-num-batched-tokens", "4096", "--no-enable-prefix-caching")
+    return Planned("long_prompts", ("prefill_delays_decode",), asks, None, arguments)
+
+
+def front_end(chance: random.Random) -> Planned:
+    asks = _asks(chance, 60, (10, 40), (30, 60))
+    injected = {"kind": "middleware", "ms": round(chance.uniform(2.5, 5.0), 1)}
+    return Planned(
+        "front_end",
+        ("front_end",),
+        asks,
+        chance.randint(8, 14),
+        (EAGER, "--middleware", "sitecustomize.Burn"),
+        injected,
+    )
+
+
+def tokenizer(chance: random.Random) -> Planned:
+    asks, width = _ordinary(chance)
+    injected = {"kind": "tokenizer", "ms": round(chance.uniform(200, 500))}
+    return Planned("tokenizer", ("tokenize",), asks, width, (EAGER,), injected)
+
+
+def late_rank(chance: random.Random) -> Planned:
+    asks = _asks(chance, 30, (15, 60), (20, 40))
+    injected = {
+        "kind": "rank",
+        "rank": chance.randint(0, 1),
+        "ms": round(chance.uniform(2, 6), 1),
+        "every": chance.choice((2, 3, 5)),
+    }
+    variables = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    return Planned(
+        "late_rank", ("straggler_rank",), asks, chance.randint(2, 4), (EAGER, "--tensor-parallel-size", "2"), injected,
+        variables, level="layer",
+    )  # fmt: skip
+
+
+def biased_router(chance: random.Random) -> Planned:
+    asks, width = _ordinary(chance)
+    return Planned("biased_router", ("expert_imbalance",), asks, width, (EAGER,), level="layer", model="biased")
+
+
+def slow_grammar(chance: random.Random) -> Planned:
+    where = chance.choice(("compile", "fill"))
+    milliseconds = chance.uniform(150, 500) if where == "compile" else chance.uniform(6, 15)
+    asks = tuple(
+        Ask(0, chance.randint(15, 60), chance.randint(25, 50), schema=number if where == "compile" else number % 3)
+        for number in range(40)
+    )
+    injected = {"kind": "grammar", "where": where, "ms": round(milliseconds, 1)}
+    return Planned("slow_grammar", ("grammar",), asks, chance.randint(2, 5), (EAGER,), injected)
+
+
+def scheduler_delay(chance: random.Random) -> Planned:
+    asks, width = _ordinary(chance)
+    injected = {"kind": "schedule", "ms": round(chance.uniform(4, 15), 1)}
+    return Planned("scheduler_delay", ("host_schedule",), asks, width, (EAGER,), injected)
+
+
+def compile_in_window(chance: random.Random) -> Planned:
+    asks = _asks(chance, 40, (15, 60), (25, 50))
+    first = chance.randint(150, 300)
+    injected = {"kind": "compile", "at": [first, first + 60, first + 130], "operations": chance.randint(15, 40)}
+    return Planned("compile_in_window", ("compile_in_window",), asks, chance.randint(2, 4), (EAGER,), injected)
+
+
+def slow_client(chance: random.Random) -> Planned:
+    pause = chance.uniform(0.02, 0.05)
+    asks = tuple(
+        Ask(0, chance.randint(10, 30), chance.randint(350, 450), logprobs=20, reads_s=pause) for _ in range(12)
+    )
+    return Planned("slow_client", ("slow_client",), asks, chance.randint(3, 4), (EAGER,))
+
+
+def slow_sampling(chance: random.Random) -> Planned:
+    asks, width = _ordinary(chance)
+    return Planned(
+        "slow_sampling",
+        ("host_sampling",),
+        asks,
+        width,
+        (EAGER,),
+        {"kind": "sample", "ms": round(chance.uniform(4, 12), 1)},
+    )
+
+
+def slow_prepare(chance: random.Random) -> Planned:
+    asks, width = _ordinary(chance)
+    return Planned(
+        "slow_prepare",
+        ("host_prepare",),
+        asks,
+        width,
+        (EAGER,),
+        {"kind": "prepare", "ms": round(chance.uniform(8, 15), 1)},
+    )
+
+
+def overload(chance: random.Random) -> Planned:
+    asks = _asks(chance, 160, (60, 160), (60, 120), chance.uniform(10, 16))
+    return Planned("overload", ("arrival_above_capacity",), asks, None, (EAGER, "--max-num-seqs", "128"))
+
+
+def sglang_clean(chance: random.Random) -> Planned:
+    asks, width = _ordinary(chance)
+    return Planned("clean", (), asks, width, engine=SGLANG)
+
+
+def sglang_batch_cap(chance: random.Random) -> Planned:
+    cap = chance.randint(1, 3)
+    asks = _asks(chance, 16 * cap + 12, (15, 60), (25, 60))
+    return Planned(
+        "batch_cap",
+        ("batch_cap",),
+        asks,
+        cap * chance.randint(3, 5),
+        ("--max-running-requests", str(cap)),
+        engine=SGLANG,
+    )
+
+
+def sglang_long_prompts(chance: random.Random) -> Planned:
+    planned = long_prompts(chance)
+    return Planned("long_prompts", planned.right, planned.asks, None, ("--disable-radix-cache",), engine=SGLANG)
+
+
+PLANS: dict[str, Callable[[random.Random], Planned]] = {
+    plan.__name__: plan
+    for plan in (
+        *(clean, kv_cache, batch_cap, token_budget, long_prompts, front_end, tokenizer, late_rank, biased_router),
+        *(slow_grammar, scheduler_delay, compile_in_window, slow_client, slow_sampling, slow_prepare, overload),
+        *(sglang_clean, sglang_batch_cap, sglang_long_prompts),
+    )
+}
+
+
+# The load
+
+
+async def send(asks: Sequence[Ask], width: int | None, port: int, seed: int) -> list[str]:
+    """Sends the requests as planned; what went wrong, by request."""
+    chance = random.Random(seed)
+    shared = _words(chance, 400)
+    texts = [f"{' '.join(shared.split()[: ask.shared])} {_words(chance, ask.words - ask.shared)}" for ask in asks]
+    gate = asyncio.Semaphore(width or len(asks))
+    began = time.monotonic()
+    wrong: list[str] = []
+
+    async def one(ask: Ask, text: str) -> None:
+        if width is None:
+            await asyncio.sleep(max(began + ask.at_s - time.monotonic(), 0))
+        async with gate:
+            try:
+                await _stream(ask, text, port)
+            except (OSError, ValueError) as error:
+                wrong.append(f"{type(error).__name__}: {error}")
+
+    await asyncio.gather(*(one(ask, text) for ask, text in zip(asks, texts, strict=True)))
+    return wrong
+
+
+async def _stream(ask: Ask, text: str, port: int) -> None:
+    body: dict[str, Any] = {
+        "model": MODEL_NAME,
+        "messages": [{"role": "user", "content": text}],
+        "max_tokens": ask.tokens,
+        "temperature": 0,
+        "stream": True,
+    }
+    if ask.schema is None:
+        body["ignore_eos"] = True
+    else:
+        names = {f"field_{ask.schema}_{number}": {"type": "string"} for number in range(4)}
+        schema = {"type": "object", "properties": names, "required": [*names]}
+        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    if ask.logprobs:
+        body |= {"logprobs": True, "top_logprobs": ask.logprobs}
+    data = json.dumps(body).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    slow = ask.reads_s > 0
+    reader, writer = await _connected(port, slow)
+    try:
+        writer.write(head.encode() + data)
+        await writer.drain()
+        status = await reader.readline()
+        if b" 200 " not in status:
+            raise ValueError(f"the server answered {status.decode().strip()}: {(await reader.read(2000))[-300:]!r}")
+        while piece := await reader.read(4096 if slow else 65536):
+            if slow:
+                await asyncio.sleep(ask.reads_s)
+            del piece
+    finally:
+        writer.close()
+
+
+async def _connected(port: int, slow: bool) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection; that of a slow client has small buffers, as a phone far away does."""
+    import socket
+
+    if not slow:
+        return await asyncio.open_connection(HOST, port)
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(connection, (HOST, port))
+    return await asyncio.open_connection(sock=connection, limit=4096)

@@ -1,0 +1,442 @@
+"""The diagnosis on simulated sessions: each cause there and not there, bounds that always hold, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+from unit.sessions import INSTANCE, SessionBuilder
+from unit.simulated import Engine, simulate
+
+from stagetrace.analysis.diagnosis.causes import CAUSES
+from stagetrace.analysis.diagnosis.diagnose import CHECKS, Diagnosis, diagnose, of_facts
+from stagetrace.analysis.diagnosis.facts import STAGES, Covered, Facts, columns, line
+from stagetrace.analysis.diagnosis.finding import Seen
+from stagetrace.analysis.diagnosis.shares import share_of
+from stagetrace.analysis.diagnosis.show import next_experiments, parts, to_json
+from stagetrace.analysis.diagnosis.thresholds import THRESHOLDS
+from stagetrace.analysis.load import load
+from stagetrace.analysis.show import Grid
+from stagetrace.cli.main import app
+from stagetrace.instrument.ids import step_trace_id
+from stagetrace.instrument.stages import BY_NAME, Level
+
+
+def said(found: Diagnosis) -> list[str]:
+    return [finding.cause.id for finding in found.findings]
+
+
+def of(path: Path, engine: Engine) -> Diagnosis:
+    return diagnose(simulate(path, engine))
+
+
+def facts_of(path: Path, engine: Engine) -> Facts:
+    session = simulate(path, engine)
+    frames = load(session, None, columns(session.read_manifest()), STAGES)
+    return Facts.of(frames.manifest, session.identity.key, frames.tables)
+
+
+# The table
+
+
+def test_every_cause_has_a_check_and_advice_for_both_engines() -> None:
+    assert {*CHECKS} == {cause.id for cause in CAUSES} and len(CHECKS) == len(CAUSES)
+    for cause in CAUSES:
+        assert {*cause.next} == {"vllm", "sglang"}, cause.id
+        assert all(cause.next.values()) and cause.phases
+        assert all(each.flag.startswith("--") or not each.flag for tries in cause.next.values() for each in tries)
+
+
+def test_thresholds_have_reasons_and_names_of_their_own() -> None:
+    assert len({each.name for each in THRESHOLDS}) == len(THRESHOLDS)
+    assert all(each.reason and each.unit for each in THRESHOLDS)
+
+
+# Each cause, there and not there. Of every pair the second differs in what makes the cause alone.
+
+
+def padded(_number: int, decoding: int) -> dict[str, Any]:
+    return {"graph_mode": "full", "padded_tokens": 4 * max(decoding, 1)}
+
+
+def well_padded(_number: int, decoding: int) -> dict[str, Any]:
+    return {"graph_mode": "full", "padded_tokens": decoding + 1 if decoding > 6 else decoding}
+
+
+def some_without(number: int, _: int) -> dict[str, Any]:
+    return {"graph_mode": "none" if number % 2 else "full"}
+
+
+def drafts(accepted: float) -> Any:
+    def columns(_number: int, decoding: int) -> dict[str, Any]:
+        return {"draft_tokens": 3 * decoding, "accepted_tokens": round(accepted * 3 * decoding), "output_tokens": None}
+
+    return columns
+
+
+CASES: dict[str, tuple[Engine, Engine]] = {
+    "arrival_above_capacity": (
+        Engine(requests=150, width=None, rate=60, fixed=2, per_token=1.0, output=40, cap=256),
+        Engine(requests=150, width=None, rate=8, fixed=2, per_token=0.1, output=20, cap=256),
+    ),
+    "batch_cap": (Engine(width=12, cap=3), Engine(width=12, cap=12)),
+    "token_budget": (
+        Engine(width=6, prompt=400, output=10, budget=32),
+        Engine(width=6, prompt=400, output=10, budget=2048),
+    ),
+    "kv_exhausted": (
+        Engine(requests=60, width=12, prompt=60, output=80, kv_tokens=500),
+        Engine(requests=60, width=12, prompt=60, output=80),
+    ),
+    "prefill_delays_decode": (
+        Engine(requests=160, width=8, prompt=lambda chance: 1500 if chance.random() < 0.5 else 20, output=25),
+        Engine(requests=80, width=8, prompt=30, output=25),
+    ),
+    "host_schedule": (Engine(stages={"schedule": 3.0}), Engine(stages={"execute": 3.0})),
+    "host_prepare": (Engine(stages={"prepare": 6.0}), Engine(fixed=10.0)),
+    "host_sampling": (Engine(stages={"sample": 3.0}), Engine(fixed=7.0)),
+    "gc_pauses": (
+        Engine(extra=lambda step: {"gc_pause": 20.0} if step % 10 == 0 else {}),
+        Engine(extra=lambda step: {"gc_pause": 1.0} if step % 100 == 0 else {}),
+    ),
+    "grammar": (Engine(grammar=200.0), Engine(grammar=0.5)),
+    "tokenize": (Engine(tokenize=60.0), Engine(tokenize=1.0)),
+    "front_end": (Engine(late=150.0), Engine(late=1.0)),
+    "detokenize": (Engine(late=150.0, detokenize=4.5), Engine(late=1.0, detokenize=0.1)),
+    "slow_client": (Engine(client=400.0), Engine(client=2.0)),
+    "straggler_rank": (
+        Engine(ranks=2, late_rank=4.0, level="layer", info={"tensor_parallel": 2}),
+        Engine(ranks=2, late_rank=0.1, level="layer", info={"tensor_parallel": 2}),
+    ),
+    "collective_share": (
+        Engine(ranks=2, collective=8.0, level="layer", info={"tensor_parallel": 2}),
+        Engine(ranks=2, collective=0.3, level="layer", info={"tensor_parallel": 2}),
+    ),
+    "expert_imbalance": (
+        Engine(level="layer", experts=(5, 5, 1, 1, 1, 1, 1, 1)),
+        Engine(level="layer", experts=(1,) * 8),
+    ),
+    "graph_padding": (
+        Engine(step_columns=padded, per_token=1.0, fixed=1.0, rate=6, width=None, requests=80),
+        Engine(step_columns=well_padded, per_token=1.0, fixed=1.0, rate=6, width=None, requests=80),
+    ),
+    "graph_miss": (
+        Engine(step_columns=some_without, extra=lambda step: {"prepare": 4.0} if step % 2 else {}),
+        Engine(step_columns=some_without),
+    ),
+    "compile_in_window": (
+        Engine(occasions=(("compile", 1_200.0, 1_500.0),)),
+        Engine(occasions=(("compile", 100.0, 900.0),)),
+    ),
+    "speculation_does_not_pay": (
+        Engine(step_columns=drafts(0.05), stages={"draft": 4.0}),
+        Engine(step_columns=drafts(0.8), stages={"draft": 1.0}),
+    ),
+}
+
+
+@pytest.mark.parametrize("cause", CASES)
+def test_a_cause_that_is_there_comes_first(cause: str, tmp_path: Path) -> None:
+    found = of(tmp_path / "s", CASES[cause][0])
+    assert said(found)[:1] == [cause]
+    seen = found.findings[0].seen
+    assert seen.evidence and 0 < seen.share.low <= seen.share.value <= seen.share.high <= 1
+    assert found.findings[0].cause.phases.count(seen.phase) == 1
+    assert found.answer == ""
+
+
+@pytest.mark.parametrize("cause", CASES)
+def test_a_cause_that_is_not_there_is_not_found(cause: str, tmp_path: Path) -> None:
+    found = of(tmp_path / "s", CASES[cause][1])
+    assert said(found) == []
+    assert found.answer.startswith("nothing stands out")
+
+
+# Those that need more than the simulated engine tells
+
+
+def test_prefix_cache_thrashed(tmp_path: Path) -> None:
+    facts = facts_of(tmp_path / "s", Engine(requests=60, width=None, rate=20, prompt=200, output=10))
+    half = len(facts.steps) // 2
+    usage = np.where(np.arange(len(facts.steps)) < half, 300_000, 980_000)
+    steps = facts.steps.assign(kv_usage=usage)
+    late = facts.requests["scheduled_ns"] > int(steps["begin_ns"].iloc[half])
+    lost, kept = (facts.requests.assign(cached_tokens=np.where(late, there, 150)) for there in (10, 140))
+    answers = [CHECKS["prefix_cache_thrashed"](replace(facts, steps=steps, requests=each)) for each in (lost, kept)]
+    assert [isinstance(each, Seen) and each.stands_out for each in answers] == [True, False]
+    assert of_facts(facts).quiet.get("prefix_cache_thrashed") is None, "it was never full"
+
+
+def test_prefix_cache_off(tmp_path: Path) -> None:
+    off = facts_of(tmp_path / "off", Engine(info={"prefix_caching": False}, prompt=400))
+    siblings = off.requests.assign(parent=off.requests["handle"] // 4)
+    answer = CHECKS["prefix_cache_off"](replace(off, requests=siblings))
+    assert isinstance(answer, Seen) and answer.stands_out
+    alone = CHECKS["prefix_cache_off"](off)
+    assert isinstance(alone, Seen) and not alone.stands_out
+    assert CHECKS["prefix_cache_off"](facts_of(tmp_path / "on", Engine())) is None
+
+
+def light(facts: Facts, share: float, ns: float = 0.0) -> Facts:
+    """The same steps, at so much of the speed of light, which is all for memory."""
+    least = facts.own * share + ns
+    return replace(facts, least_ns=least, memory_ns=least)
+
+
+@pytest.mark.parametrize(
+    ("cause", "share", "there"),
+    [
+        ("decode_at_roof", 0.8, True),
+        ("decode_at_roof", 0.4, False),
+        ("decode_far_below_roof", 0.1, True),
+        ("decode_far_below_roof", 0.3, False),
+        ("decode_far_below_roof", 0.01, False),  # 0.05 ms at the speed of light: that is launching
+        ("prefill_inefficient", 0.05, True),
+        ("prefill_inefficient", 0.5, False),
+    ],
+)
+def test_roofs(cause: str, share: float, there: bool, tmp_path: Path) -> None:
+    facts = light(facts_of(tmp_path / "s", Engine(fixed=12, prompt=600)), share)
+    answer = CHECKS[cause](facts)
+    assert isinstance(answer, Seen) and answer.stands_out is there
+    if cause == "decode_at_roof":
+        assert answer.recoverable_ns == 0
+
+
+def test_without_ceilings_roofs_are_said_to_be_missing(tmp_path: Path) -> None:
+    found = of(tmp_path / "s", Engine())
+    assert {"prefill_inefficient", "decode_at_roof", "decode_far_below_roof"} <= {*found.missing}
+
+
+def test_dispatch_and_combine(tmp_path: Path) -> None:
+    info = {"expert_parallel": True}
+    facts = facts_of(tmp_path / "s", Engine(level="layer", info=info, stages={"expert_dispatch": 3.0}))
+    answer = CHECKS["dispatch_combine_share"](facts)
+    assert isinstance(answer, Seen) and answer.stands_out
+    little = facts_of(tmp_path / "t", Engine(level="layer", info=info, stages={"expert_dispatch": 0.2}))
+    answer = CHECKS["dispatch_combine_share"](little)
+    assert isinstance(answer, Seen) and not answer.stands_out
+
+
+def test_what_the_level_lacks_is_said_with_the_level_to_record_at(tmp_path: Path) -> None:
+    facts = facts_of(tmp_path / "s", Engine(ranks=2, late_rank=4.0, info={"tensor_parallel": 2}))
+    is_collective = facts.segments["stage"] == BY_NAME["collective"].id
+    found = of_facts(replace(facts, segments=facts.segments[~is_collective]))
+    for cause in ("straggler_rank", "collective_share"):
+        assert found.missing[cause].level is Level.LAYER
+    (row,) = [part for part in parts(found) if isinstance(part, Grid) and part.title.startswith("Could not")]
+    assert any("--level layer" in cells[1] for cells in row.rows)
+
+
+def test_engine_that_says_why_requests_wait_is_believed(tmp_path: Path) -> None:
+    facts = facts_of(tmp_path / "s", Engine(width=12, cap=3))
+    queue = facts.requests["queue_ns"]
+    told = facts.requests.assign(kv_space_ns=queue, batch_full_ns=None, token_budget_ns=None)
+    found = of_facts(replace(facts, requests=told))
+    assert said(found)[:1] == ["kv_exhausted"] and "batch_cap" not in said(found)
+
+
+def test_sglang_is_told_by_its_own_settings(tmp_path: Path) -> None:
+    info = {"engine": "sglang", "max_num_batched_tokens": None, "chunked_prefill_size": 32, "block_size": 1}
+    found = of(tmp_path / "s", Engine(width=6, prompt=400, output=10, budget=32, info=info))
+    assert said(found)[:1] == ["token_budget"]
+    flags = [flag for flag, _ in next_experiments(found.findings[0].cause, found.engine)]
+    assert "--chunked-prefill-size N" in flags and "--max-num-batched-tokens N" not in flags
+
+
+# Little, nothing, several
+
+
+@pytest.mark.parametrize("requests", [1, 7])
+def test_too_few_requests_are_not_enough_data(requests: int, tmp_path: Path) -> None:
+    found = of(tmp_path / "s", Engine(requests=requests, tokenize=500.0))
+    assert not found.findings and found.answer.startswith("not enough data")
+
+
+def test_empty_session(tmp_path: Path) -> None:
+    found = diagnose(SessionBuilder(tmp_path / "s").write())
+    assert (found.requests, found.steps, found.findings) == (0, 0, ())
+    assert found.answer.startswith("not enough data")
+    json.loads(to_json(found))
+
+
+def test_level_request_has_no_steps(tmp_path: Path) -> None:
+    facts = facts_of(tmp_path / "s", Engine(tokenize=80.0))
+    nothing = {name: getattr(facts, name).iloc[:0] for name in ("steps", "segments", "intervals", "experts")}
+    found = of_facts(replace(facts, **nothing))
+    assert said(found) == ["tokenize"]
+    assert {"host_schedule", "batch_cap", "prefill_delays_decode"} <= {*found.missing}
+
+
+def test_two_causes_are_ranked_by_what_could_be_recovered(tmp_path: Path) -> None:
+    found = of(tmp_path / "s", Engine(width=12, cap=3, stages={"schedule": 2.0}))
+    assert {*said(found)} == {"batch_cap", "host_schedule"}
+    times = [finding.seen.recoverable_ns for finding in found.findings]
+    assert times == sorted(times, reverse=True)
+
+
+# What always holds
+
+SIZES = st.fixed_dictionaries(
+    {
+        "requests": st.integers(8, 30),
+        "width": st.none() | st.integers(1, 12),
+        "rate": st.floats(1, 50),
+        "prompt": st.integers(1, 500),
+        "output": st.integers(1, 40),
+        "cap": st.integers(1, 16),
+        "budget": st.integers(16, 600),
+        "kv_tokens": st.integers(600, 3000),
+        "tokenize": st.floats(0.01, 100),
+        "late": st.floats(0.01, 100),
+        "detokenize": st.floats(0, 5),
+        "client": st.floats(0.01, 300),
+        "grammar": st.floats(0, 50),
+        "fixed": st.floats(0.1, 20),
+        "per_token": st.floats(0, 0.5),
+        "stages": st.fixed_dictionaries({name: st.floats(0, 10) for name in ("schedule", "prepare", "sample")}),
+        "seed": st.integers(0, 9),
+    }
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SIZES)
+def test_bounds(sizes: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        facts = facts_of(Path(directory) / "s", Engine(**sizes))
+    found = of_facts(facts)
+    seen = {**found.quiet, **{finding.cause.id: finding.seen for finding in found.findings}}
+    for name, each in seen.items():
+        assert 0 <= each.share.low <= each.share.value <= each.share.high <= 1, name
+        assert 0 <= each.recoverable_ns <= each.measured_ns * (1 + 1e-9), name
+        assert all(np.isfinite(one.value) for one in each.evidence), name
+        assert all(0 <= one.value <= 1 for one in each.evidence if one.unit == "share"), name
+        assert all(one.ns > 0 and len(one.trace_id) == 32 for one in each.examples), name
+    assert all(0 <= finding.recoverable_share <= 1 for finding in found.findings)
+    assert all(each.share is None or 0 <= each.share <= 1 for each in found.attributed.values())
+    assert len(found.quiet) + len(found.findings) + len(found.absent) + len(found.missing) == len(CAUSES)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e9), st.floats(0, 1)), max_size=300))
+def test_share_lies_in_its_interval(rows: list[tuple[float, float]]) -> None:
+    whole = np.array([row[0] for row in rows])
+    found = share_of(whole * np.array([row[1] for row in rows]), whole)
+    assert 0 <= found.low <= found.value <= found.high <= 1
+    assert found == share_of(whole * np.array([row[1] for row in rows]), whole), "the same data gives the same interval"
+
+
+def test_interval_of_what_varies_is_wider() -> None:
+    whole = np.ones(200)
+    even, uneven = share_of(np.full(200, 0.3), whole), share_of(np.arange(200) % 10 < 3, whole)
+    assert even.high - even.low < 1e-9 < uneven.high - uneven.low
+    assert uneven.low < 0.3 < uneven.high
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=40), st.integers(0, 900), st.integers(0, 900)
+)
+def test_covered_is_the_overlap(spans: list[tuple[int, int]], one: int, other: int) -> None:
+    begins, lengths, at = [], [], 0
+    for gap, length in spans:
+        begins.append(at + gap)
+        lengths.append(length)
+        at += gap + length
+    begin, end = min(one, other), max(one, other)
+    expected = sum(max(min(b + n, end) - max(b, begin), 0) for b, n in zip(begins, lengths, strict=True))
+    nobody = np.zeros(len(begins), dtype=np.int64)
+    values = np.array(lengths, dtype=np.float64)
+    covered = Covered(nobody, np.array(begins, dtype=np.float64), values, values)
+    one_span = (np.zeros(1, dtype=np.int64), np.array([float(begin)]), np.array([float(end)]))
+    assert covered.within(*one_span)[0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_line() -> None:
+    x = np.arange(1.0, 101.0)
+    assert line(x, 5 + 2 * x) == pytest.approx((5, 2))
+    assert line(x, 100 - x)[1] == 0, "no slope below 0"
+    assert line(x, 3 * x - 50)[0] == 0, "no intercept below 0"
+    assert line(np.ones(5), np.full(5, 7.0)) == pytest.approx((7, 0))
+    assert line(np.array([]), np.array([])) == (0, 0)
+
+
+# The command
+
+
+def command(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["diagnose", *arguments])
+
+
+def test_text(tmp_path: Path) -> None:
+    session = simulate(tmp_path / "s", Engine(width=12, cap=3))
+    done = command(str(session.path))
+    assert done.exit_code == 0, done.output
+    for words in (
+        "batch_cap",
+        "--max-num-seqs N",
+        "recoverable at most",
+        "95 % interval",
+        "request-",
+        "It does not mean",
+    ):
+        assert words in done.output, words
+    assert "\x1b" not in done.output
+    assert "Looked at; does not stand out" not in done.output
+    assert "Looked at; does not stand out" in command(str(session.path), "--all").output
+
+
+def test_json(tmp_path: Path) -> None:
+    session = simulate(tmp_path / "s", Engine(width=12, cap=3))
+    found = json.loads(command(str(session.path), "--json").output)
+    first = found["findings"][0]
+    assert first["cause"] == "batch_cap" and first["phase"] == "TTFT"
+    assert 0 <= first["recoverable_ns"] <= first["measured_ns"] <= found["request_time_ns"]
+    assert {each["kind"] for each in first["examples"]} == {"request"}
+    known = {row["trace_id"] for row in load(session)["requests"][["trace_id"]].to_dict("records")}
+    assert {each["trace_id"] for each in first["examples"]} <= known
+    documented = (Path(__file__).parents[2] / "docs" / "diagnosis.md").read_text()
+    for key in (*found, *first, *found["session"]):
+        assert f"`{key}`" in documented, key
+
+
+def test_examples_of_steps_have_the_ids_of_their_spans(tmp_path: Path) -> None:
+    session = simulate(tmp_path / "s", Engine(stages={"schedule": 3.0}))
+    example = diagnose(session).findings[0].seen.examples[0]
+    assert example.kind == "step"
+    assert example.trace_id == step_trace_id(session.identity.key, INSTANCE, int(example.name)).hex()
+
+
+def test_window(tmp_path: Path) -> None:
+    session = simulate(tmp_path / "s", Engine(requests=100))
+    assert 0 < diagnose(session, 2.0).requests < diagnose(session).requests == 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["/nowhere"], "is not a stagetrace session"),
+        (["{session}", "--last", "soon"], "is not a length of time"),
+        (["{session}", "--model-config", "/nowhere"], "/nowhere"),
+        (["{session}", "--calibration", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_bad_input(arguments: list[str], words: str, tmp_path: Path) -> None:
+    session = simulate(tmp_path / "s", Engine(requests=8))
+    done = command(*(each.format(session=session.path) for each in arguments))
+    assert done.exit_code == 2
+    assert words in done.output and "Traceback" not in done.output
+
+
+def test_names_from_outside_are_shown_plainly(tmp_path: Path) -> None:
+    facts = facts_of(tmp_path / "s", Engine(width=12, cap=3))
+    evil = facts.requests.assign(external_id="\x1b[2J")
+    shown = str(parts(of_facts(replace(facts, requests=evil))))
+    assert "\\x1b" in shown and "\x1b" not in shown
