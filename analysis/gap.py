@@ -53,6 +53,9 @@ STAGES: dict[Part, tuple[str, ...]] = {
     ),
     Part.COMMUNICATION: ("collective", "expert_dispatch", "expert_combine"),
 }
+# What segments of other stages, inside others still, do is the host's; these columns tell which are not.
+_TOLD = [BY_NAME[name].id for name in (*STAGES[Part.KERNEL], *STAGES[Part.COMMUNICATION], "bookkeep")]
+_COVERED = ["process", "thread", "stage", "begin_ns", "end_ns", "parent_stage"]
 _FORWARD, _BOOKKEEP, _COLLECTIVE = (BY_NAME[name].id for name in ("forward", "bookkeep", "collective"))
 _DEVICE = [BY_NAME[name].id for name in ("device_forward", "device_sample")]
 
@@ -162,7 +165,11 @@ def spent(
     ends = steps["end_ns"].to_numpy(dtype=np.int64)
     begins = np.minimum(begins, ends)
     times = pd.DataFrame(0, index=steps.index, columns=[*(part.value for part in Part), "ranks"], dtype="int64")
-    forwards = segments.loc[(segments["stage"] == _FORWARD) & segments["instance"].notna() & segments["step"].notna()]
+    keys = ["instance", "process", "thread", "step"]
+    forwards = segments.loc[
+        (segments["stage"] == _FORWARD) & segments["instance"].notna() & segments["step"].notna(), keys
+    ]
+    told = segments.loc[segments["stage"].isin(_TOLD) | segments["parent_stage"].isin(_TOLD), _COVERED]
     threads = forwards[["instance", "process", "thread"]].drop_duplicates()
     processes = {each.key: each for each in manifest.processes}
     on_device = segments[segments["stage"].isin(_DEVICE)]
@@ -175,7 +182,7 @@ def spent(
     instances, numbers = (steps[name].to_numpy(dtype=np.int64) for name in ("instance", "step"))
     for instance, process, thread in threads.itertuples(index=False):
         own, late, ran = (
-            each[(each["process"] == process) & (each["thread"] == thread)] for each in (segments, waits, forwards)
+            each[(each["process"] == process) & (each["thread"] == thread)] for each in (told, waits, forwards)
         )
         ran = ran.loc[ran["instance"] == instance, "step"]
         chosen = (instances == instance) & np.isin(numbers, ran.to_numpy(dtype=np.int64))

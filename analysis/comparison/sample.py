@@ -14,7 +14,7 @@ from stagetrace.instrument.stages import BY_ID, Phase
 from ..breakdown import COLUMNS as BREAKDOWN
 from ..breakdown import STATES, outside_of, time_per_output_token
 from ..latency_parts import COLUMNS as PARTS_COLUMNS
-from ..latency_parts import PARTS, Engines, request_parts, typical_prompt
+from ..latency_parts import PARTS, Engines, request_parts
 from ..load import load
 from ..placed import NOWHERE, step_places
 from ..start_up import within_start_up
@@ -158,7 +158,7 @@ def _of_requests(found: Sample, measured: pd.DataFrame, edges: npt.NDArray[np.in
 
 def _of_parts(found: Sample, frames: Frames, measured: pd.DataFrame, edges: npt.NDArray[np.int64]) -> None:
     own = measured[~measured["handle"].duplicated(keep=False)].reset_index(drop=True)
-    engines = Engines.of(frames["steps"], frames.manifest.processes, typical_prompt(frames["requests"]))
+    engines = Engines.of(frames["steps"], frames.manifest.processes, frames["requests"])
     values, parts = request_parts(own, frames["states"], engines)["e2e"]
     known = np.flatnonzero(~np.isnan(values))
     block = _blocks(own["end_ns"].iloc[known], edges)
