@@ -25,8 +25,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from collector import OUTPUT_TOKENS, Case, Stream, stream, tables_of
-from rich.console import Console
-from rich.table import Table
 
 from stagetrace.cli.main import app
 from stagetrace.exporters.session import TABLES, Manifest, Process, Session
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
 GOAL_RECORDS, GOAL_SECONDS, GOAL_MB = 10_000_000, 20.0, 2_000.0
 MOST_PER_RECORD = 1.5  # times the cost of a record in the session before the last: more is not linear
 RECORDS = (1_000_000, 5_000_000, 10_000_000)
-QUICK_RECORDS = (50_000, 100_000)
+QUICK_RECORDS = (30_000, 90_000)
 CASE = Case(32, 1)
 ONE_SLOTS = 500_000  # of the session that larger ones are made of
 COMMANDS = ("report", "diagnose")
@@ -200,7 +198,7 @@ def met(found: dict[str, dict[int, Measured]]) -> bool | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     parser.add_argument("--quick", action="store_true", help="small sessions, to see that it works")
     parser.add_argument("--records", type=int, nargs="+", help="how many records the sessions have")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each command, of which the fastest counts")
@@ -211,18 +209,19 @@ def main() -> None:
     commands = options.commands or [command for command in COMMANDS if command in there]
     records = options.records or (QUICK_RECORDS if options.quick else RECORDS)
     found = run(sorted(records), 1 if options.quick else options.rounds, commands, options.keep)
-    if options.json:
-        print(json.dumps(found, indent=1))
-        return
-    table = Table("command", "records", "seconds", "CPU seconds", "peak RSS", title="Analysis of large sessions")
-    for command, own in found["commands"].items():
-        for count in own["seconds"]:
-            cells = (f"{own[name][count]:.1f}" for name in ("seconds", "cpu_seconds"))
-            table.add_row(command, f"{int(count):,}", *cells, f"{own['peak_rss_mb'][count]:.0f} MB")
-    console = Console()
-    console.print(table)
+    rows = [
+        (command, f"{int(count):,}", *(f"{own[name][count]:.1f}" for name in ("seconds", "cpu_seconds", "peak_rss_mb")))
+        for command, own in found["commands"].items()
+        for count in own["seconds"]
+    ]
+    console = measure.console()
+    console.print(measure.machine_line(found["machine"]))
+    columns = ("command", "records", "seconds", "CPU seconds", "peak RSS MB")
+    console.print(measure.table("Analysis of large sessions", columns, rows))
     said = {None: "not asked of sessions of this size", True: "met", False: "missed"}[found["met"]]
     console.print(f"Goal: {GOAL_RECORDS:,} records in {GOAL_SECONDS:g} s and {GOAL_MB:g} MB, linear: {said}.")
+    if options.json:
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":
