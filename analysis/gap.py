@@ -53,8 +53,6 @@ STAGES: dict[Part, tuple[str, ...]] = {
     ),
     Part.COMMUNICATION: ("collective", "expert_dispatch", "expert_combine"),
 }
-# What segments of other stages, inside others still, do is the host's; these columns tell which are not.
-_TOLD = [BY_NAME[name].id for name in (*STAGES[Part.KERNEL], *STAGES[Part.COMMUNICATION], "bookkeep")]
 _COVERED = ["process", "thread", "stage", "begin_ns", "end_ns", "parent_stage"]
 _FORWARD, _BOOKKEEP, _COLLECTIVE = (BY_NAME[name].id for name in ("forward", "bookkeep", "collective"))
 _DEVICE = [BY_NAME[name].id for name in ("device_forward", "device_sample")]
@@ -169,7 +167,7 @@ def spent(
     forwards = segments.loc[
         (segments["stage"] == _FORWARD) & segments["instance"].notna() & segments["step"].notna(), keys
     ]
-    told = segments.loc[segments["stage"].isin(_TOLD) | segments["parent_stage"].isin(_TOLD), _COVERED]
+    told = segments.loc[_enters_or_leaves(segments), _COVERED]
     threads = forwards[["instance", "process", "thread"]].drop_duplicates()
     processes = {each.key: each for each in manifest.processes}
     on_device = segments[segments["stage"].isin(_DEVICE)]
@@ -202,6 +200,18 @@ def spent(
         times.loc[chosen, "ranks"] += 1
     times["time"] = ends - begins
     return Spent(times, launch_told, exchange_told)
+
+
+def _enters_or_leaves(segments: pd.DataFrame) -> Flags:
+    """Which segments are of another part than what holds them; others, such as layers in forward, tell nothing."""
+    part = np.zeros(np.iinfo(np.uint16).max + 1, np.int8)  # by stage
+    for place, names in enumerate(STAGES.values(), 1):
+        part[[BY_NAME[name].id for name in names]] = place
+    part[_BOOKKEEP] = -1  # the kernels' or the host's, by the device
+    stage = segments["stage"].to_numpy(np.int16)
+    differs: Flags = part[stage] != part[segments["parent_stage"].to_numpy(np.int16, na_value=0)]
+    differs |= stage == _BOOKKEEP
+    return differs
 
 
 def gap(spent: Spent, least_ns: npt.NDArray[np.float64], link_bound: Flags, chosen: Flags) -> Gap:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # The columns that are read beside those of the breakdown.
 SEGMENTS = ["partial", "a0", "a1", "a2", "a3", "a4"]
 EXPERTS = ["instance", "step", "rank", "layer", "tokens", "counts"]
+_MOST_KINDS, _MOST_LAYERS = 1_000, 100_000  # what is beyond is taken for the last
 HOT = 3  # experts named of a layer
 
 _STEP_KEY = ["instance", "step"]
@@ -179,8 +180,8 @@ class _Calls:
 
     row: npt.NDArray[np.int64]  # of the frame
     stage: npt.NDArray[np.int16]
-    kind: npt.NDArray[np.int64]  # of attention, 0 for others
-    layer: npt.NDArray[np.int64]  # -1 for none
+    kind: npt.NDArray[np.int16]  # of attention, 0 for others
+    layer: npt.NDArray[np.int32]  # -1 for none
     duration: npt.NDArray[np.int64]
     self_ns: npt.NDArray[np.int64]
 
@@ -196,9 +197,11 @@ class _Calls:
     def by_layer(self, own: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
         """Of the calls at these places the layers, each one's number of calls, and sums of self time and duration."""
         own = own[self.layer[own] >= 0]
-        layers, place = np.unique(self.layer[own], return_inverse=True)
-        sums = [np.bincount(place, weights=each[own]).astype(np.int64) for each in (self.self_ns, self.duration)]
-        return layers, np.bincount(place), *sums
+        layer = self.layer[own]
+        counts = np.bincount(layer)
+        layers = np.flatnonzero(counts)
+        sums = (np.bincount(layer, weights=each[own])[layers] for each in (self.self_ns, self.duration))
+        return layers, counts[layers], *(each.astype(np.int64) for each in sums)
 
 
 def _calls(segments: pd.DataFrame, steps: pd.DataFrame) -> tuple[_Calls, npt.NDArray[np.bool_]]:
@@ -220,11 +223,17 @@ def _calls(segments: pd.DataFrame, steps: pd.DataFrame) -> tuple[_Calls, npt.NDA
         chosen = np.flatnonzero(used)
         chosen = chosen[(layered & whole)[place[chosen]]]
     stage = stage[chosen]
-    first, second = (segments[name].iloc[chosen].to_numpy(np.int64, na_value=-1) for name in ("a0", "a1"))
-    begin, end, self_ns = (segments[name].to_numpy(np.int64)[chosen] for name in ("begin_ns", "end_ns", "self_ns"))
-    kind = np.where(stage == _ATTENTION.id, np.maximum(second, 0), 0)
-    layer = np.where(np.isin(stage, [*_WITH_LAYER]), first, -1)
-    return _Calls(chosen, stage, kind, layer, end - begin, self_ns), whole
+    kind = np.zeros(len(chosen), np.int16)
+    attention = np.flatnonzero(stage == _ATTENTION.id)
+    kind[attention] = np.clip(segments["a1"].iloc[chosen[attention]].to_numpy(np.int64, na_value=0), 0, _MOST_KINDS)
+    layer = np.full(len(chosen), -1, np.int32)
+    with_layer = np.flatnonzero(np.isin(stage, [*_WITH_LAYER]))
+    layer[with_layer] = np.clip(
+        segments["a0"].iloc[chosen[with_layer]].to_numpy(np.int64, na_value=-1), -1, _MOST_LAYERS
+    )
+    duration = segments["end_ns"].to_numpy(np.int64)[chosen]
+    duration -= segments["begin_ns"].to_numpy(np.int64)[chosen]
+    return _Calls(chosen, stage, kind, layer, duration, segments["self_ns"].to_numpy(np.int64)[chosen]), whole
 
 
 def _stages(calls: _Calls) -> list[LayerStage]:

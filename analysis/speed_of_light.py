@@ -27,6 +27,7 @@ from .hardware import match
 from .layers import touched_experts
 from .model_config import ConfigError, load_model
 from .operations import StepWork, step_work
+from .placed import NOWHERE, step_places
 from .sharding import Sharding
 
 if TYPE_CHECKING:
@@ -506,15 +507,21 @@ def _stage_times(steps: pd.DataFrame, segments: pd.DataFrame) -> dict[str, int]:
     layers = {BY_NAME[name].id for name in ("attention", "mlp", "expert_compute")}
     if not segments["stage"].isin(layers).any():
         return {}
-    keys = steps[_STEP_KEY].astype("Int64")
-    own = segments.merge(keys, on=_STEP_KEY)
-    inside = own[own["stage"].isin({*layers, BY_NAME["forward"].id})]
-    ranks = inside.drop_duplicates(["instance", "process", "thread"]).groupby("instance").size()
-    totals = own.groupby(["stage", "instance"])["self_ns"].sum().reset_index()
-    totals = totals[totals["instance"].isin(ranks.index)]
-    mean = totals["self_ns"] / ranks.reindex(totals["instance"]).to_numpy()
-    found = mean.groupby(totals["stage"]).sum()
-    return {BY_ID[int(str(stage))].name: round(time) for stage, time in found.items()}
+    stage = segments["stage"].to_numpy(np.int16)
+    place = step_places(steps, segments["instance"], segments["step"])
+    within = np.flatnonzero(place != NOWHERE)
+    instances = steps["instance"].to_numpy(np.int64)
+    instance = instances[place[within]]
+    times: dict[str, float] = {}
+    for each in np.unique(instances):
+        own = within[instance == each]
+        inside = own[np.isin(stage[own], [*layers, BY_NAME["forward"].id])]
+        ranks = len(segments[["process", "thread"]].iloc[inside].drop_duplicates())
+        for number in np.unique(stage[own]) if ranks else ():
+            total = int(segments["self_ns"].to_numpy(np.int64)[own[stage[own] == number]].sum())
+            name = BY_ID[int(number)].name
+            times[name] = times.get(name, 0.0) + total / ranks
+    return {name: round(time) for name, time in times.items()}
 
 
 def _sum(values: Numbers, chosen: Chosen) -> float:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,13 +21,16 @@ from typing import TYPE_CHECKING, Any
 
 import measure
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from collector import OUTPUT_TOKENS, Case, Stream, stream, tables_of
 
+from stagetrace.analysis import load
 from stagetrace.cli.main import app
 from stagetrace.exporters.session import TABLES, Manifest, Process, Session
 from stagetrace.instrument.identity import claim_identity
+from stagetrace.instrument.stages import BY_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,11 +74,19 @@ class Measured:
     peak_rss_mb: float
 
 
-def write(found: Stream, records: int, path: Path) -> int:
-    """A session of about so many records at `path`, made of a stream again and again; how many it has."""
+def write(found: Stream, records: int, path: Path, layers: int = 0) -> int:
+    """A session of about so many records at `path`, made of a stream again and again; how many it has.
+
+    With `layers`, as level layer records it: an attention and an expert_compute for each in every forward.
+    """
     tables = {name: table for name, table in tables_of(found).items() if name in TABLES}
+    slots = found.slots
+    if layers:
+        before = tables["segments"].num_rows
+        tables["segments"] = with_layers(tables["segments"], layers)
+        slots += tables["segments"].num_rows - before
     session = Session(path, claim_identity(path))
-    times = max(1, round(records / found.slots))
+    times = max(1, round(records / slots))
     ends = [int(pc.max(tables[name]["end_ns"]).as_py()) for name in ("segments", "steps", "requests")]
     span = max(ends) - int(pc.min(tables["segments"]["begin_ns"]).as_py()) + 1_000_000
     steps = int(pc.max(tables["steps"]["step"]).as_py())
@@ -85,8 +95,29 @@ def write(found: Stream, records: int, path: Path) -> int:
         for name, table in tables.items():
             session.write_table(name, later(table, number, span, steps, sequences), number + 1)
     session.keep_model_config(json.dumps(CONFIG).encode())
-    session.write_manifest(manifest(session, tables, times * found.slots))
-    return times * found.slots
+    session.write_manifest(manifest(session, tables, times * slots, layers))
+    return times * slots
+
+
+def with_layers(segments: pa.Table, layers: int) -> pa.Table:
+    """Segments, and in each forward pass one after another an attention and an expert_compute for every layer."""
+    frame = load.frame(segments, segments.schema)
+    forwards = frame[frame["stage"] == BY_NAME["forward"].id]
+    rest = frame.drop(forwards.index)
+    inside = forwards.loc[forwards.index.repeat(2 * layers)].copy()
+    place = np.tile(np.arange(2 * layers), len(forwards))
+    length = (inside["end_ns"] - inside["begin_ns"]) // (2 * layers)
+    inside["begin_ns"] += place * length
+    inside["end_ns"] = inside["begin_ns"] + length
+    inside["self_ns"] = length
+    inside["parent"], inside["parent_stage"] = inside["sequence"], inside["stage"]
+    inside["sequence"] = frame["sequence"].max() + 1 + np.arange(len(inside))
+    attention, experts = (BY_NAME[name].id for name in ("attention", "expert_compute"))
+    inside["stage"] = np.where(place % 2, experts, attention)
+    inside["a0"], inside["a1"], inside["a2"] = place // 2, np.where(place % 2, CASE.batch, 1), CASE.batch
+    taken = forwards.assign(self_ns=(forwards["end_ns"] - forwards["begin_ns"]) % (2 * layers))
+    found = pd.concat([rest, taken, inside]).sort_values("end_ns", kind="stable")
+    return pa.Table.from_pandas(found, schema=segments.schema, preserve_index=False)
 
 
 def later(table: pa.Table, number: int, span: int, steps: int, sequences: int) -> pa.Table:
@@ -112,7 +143,7 @@ _ABSOLUTE = {
 }
 
 
-def manifest(session: Session, tables: dict[str, pa.Table], slots: int) -> Manifest:
+def manifest(session: Session, tables: dict[str, pa.Table], slots: int, layers: int) -> Manifest:
     """What the collector would say of the session."""
     instance = int(tables["steps"]["instance"][0].as_py())
     core = int(tables["steps"]["process"][0].as_py())
@@ -124,26 +155,45 @@ def manifest(session: Session, tables: dict[str, pa.Table], slots: int) -> Manif
         for key, role in roles.items()
     ]
     now = time.time_ns()
-    return Manifest(session=session.identity.session, host="host", level="step", started_ns=now - slots, complete=True,
-                    anchors=[(0, now)], processes=processes)  # fmt: skip
+    return Manifest(
+        session=session.identity.session,
+        host="host",
+        level="layer" if layers else "step",
+        started_ns=now - slots,
+        complete=True,
+        anchors=[(0, now)],
+        processes=processes,
+    )
+
+
+# A process's peak counts the memory of the one that forked it, so a small one does.
+_STARTER = """
+import json, os, subprocess, sys, time
+begin = time.monotonic()
+process = subprocess.Popen(sys.argv[2:], stdout=open(sys.argv[1], "wb"))
+_, status, usage = os.wait4(process.pid, 0)
+took = time.monotonic() - begin
+cpu = usage.ru_utime + usage.ru_stime
+print(json.dumps([os.waitstatus_to_exitcode(status), took, cpu, usage.ru_maxrss * 1024 / 1e6]))
+"""
 
 
 def measured(command: str, path: Path) -> Measured:
     """A command's time and memory. Raises RuntimeError when it fails."""
-    begin = time.monotonic()
     words = [sys.executable, "-m", "stagetrace.cli.main", command, str(path), "--json"]
-    with tempfile.TemporaryFile() as out, subprocess.Popen(words, stdout=out) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        took = time.monotonic() - begin
-        out.seek(0)
+    with tempfile.NamedTemporaryFile() as out:
+        starter = [sys.executable, "-S", "-c", _STARTER, out.name, *words]
+        done = subprocess.run(starter, stdout=subprocess.PIPE, check=True)
+        status, *figures = json.loads(done.stdout)
         said = json.loads(out.read() or b"{}")
-    if process.returncode or not said:
-        raise RuntimeError(f"`{' '.join(words)}` ended with status {process.returncode}")
-    return Measured(took, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6)
+    if status or not said:
+        raise RuntimeError(f"`{' '.join(words)}` ended with status {status}")
+    return Measured(*figures)
 
 
-def run(records: Sequence[int], rounds: int, commands: Sequence[str], keep: Path | None) -> dict[str, Any]:
+def run(
+    records: Sequence[int], rounds: int, commands: Sequence[str], keep: Path | None, layers: int = 0
+) -> dict[str, Any]:
     """All commands on sessions of so many records."""
     found: dict[str, dict[int, Measured]] = {command: {} for command in commands}
     one = stream(CASE, min(ONE_SLOTS, *records))
@@ -151,7 +201,7 @@ def run(records: Sequence[int], rounds: int, commands: Sequence[str], keep: Path
         for wanted in records:
             path = (keep or Path(directory)) / f"{wanted}"
             path.mkdir(parents=True)
-            count = write(one, wanted, path)
+            count = write(one, wanted, path, layers)
             for command in commands:
                 tries = [measured(command, path) for _ in range(rounds)]
                 found[command][count] = min(tries, key=lambda each: each.seconds)
@@ -203,12 +253,15 @@ def main() -> None:
     parser.add_argument("--records", type=int, nargs="+", help="how many records the sessions have")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each command, of which the fastest counts")
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, help="default: those that there are")
+    parser.add_argument(
+        "--layers", type=int, default=0, help="layers of the model, recorded at level layer (default: step)"
+    )
     parser.add_argument("--keep", type=Path, help="a directory for the sessions, which stay there")
     options = parser.parse_args()
     there = {each.name or getattr(each.callback, "__name__", "") for each in app.registered_commands}
     commands = options.commands or [command for command in COMMANDS if command in there]
     records = options.records or (QUICK_RECORDS if options.quick else RECORDS)
-    found = run(sorted(records), 1 if options.quick else options.rounds, commands, options.keep)
+    found = run(sorted(records), 1 if options.quick else options.rounds, commands, options.keep, options.layers)
     rows = [
         (command, f"{int(count):,}", *(f"{own[name][count]:.1f}" for name in ("seconds", "cpu_seconds", "peak_rss_mb")))
         for command, own in found["commands"].items()
