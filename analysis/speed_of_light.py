@@ -509,16 +509,20 @@ def _stage_times(steps: pd.DataFrame, segments: pd.DataFrame) -> dict[str, int]:
         return {}
     stage = segments["stage"].to_numpy(np.int16)
     place = step_places(steps, segments["instance"], segments["step"])
-    within = np.flatnonzero(place != NOWHERE)
-    instances = steps["instance"].to_numpy(np.int64)
-    instance = instances[place[within]]
+    of_rank = np.flatnonzero(np.isin(stage, [*layers, BY_NAME["forward"].id]))
+    threads = segments["process"].to_numpy(np.int64)[of_rank], segments["thread"].to_numpy(np.int64)[of_rank]
+    changes = np.flatnonzero((np.diff(threads[0]) != 0) | (np.diff(threads[1]) != 0) | (np.diff(place[of_rank]) != 0))
+    telling = of_rank[np.concatenate([[0], changes + 1])]  # of neighbours that are alike the first says it all
+    del of_rank, threads, changes
+    self_ns = segments["self_ns"].to_numpy(np.int64)
+    instances, codes = np.unique(steps["instance"].to_numpy(np.int64), return_inverse=True)
+    instance = np.where(place == NOWHERE, np.int16(NOWHERE), codes.astype(np.int16)[place])
     times: dict[str, float] = {}
-    for each in np.unique(instances):
-        own = within[instance == each]
-        inside = own[np.isin(stage[own], [*layers, BY_NAME["forward"].id])]
+    for each in range(len(instances)):
+        inside = telling[instance[telling] == each]
         ranks = len(segments[["process", "thread"]].iloc[inside].drop_duplicates())
-        for number in np.unique(stage[own]) if ranks else ():
-            total = int(segments["self_ns"].to_numpy(np.int64)[own[stage[own] == number]].sum())
+        for number in np.unique(stage[instance == each]) if ranks else ():
+            total = int(self_ns[(instance == each) & (stage == number)].sum())
             name = BY_ID[int(number)].name
             times[name] = times.get(name, 0.0) + total / ranks
     return {name: round(time) for name, time in times.items()}
