@@ -415,9 +415,13 @@ BLOCK = re.compile(r"(<!-- (definitions|metrics): ([^>]+?) -->\n)(.*?)(<!-- end 
 
 def with_blocks(name: str) -> Callable[[], str]:
     """A page that is written by hand but for its blocks of definitions."""
-    return lambda: BLOCK.sub(
-        lambda found: found[1] + block(found[2], found[3]) + found[5], (HERE / name).read_text("utf-8")
-    )
+    path = HERE / name
+
+    def page() -> str:
+        written = path.read_text("utf-8") if path.is_file() else ""
+        return BLOCK.sub(lambda found: found[1] + block(found[2], found[3]) + found[5], written)
+
+    return page
 
 
 def block(kind: str, section: str) -> str:
