@@ -24,10 +24,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from collector import OUTPUT_TOKENS, Case, Stream, stream, tables_of
+from collector import OUTPUT_TOKENS, Case, Stream, stream
 
 from stagetrace.analysis import load
 from stagetrace.cli.main import app
+from stagetrace.exporters.assembly.assemble import Assembler
 from stagetrace.exporters.session import TABLES, Manifest, Process, Session
 from stagetrace.instrument.identity import claim_identity
 from stagetrace.instrument.stages import BY_NAME
@@ -72,6 +73,15 @@ class Measured:
     seconds: float  # wall
     cpu_seconds: float
     peak_rss_mb: float
+
+
+def tables_of(found: Stream) -> dict[str, pa.Table]:
+    """All tables of a stream at once."""
+    assembler = Assembler(found.key)
+    for _, batches in found.commits:
+        for batch in batches:
+            assembler.add(batch)
+    return assembler.finish()
 
 
 def write(found: Stream, records: int, path: Path, layers: int = 0) -> int:

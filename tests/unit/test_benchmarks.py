@@ -145,7 +145,7 @@ def test_a_larger_session_is_the_same_again_later(tmp_path: Path) -> None:
     session = Session.open(tmp_path / "session")
     assert count == 3 * found.slots
     steps, segments = (session.read_table(name) for name in ("steps", "segments"))
-    one = collector.tables_of(found)
+    one = analysis_scale.tables_of(found)
     assert steps.num_rows == 3 * one["steps"].num_rows and segments.num_rows == 3 * one["segments"].num_rows
     numbers = steps["step"].to_numpy()
     assert len(np.unique(numbers)) == len(numbers)
