@@ -49,13 +49,12 @@ class Frames:
 
 def frame(table: pa.Table, schema: pa.Schema) -> pd.DataFrame:
     """An Arrow table as a frame whose columns have the types that `schema` promises."""
-    return pd.DataFrame(
-        {
-            field.name: table[field.name].to_pandas(types_mapper=_NULLABLE.get if field.nullable else None)
-            for field in schema
-            if field.name in table.column_names
-        }
-    )
+    columns = {}
+    for field in schema:
+        if field.name in table.column_names:
+            columns[field.name] = table[field.name].to_pandas(types_mapper=_NULLABLE.get if field.nullable else None)
+            table = table.drop_columns([field.name])  # so that no more than one column is held twice
+    return pd.DataFrame(columns, copy=False)
 
 
 def read(
@@ -69,11 +68,19 @@ def read(
 
     With `stages`, of segments only the rows of these. Raises SessionError when a part of it cannot be read.
     """
-    table = session.read_table(name, None if columns is None else list(columns), committed_ns)
-    if stages is not None and name == "segments":
-        chosen = pc.is_in(table["stage"], pa.array(sorted(stages), table.schema.field("stage").type))
-        table = table if pc.all(chosen).as_py() is not False else table.filter(chosen)
-    return frame(table, TABLES[name])
+    wanted = stages if name == "segments" else None
+    # No name for the table here: frame() lets go of its columns one by one.
+    return frame(
+        _of_stages(session.read_table(name, None if columns is None else list(columns), committed_ns), wanted),
+        TABLES[name],
+    )
+
+
+def _of_stages(table: pa.Table, stages: Collection[int] | None) -> pa.Table:
+    if stages is None:
+        return table
+    chosen = pc.is_in(table["stage"], pa.array(sorted(stages), table.schema.field("stage").type))
+    return table if pc.all(chosen).as_py() is not False else table.filter(chosen)
 
 
 def load(

@@ -57,6 +57,16 @@ def waits(steps: pd.DataFrame, processes: Sequence[Process], prompt_tokens: floa
     return found
 
 
+def causes_of_steps(steps: pd.DataFrame, processes: Sequence[Process], prompt_tokens: float | None) -> np.ndarray:
+    """What kept each step of whatever instance from taking one more request in (Wait), in the order of `steps`."""
+    found = np.full(len(steps), Wait.OTHER, np.int8)
+    of = steps["instance"].to_numpy(np.int64)
+    for instance in np.unique(of):
+        mine = of == instance
+        found[mine] = step_causes(steps[mine], _limits(processes, int(instance)), prompt_tokens)
+    return found
+
+
 def step_causes(steps: pd.DataFrame, limits: Mapping[str, int], prompt_tokens: float | None) -> np.ndarray:
     """For each step, what kept it from taking one more request in (Wait), whether one waited or not."""
     kv_usage = steps["kv_usage"].to_numpy(float)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from stagetrace.exporters.session import Session, SessionError
 
 CASE = "case.json"  # beside a session: what was put there
 NONE = "nothing"
-CLEAN_ROUNDS = 3  # clean sessions for each of a cause
+WRITTEN_S = 6.0  # after the end of a load until all of its requests are in the tables
 console = Console()
 
 
@@ -51,6 +51,7 @@ class Case:
     right: tuple[str, ...]
     said: str
     seed: int
+    last_s: float | None = None  # it is the end of the session that was put there
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,6 @@ class Scored:
 def build(models: Path, kind: str) -> Path:
     """One of the tiny models, built once."""
     path = models / kind
-    if kind == "biased":
-        if not path.is_dir():
-            bias(build(models, "moe"), path)
-        return path
     dense = ["--dense"] if kind == "dense" else []
     subprocess.run(
         [str(VLLM.python), str(MODEL_SCRIPT), str(path), *dense], env=environment(), check=True, capture_output=True
@@ -88,31 +85,11 @@ def build(models: Path, kind: str) -> Path:
     return path
 
 
-def bias(plain: Path, path: Path, strength: float = 6.0) -> None:
-    """The same model with a router that sends most tokens to two of the experts, one or the other.
+def record_case(plan: Planned, models: Path, directory: Path, seed: int) -> None:
+    """Records one session, and one for every further load, beside it. Raises StartError, ValueError when requests fail.
 
-    Their rows of the gate point in opposite directions and are longer than the others'.
+    The further ones are copies of the session as it is after their load, which is its end.
     """
-    script = (
-        "import sys, torch; from safetensors.torch import load_file, save_file\n"
-        "path, strength = sys.argv[1], float(sys.argv[2])\n"
-        "weights = load_file(path)\n"
-        "for name, weight in weights.items():\n"
-        "    if name.endswith('mlp.gate.weight'):\n"
-        "        weight[1] = weight[0] * strength\n"
-        "        weight[0] = -weight[1]\n"
-        "        weights[name] = weight.contiguous()\n"
-        "save_file(weights, path, metadata={'format': 'pt'})\n"
-    )
-    partial = Path(tempfile.mkdtemp(dir=path.parent))
-    shutil.copytree(plain, partial, dirs_exist_ok=True)
-    command = [str(VLLM.python), "-c", script, str(partial / "model.safetensors"), str(strength)]
-    subprocess.run(command, env=environment(), check=True, capture_output=True)
-    partial.replace(path)
-
-
-def record_case(plan: Planned, models: Path, directory: Path, seed: int) -> Case:
-    """Records one session. Raises StartError, and ValueError when requests fail."""
     directory.mkdir(parents=True)
     kind = plan.model
     model = build(models, kind)
@@ -122,18 +99,37 @@ def record_case(plan: Planned, models: Path, directory: Path, seed: int) -> Case
     run = ("--level", plan.level, "--no-report")
     with record(model, directory, *plan.arguments, env=variables, run=run, engine=plan.engine) as recording:
         port = int(recording.server.root_url.rpartition(":")[2])
-        wrong = asyncio.run(send(plan.asks, plan.width, port, seed))
+        for number, (asks, width) in enumerate(plan.more, 1):
+            began = time.monotonic()
+            put(replace(plan, asks=asks, width=width), port, seed + number)
+            time.sleep(WRITTEN_S)
+            beside = directory.with_name(f"{directory.name}-{number}")
+            shutil.rmtree(beside, ignore_errors=True)
+            shutil.copytree(recording.path, beside / "session")
+            write_case(replace(plan, asks=asks, width=width), beside, seed, time.monotonic() - began)
+        began = time.monotonic()
+        put(plan, port, seed)
+        lasted = time.monotonic() - began + WRITTEN_S if plan.more else None
+    write_case(plan, directory, seed, lasted)
+
+
+def put(plan: Planned, port: int, seed: int) -> None:
+    """Puts the load on the server. Raises ValueError when many requests fail."""
+    wrong = asyncio.run(send(plan.asks, plan.width, port, seed))
     if len(wrong) > len(plan.asks) // 10:
         raise ValueError(f"{len(wrong)} of {len(plan.asks)} requests failed: {wrong[0]}")
-    case = {"cause": plan.cause, "right": plan.right, "said": plan.said, "seed": seed}
+
+
+def write_case(plan: Planned, directory: Path, seed: int, last_s: float | None) -> None:
+    """Says beside a session what was put there."""
+    case = {"cause": plan.cause, "right": plan.right, "said": plan.said, "seed": seed, "last_s": last_s}
     (directory / CASE).write_text(json.dumps(case))
-    return read_case(directory)
 
 
 def read_case(directory: Path) -> Case:
     """A case that was kept."""
     said = json.loads((directory / CASE).read_text())
-    return Case(directory, said["cause"], tuple(said["right"]), said["said"], said["seed"])
+    return Case(directory, said["cause"], tuple(said["right"]), said["said"], said["seed"], said.get("last_s"))
 
 
 def plans(seed: int, rounds: int, only: list[str]) -> list[tuple[str, Planned]]:
@@ -142,10 +138,8 @@ def plans(seed: int, rounds: int, only: list[str]) -> list[tuple[str, Planned]]:
     chosen = []
     for number in range(rounds):
         for name in names:
-            times = CLEAN_ROUNDS if name == "clean" and not only else 1
-            for again in range(times):
-                key = f"{name}-{seed}-{number}-{again}"
-                chosen.append((key, PLANS[name](random.Random(key))))
+            key = f"{name}-{seed}-{number}"
+            chosen.append((key, PLANS[name](random.Random(key))))
     return chosen
 
 
@@ -154,7 +148,7 @@ def plans(seed: int, rounds: int, only: list[str]) -> list[tuple[str, Planned]]:
 
 def score(case: Case) -> Scored:
     """What the diagnosis says of a session. The calibrations of this machine are left out: no run depends on them."""
-    found = diagnose(Session.open(case.path / "session"))
+    found = diagnose(Session.open(case.path / "session"), case.last_s)
     return Scored(case, tuple(finding.cause.id for finding in found.findings))
 
 
@@ -228,7 +222,9 @@ def show(found: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Score the diagnosis on sessions with known causes.")
     parser.add_argument("--seed", type=int, default=1, help="of everything that is left to chance (1)")
-    parser.add_argument("--rounds", type=int, default=1, help="sessions of each cause (1), three times as many clean")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="sessions of each cause (1); four times as many clean ones"
+    )
     parser.add_argument("--only", choices=sorted(PLANS), nargs="+", default=[], help="these sessions alone")
     parser.add_argument("--keep", type=Path, help="keep the sessions here; those that are there are not recorded again")
     parser.add_argument("--score", type=Path, help="score the sessions that were kept here, without any engine")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 INJECTED = Path(__file__).resolve().parent / "injected"
 EAGER = "--enforce-eager"
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+CLEAN_LOADS = 4  # on one server, so that there are many of what is to have no finding
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,10 @@ class Planned:
     injected: dict[str, Any] = field(default_factory=dict)
     variables: dict[str, str] = field(default_factory=dict)
     level: str = "step"
-    model: str = "moe"  # moe, dense, biased
+    model: str = "moe"  # moe, dense
     engine: Engine = VLLM
+    advised: tuple[str, ...] | None = None  # the arguments once the first advice is taken
+    more: tuple[tuple[tuple[Ask, ...], int | None], ...] = ()  # further loads on the same server, a session each
 
     @property
     def said(self) -> str:
@@ -89,9 +93,30 @@ def _ordinary(chance: random.Random) -> tuple[tuple[Ask, ...], int | None]:
 
 
 def clean(chance: random.Random) -> Planned:
-    asks, width = _ordinary(chance)
-    model = chance.choice(("moe", "dense"))
-    return Planned("clean", (), asks, width, (EAGER,), model=model)
+    (asks, width), *more = (_ordinary(chance) for _ in range(CLEAN_LOADS))
+    return Planned("clean", (), asks, width, (EAGER,), model=chance.choice(("moe", "dense")), more=tuple(more))
+
+
+def clean_mixed(chance: random.Random) -> Planned:
+    """Prompts of very different lengths, as the quickstart's, on the engine's own settings."""
+
+    def load() -> tuple[tuple[Ask, ...], int]:
+        lengths = [
+            (min(500, max(8, round(chance.lognormvariate(4.0, 1.0)))), round(chance.lognormvariate(3.9, 0.5)))
+            for _ in range(48)
+        ]
+        return tuple(Ask(0, words, min(160, max(8, tokens))) for words, tokens in lengths), chance.randint(4, 10)
+
+    (asks, width), *more = (load() for _ in range(2))
+    return Planned("clean", (), asks, width, (EAGER,), more=tuple(more))
+
+
+def clean_ranks(chance: random.Random) -> Planned:
+    (asks, width), *more = ((_asks(chance, 30, (15, 60), (20, 40)), chance.randint(2, 4)) for _ in range(2))
+    return Planned(
+        "clean", (), asks, width, (EAGER, "--tensor-parallel-size", "2"), variables=TWO_RANKS, level="layer",
+        more=tuple(more),
+    )  # fmt: skip
 
 
 def kv_cache(chance: random.Random) -> Planned:
@@ -99,22 +124,23 @@ def kv_cache(chance: random.Random) -> Planned:
     asks = _asks(chance, 48, (60, 160), (120, 220))
     arguments = (EAGER, "--num-gpu-blocks-override", str(blocks), "--block-size", "32", "--max-model-len", "384")
     asks = _asks(chance, 48, (30, 80), (60, 140))
-    return Planned("kv_cache", ("kv_exhausted",), asks, chance.randint(10, 16), arguments)
+    advised = (EAGER, "--block-size", "32", "--max-model-len", "384")  # as many blocks as the memory has
+    return Planned("kv_cache", ("kv_exhausted",), asks, chance.randint(10, 16), arguments, advised=advised)
 
 
 def batch_cap(chance: random.Random) -> Planned:
     cap = chance.randint(1, 4)
     asks = _asks(chance, 16 * cap + 16, (15, 60), (25, 60))
-    return Planned("batch_cap", ("batch_cap",), asks, cap * chance.randint(3, 5), (EAGER, "--max-num-seqs", str(cap)))
+    width = cap * chance.randint(3, 5)
+    arguments, advised = ((EAGER, "--max-num-seqs", str(most)) for most in (cap, 64))
+    return Planned("batch_cap", ("batch_cap",), asks, width, arguments, advised=advised)
 
 
 def token_budget(chance: random.Random) -> Planned:
-    budget = chance.choice((24, 32, 48))
     asks = _asks(chance, 40, (80, 240), (8, 24))
-    arguments = (EAGER, "--max-num-batched-tokens", str(budget), "--max-num-seqs", "16")
-    return Planned(
-        "token_budget", ("token_budget",), asks, chance.randint(4, 8), (*arguments, "--no-enable-prefix-caching")
-    )
+    others = (EAGER, "--max-num-seqs", "16", "--no-enable-prefix-caching", "--max-num-batched-tokens")
+    arguments, advised = ((*others, str(budget)) for budget in (chance.choice((24, 32, 48)), 2048))
+    return Planned("token_budget", ("token_budget",), asks, chance.randint(4, 8), arguments, advised=advised)
 
 
 def long_prompts(chance: random.Random) -> Planned:
@@ -123,8 +149,9 @@ def long_prompts(chance: random.Random) -> Planned:
     rate = chance.uniform(1.2, 2.0)
     long = _asks(chance, int(rate * seconds), (700, 1300), (2, 4), rate)
     asks = tuple(sorted((*talk, *long), key=lambda ask: ask.at_s))
-    arguments = (EAGER, "--max-num-batched-tokens", "4096", "--no-enable-prefix-caching")
-    return Planned("long_prompts", ("prefill_delays_decode",), asks, None, arguments)
+    others = (EAGER, "--no-enable-prefix-caching", "--max-num-batched-tokens")
+    arguments, advised = ((*others, budget) for budget in ("4096", "256"))
+    return Planned("long_prompts", ("prefill_delays_decode",), asks, None, arguments, advised=advised)
 
 
 def front_end(chance: random.Random) -> Planned:
@@ -154,16 +181,17 @@ def late_rank(chance: random.Random) -> Planned:
         "ms": round(chance.uniform(2, 6), 1),
         "every": chance.choice((2, 3, 5)),
     }
-    variables = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     return Planned(
         "late_rank", ("straggler_rank",), asks, chance.randint(2, 4), (EAGER, "--tensor-parallel-size", "2"), injected,
-        variables, level="layer",
+        TWO_RANKS, level="layer",
     )  # fmt: skip
 
 
 def biased_router(chance: random.Random) -> Planned:
     asks, width = _ordinary(chance)
-    return Planned("biased_router", ("expert_imbalance",), asks, width, (EAGER,), level="layer", model="biased")
+    experts = chance.sample(range(8), chance.randint(1, 2))
+    injected = {"kind": "router", "experts": experts, "bias": round(chance.uniform(2, 5), 1)}
+    return Planned("biased_router", ("expert_imbalance",), asks, width, (EAGER,), injected, level="layer")
 
 
 def slow_grammar(chance: random.Random) -> Planned:
@@ -174,7 +202,8 @@ def slow_grammar(chance: random.Random) -> Planned:
         for number in range(40)
     )
     injected = {"kind": "grammar", "where": where, "ms": round(milliseconds, 1)}
-    return Planned("slow_grammar", ("grammar",), asks, chance.randint(2, 5), (EAGER,), injected)
+    advised = (EAGER, "--structured-outputs-config.backend", "guidance")
+    return Planned("slow_grammar", ("grammar",), asks, chance.randint(2, 5), (EAGER,), injected, advised=advised)
 
 
 def scheduler_delay(chance: random.Random) -> Planned:
@@ -186,16 +215,16 @@ def scheduler_delay(chance: random.Random) -> Planned:
 def compile_in_window(chance: random.Random) -> Planned:
     asks = _asks(chance, 40, (15, 60), (25, 50))
     first = chance.randint(150, 300)
-    injected = {"kind": "compile", "at": [first, first + 60, first + 130], "operations": chance.randint(15, 40)}
+    injected = {"kind": "compile", "at": [first, first + chance.randint(60, 150)], "operations": chance.randint(3, 12)}
     return Planned("compile_in_window", ("compile_in_window",), asks, chance.randint(2, 4), (EAGER,), injected)
 
 
 def slow_client(chance: random.Random) -> Planned:
-    pause = chance.uniform(0.02, 0.05)
+    pause = round(chance.uniform(0.05, 0.09), 3)  # 45 to 80 kB/s, of 600 kB
     asks = tuple(
-        Ask(0, chance.randint(10, 30), chance.randint(350, 450), logprobs=20, reads_s=pause) for _ in range(12)
+        Ask(0, chance.randint(10, 30), chance.randint(220, 280), logprobs=20, reads_s=pause) for _ in range(10)
     )
-    return Planned("slow_client", ("slow_client",), asks, chance.randint(3, 4), (EAGER,))
+    return Planned("slow_client", ("slow_client",), asks, 5, (EAGER,))
 
 
 def slow_sampling(chance: random.Random) -> Planned:
@@ -228,8 +257,8 @@ def overload(chance: random.Random) -> Planned:
 
 
 def sglang_clean(chance: random.Random) -> Planned:
-    asks, width = _ordinary(chance)
-    return Planned("clean", (), asks, width, engine=SGLANG)
+    (asks, width), *more = (_ordinary(chance) for _ in range(CLEAN_LOADS))
+    return Planned("clean", (), asks, width, engine=SGLANG, more=tuple(more))
 
 
 def sglang_batch_cap(chance: random.Random) -> Planned:
@@ -253,7 +282,18 @@ def sglang_long_prompts(chance: random.Random) -> Planned:
 PLANS: dict[str, Callable[[random.Random], Planned]] = {
     plan.__name__: plan
     for plan in (
-        *(clean, kv_cache, batch_cap, token_budget, long_prompts, front_end, tokenizer, late_rank, biased_router),
+        *(
+            clean,
+            clean_mixed,
+            kv_cache,
+            batch_cap,
+            token_budget,
+            long_prompts,
+            front_end,
+            tokenizer,
+            late_rank,
+            biased_router,
+        ),
         *(slow_grammar, scheduler_delay, compile_in_window, slow_client, slow_sampling, slow_prepare, overload),
         *(sglang_clean, sglang_batch_cap, sglang_long_prompts),
     )

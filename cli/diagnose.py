@@ -28,6 +28,10 @@ def diagnose(
     everything: Annotated[
         bool, typer.Option("--all", help="Also the causes that were looked at and do not stand out.")
     ] = False,
+    explain: Annotated[
+        str | None,
+        typer.Option(help="What a cause, a threshold or a number means; `list` for all names. Needs no session."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
 ) -> None:
     """Name the causes of slowness in a session, with evidence, what could be recovered, and what to try next.
@@ -35,6 +39,16 @@ def diagnose(
     Findings are ranked by the request time that could be recovered at most. docs/diagnosis.md has every cause and
     threshold. Exit status: 0, whatever is found; 2 when the session cannot be read.
     """
+    if explain is not None:
+        from stagetrace.analysis.definitions import UnknownName
+        from stagetrace.analysis.diagnosis.explain import explained
+
+        try:
+            typer.echo(explained(explain))
+        except UnknownName as error:
+            typer.echo(f"stagetrace diagnose: {error}", err=True)
+            raise typer.Exit(2) from None
+        return
     last_s = None if last is None else seconds(last)
     # Imported here: pandas takes longer to import than most commands to run.
     from rich.console import Console

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from stagetrace.analysis.diagnosis.causes import CAUSES, Cause
 from stagetrace.analysis.diagnosis.causes import Phase as OfRequest
-from stagetrace.analysis.diagnosis.shares import CONFIDENCE, MOST_BLOCKS, RESAMPLES
+from stagetrace.analysis.diagnosis.explain import NUMBERS
 from stagetrace.analysis.diagnosis.thresholds import THRESHOLDS
 from stagetrace.analysis.formats import READERS
 from stagetrace.analysis.hardware import DEVICES, GIGA, TERA, Device
@@ -201,9 +201,9 @@ DIAGNOSIS_KEYS = (
     (
         "findings",
         "a list, the most recoverable first: `cause`, `title`, `phase`, `share` (`value`, `low`, `high`),"
-        " `measured_ns`, `recoverable_ns`, `recoverable_share` (of the request time), `evidence` (`what`, `value`,"
-        " `unit`), `examples` (`kind`: request or step, `name`, `trace_id`, `ns` of its time), `note` (or null), `next`"
-        " (`flag`, empty where none does it, and `why`)",
+        " `measured_ns`, `recoverable_ns`, `recoverable_share` (of the request time), `attributed` (how much of the"
+        " phase is accounted for, or null), `evidence` (`what`, `value`, `unit`), `examples` (`kind`: request or step,"
+        " `name`, `trace_id`, `ns` of its time), `note` (or null), `next` (`flag`, empty where none does it, `why`)",
     ),
     ("below_threshold", "by cause: what was seen of those that do not stand out, with the same keys"),
     ("absent", "causes of which the session has nothing (no speculation, one rank, ...)"),
@@ -221,21 +221,11 @@ def diagnosis_page() -> str:
         "`stagetrace diagnose` looks for every cause below in a session and shows those that stand out, ranked by the"
         " time that could be recovered, each with its evidence, example traces, and what to try next. Nothing stands"
         " out, and not enough data, are answers as well. `--all` shows the rest too: what was looked at and is small,"
-        " and what this session has nothing of. `--last 10m`, `--model-config` and `--calibration` are those of"
-        " `report`.",
+        " and what this session has nothing of. `--explain NAME` says what a cause, a threshold or a number means."
+        " `--last 10m`, `--model-config` and `--calibration` are those of `report`.",
         "## What a finding says",
-        "* **Request time**: a step is shared, so its time counts once for each request that waited for it: for its"
-        " next token, its chunk of prefill, or its turn. Of what happens to one request (queue, tokenizer, client) it"
-        " is that request's time. Findings can overlap: a request that waits in a full queue behind slow steps waits"
-        " for both.\n"
-        f"* **Share**: of the phase's time, with the {CONFIDENCE:.0%} interval of a bootstrap: at most {MOST_BLOCKS}"
-        f" blocks of consecutive requests or steps, drawn {RESAMPLES} times. The lower end has to reach the"
-        " threshold. It says how much this session's requests and steps vary, not how another day would be.\n"
-        "* **Recoverable at most**: a bound, never a promise. Never more than the time of the segments or states"
-        " concerned; where some of it is usual, what is above that; of a token budget the fixed cost of the steps that"
-        " a larger one saves. What takes its place is not in it: requests that leave the queue make the batch larger.\n"
-        "* **Attributed**: how much of a phase's time states and stages account for. What is not attributed can hide a"
-        " cause.\n"
+        table(("number", "unit", "means", "does not mean"), [[code(name), *rest] for name, *rest in NUMBERS]),
+        "What is recoverable at most is a bound, never a promise: what takes its place is known once it was tried.",
         "* **To look at**: the requests or steps that lost the most, by the trace ids under which they were exported.\n"
         "* **Could not be looked at**: what is missing for it, and the level to record at where that would help.",
         table(("phase", "is"), phases),

@@ -41,6 +41,7 @@ class Finding:
     cause: Cause
     seen: Seen
     recoverable_share: float  # of all requests' time
+    attributed: float | None  # how much of the phase's time is accounted for at all
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,10 @@ def of_facts(facts: Facts, path: str = "", last_s: float | None = None) -> Diagn
     enough = len(facts.requests) >= limit("requests") and facts.request_time > 0
     if enough:
         answers = {cause.id: CHECKS[cause.id](facts) for cause in CAUSES}
-    seen = {name: answer for name, answer in answers.items() if isinstance(answer, Seen)}
+    seen = {name: _if_worth(answer, facts) for name, answer in answers.items() if isinstance(answer, Seen)}
+    accounted = attributed(facts)
     found = [
-        Finding(BY_ID[name], each, min(each.recoverable_ns / facts.request_time, 1.0))
+        Finding(BY_ID[name], each, min(each.recoverable_ns / facts.request_time, 1.0), accounted[each.phase].share)
         for name, each in seen.items()
         if each.stands_out
     ]
@@ -136,13 +138,19 @@ def of_facts(facts: Facts, path: str = "", last_s: float | None = None) -> Diagn
         requests=len(facts.requests),
         steps=len(facts.steps),
         request_time_ns=facts.request_time,
-        attributed=attributed(facts),
+        attributed=accounted,
         findings=tuple(found),
         quiet={name: each for name, each in seen.items() if not each.stands_out},
         absent=tuple(name for name, answer in answers.items() if answer is None),
         missing={name: answer for name, answer in answers.items() if isinstance(answer, Missing)},
         answer="" if found else _answer(facts, enough),
     )
+
+
+def _if_worth(seen: Seen, facts: Facts) -> Seen:
+    """Of little that could be recovered nothing stands out; where nothing could be, by nature, it is worth knowing."""
+    little = 0 < seen.recoverable_ns < limit("worth") * facts.request_time
+    return replace(seen, stands_out=seen.stands_out and not little)
 
 
 def _answer(facts: Facts, enough: bool) -> str:
@@ -165,7 +173,17 @@ def attributed(facts: Facts) -> dict[Phase, Attributed]:
     in_states = float(np.minimum(states, np.nan_to_num(facts.ttft))[known].sum())
     tpot = float(facts.interval_time.sum())
     in_steps = np.clip(facts.period - facts.step("unattributed_ns"), 0, None) * facts.decoding
+    stepped = min(float(in_steps.sum()) / tpot, 1.0) if tpot > 0 else None
+    # All of a request: until the first token, from there to the last, and until that was handed over.
+    last, end = facts.request("last_token_ns", "end_ns")
+    rest = float(np.nansum(np.clip(end - last, 0, None)))
+    decode = float(np.nansum(facts.decode))
+    whole = facts.request_time
+    known_part = (in_states + (stepped or 0.0) * decode + rest) / whole if whole > 0 else None
+    all_of_it = Attributed(whole, None if known_part is None else min(known_part, 1.0))
     return {
         Phase.TTFT: Attributed(ttft, in_states / ttft if ttft > 0 else None),
-        Phase.TPOT: Attributed(tpot, min(float(in_steps.sum()) / tpot, 1.0) if tpot > 0 else None),
+        Phase.TPOT: Attributed(tpot, stepped),
+        Phase.E2E: all_of_it,
+        Phase.THROUGHPUT: all_of_it,
     }

@@ -19,6 +19,7 @@ from stagetrace.instrument.ids import step_trace_id
 from stagetrace.instrument.stages import BY_NAME, Level
 
 from ..breakdown import outside_of
+from ..placed import step_places
 from ..speed_of_light import own_times
 from ..start_up import within_start_up
 from .thresholds import limit
@@ -31,7 +32,7 @@ Flags = npt.NDArray[np.bool_]
 
 STEP_KEY = ["instance", "step"]
 _GC, _BETWEEN = BY_NAME["gc_pause"].id, BY_NAME["between"].id
-_SCHEDULE, _RANK_STEP = BY_NAME["schedule"].id, BY_NAME["rank_step"].id
+_SCHEDULE, _RANK_STEP, _STARTUP = (BY_NAME[name].id for name in ("schedule", "rank_step", "startup"))
 _PER_STEP = tuple(
     BY_NAME[name].id
     for name in (
@@ -40,11 +41,12 @@ _PER_STEP = tuple(
         *("attention", "mlp", "expert_dispatch", "expert_compute", "expert_combine", "collective"),
     )
 )
+NOW_AND_THEN = ("between", "gc_pause", "compile", "graph_capture", "detokenize")
 # The stages whose segments are read, and the columns of each table: what to ask of load().
 STAGES = {
     *_PER_STEP,
-    *(BY_NAME[name].id for name in ("rank_step", "detokenize", "gc_pause", "between")),
-    *(BY_NAME[name].id for name in ("startup", "compile", "graph_capture")),
+    *(BY_NAME[name].id for name in NOW_AND_THEN),
+    *(_STARTUP, _RANK_STEP),
 }
 _ATTRIBUTES = ["a0", "a1", "a2", "a3", "a4"]
 
@@ -251,18 +253,9 @@ class Facts:
             place[known], weights=values.to_numpy(dtype=np.float64)[known], minlength=len(self.steps)
         ).astype(np.float64)
 
-    def place(self, rows: pd.DataFrame) -> npt.NDArray[np.int64]:
+    def place(self, rows: pd.DataFrame) -> npt.NDArray[np.int32]:
         """Which of the steps each row is of; -1 for none of them."""
-        found = np.full(len(rows), -1)
-        of, number = (rows[name].to_numpy(dtype=np.int64, na_value=-1) for name in STEP_KEY)
-        numbers = self.steps["step"].to_numpy(dtype=np.int64)
-        for instance in np.unique(self.step_instance):
-            mine = np.flatnonzero(self.step_instance == instance)
-            order = mine[np.argsort(numbers[mine], kind="stable")]
-            wanted = np.flatnonzero(of == instance)
-            place = order[np.minimum(np.searchsorted(numbers[order], number[wanted]), len(order) - 1)]
-            found[wanted] = np.where(numbers[place] == number[wanted], place, -1)
-        return found
+        return step_places(self.steps, rows["instance"], rows["step"])
 
     @cached_property
     def _stages(self) -> dict[int, Values]:
@@ -281,21 +274,23 @@ class Facts:
         # What belongs to no step goes with the step that waited for it.
         found[_BETWEEN] = self._between
         began = self.step("end_ns") - self.period
-        found[_GC] = self._waited_for(self.of_no_step("gc_pause"), began)
+        found[_GC] = self._waited_for(self.now_and_then("gc_pause"), began)
         return found
 
     @cached_property
     def _between(self) -> Values:
-        return self._waited_for(self.of_no_step("between"))
+        return self._waited_for(self.now_and_then("between"))
 
     @cached_property
-    def _of_no_step(self) -> pd.DataFrame:
-        rows = self.segments[self.segments["step"].isna().to_numpy(dtype=bool)]
+    def _now_and_then(self) -> pd.DataFrame:
+        """Of what belongs to no step by itself, where it is inside a step as well."""
+        named = self.segments["stage"].isin([_STARTUP, *(BY_NAME[name].id for name in NOW_AND_THEN)])
+        rows = self.segments[named.to_numpy(dtype=bool)]
         return rows[~within_start_up(rows)]
 
-    def of_no_step(self, *names: str) -> pd.DataFrame:
-        """The segments of stages that belong to no step, after the start-up."""
-        return self._of_no_step[self._of_no_step["stage"].isin([BY_NAME[name].id for name in names])]
+    def now_and_then(self, *names: str) -> pd.DataFrame:
+        """The segments of some stages of NOW_AND_THEN, after the start-up."""
+        return self._now_and_then[self._now_and_then["stage"].isin([BY_NAME[name].id for name in names])]
 
     def _waited_for(self, rows: pd.DataFrame, since: Values | None = None) -> Values:
         """Time of rows without a step of their own, of processes that make steps, in the step that was held up.

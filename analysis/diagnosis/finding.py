@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stagetrace.instrument.stages import Level
+
 from .causes import Phase
 from .facts import Values
 from .shares import Share, share_of
@@ -14,8 +16,6 @@ from .thresholds import limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from stagetrace.instrument.stages import Level
 
     from .facts import Example, Facts
 
@@ -51,8 +51,16 @@ class Missing:
     level: Level | None = None
 
 
+def few_steps(facts: Facts, least: float = 1) -> Missing | None:
+    """What is said where fewer steps were recorded than a cause needs; None where there are enough."""
+    if len(facts.steps) >= least:
+        return None
+    if facts.level is not None and facts.level < Level.STEP:
+        return Missing(f"steps are not recorded at level {facts.level.name.lower()}", Level.STEP)
+    return Missing("no steps were recorded" if not len(facts.steps) else "too few steps were recorded")
+
+
 Answer = Seen | Missing | None  # None: the session has nothing of the kind
-Check = "Callable[[Facts], Answer]"
 
 
 @dataclass(frozen=True)
@@ -77,29 +85,32 @@ def seen(
     recoverable: Callable[[Part], float] | None = None,
     *,
     also: bool = True,
+    certain: bool = False,
     evidence: tuple[Evidence, ...] = (),
     examples: tuple[Example, ...] = (),
     note: str = "",
 ) -> Seen:
     """What was seen of a cause that is a part of one or several phases: it is told of the one with most of it.
 
-    It stands out where the share's lower end there reaches the threshold `at_least`, if any, and `also` holds.
+    It stands out where a share's lower end reaches the threshold `at_least`, if any, and `also` holds; then it is told
+    of such a phase. What is `certain` is counted and not sampled, such as a few events: there the share itself counts.
     `recoverable` says what of a part could be saved, all of it where it is left out.
     """
     sums = [float(np.nansum(part.part)) for part in parts]
-    first = parts[int(np.argmax(sums))]
-    share = first.share
+    shares = [part.share for part in parts]
+    reach = [at_least is None or (share.value if certain else share.low) >= limit(at_least) for share in shares]
+    most = max(range(len(parts)), key=lambda one: (reach[one], sums[one]))
     measured = sum(sums)
     saved = sum(
         min(max(recoverable(part), 0.0), total) if recoverable else total
         for part, total in zip(parts, sums, strict=True)
     )
     return Seen(
-        first.phase,
-        share,
+        parts[most].phase,
+        shares[most],
         measured,
         min(saved, measured),
-        also and (at_least is None or share.low >= limit(at_least)),
+        also and reach[most],
         evidence,
         examples,
         note,

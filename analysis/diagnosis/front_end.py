@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .causes import Phase
 from .facts import Covered, Facts, Values
-from .finding import Evidence, Missing, above, of_requests, seen
+from .finding import Evidence, Missing, Part, above, of_requests, seen
 from .thresholds import limit
 
 if TYPE_CHECKING:
@@ -17,47 +18,58 @@ if TYPE_CHECKING:
     from .finding import Answer
 
 
-def _late(facts: Facts) -> tuple[Values, Values, Values]:
-    """Of each request: its way to the engine while no step ran, and how late the first and the last token came back."""
-    first, first_output, last, last_output = facts.request(
-        "first_token_ns", "first_output_ns", "last_token_ns", "last_output_ns"
-    )
+@dataclass(frozen=True)
+class Late:
+    """How long the front end kept what it could have handed on, by request, ns; 0 where that is not known."""
+
+    way: Values  # to the engine, while no step ran
+    back: Values  # its first token, from the engine's having it until the front end had it
+    first: Values  # the same until it was handed to the socket
+    last: Values  # its last token, until the front end had it
+    handed: Values  # its last byte, from then on
+
+    @property
+    def typical(self) -> float:
+        """With a first token, median."""
+        return float(np.median(self.first)) if len(self.first) else 0.0
+
+
+def late(facts: Facts) -> Late:
+    """Of each request, from its times."""
+    names = ("first_token_ns", "first_output_ns", "first_sent_ns", "last_token_ns", "last_output_ns", "last_sent_ns")
+    token, output, sent, last_token, last_output, last_sent = facts.request(*names)
     dispatched, queued = facts.request("dispatched_ns", "queued_ns")
-    way = np.clip(np.nan_to_num(queued - dispatched), 0, None)
+    way = np.nan_to_num(queued - dispatched)
     if len(facts.steps):
         begins, lengths = facts.step("end_ns") - facts.period, facts.period
         covered = Covered(facts.step_instance, begins, lengths, lengths)
         # The engine takes requests in between steps: while one runs, it is the engine that is waited for.
-        way = np.clip(way - covered.within(facts.request_instance, dispatched, queued), 0, None)
-        way = np.nan_to_num(way)
-    one_token = facts.request("output_tokens")[0] <= 1
-    back = np.clip(np.nan_to_num(first_output - first), 0, None)
-    # With one token, or without streaming, the first output is the last one: it is late once.
-    end = np.where(one_token, 0.0, np.clip(np.nan_to_num(last_output - last), 0, None))
-    return way, np.where(first_output >= last_output, 0.0, back), end
+        way = way - np.nan_to_num(covered.within(facts.request_instance, dispatched, queued))
+    # Without streaming the first byte follows the last token, and the front end may have been told of no token before:
+    # how late it was with the first one is not to be known.
+    streamed = sent < last_output
+    back, on = (np.where(streamed, np.nan_to_num(each), 0.0) for each in (output - token, sent - output))
+    last, handed = np.nan_to_num(last_output - last_token), np.nan_to_num(last_sent - last_output)
+    return Late(*(np.clip(each, 0, None) for each in (way, back, back + on, last, handed)))
 
 
 def tokenize(facts: Facts) -> Answer:
     """Long in the front end before they are sent, while what comes back is handed on at once."""
     if not facts.enough_requests:
         return Missing("too few requests were recorded")
-    (times,) = facts.request("tokenize_ns")
-    (prompt,) = facts.request("prompt_tokens")
-    _, back, end = _late(facts)
-    times = np.nan_to_num(times)
-    known = times > 0
-    per_token = times[known] / np.maximum(np.nan_to_num(prompt[known]), 1)
-    # A busy front end is as late with a token as with a request.
-    late = float(np.median(np.maximum(back, end)))
+    times, prompt = (np.nan_to_num(each) for each in facts.request("tokenize_ns", "prompt_tokens"))
+    per_token = times[prompt > 0] / prompt[prompt > 0]
+    kept = late(facts)
     return seen(
         (of_requests(facts, Phase.TTFT, times),),
         "tokenize_share",
         above("tokenize_usual"),
-        also=late < 0.5 * float(np.median(times)),
+        # A busy front end is as late with a token as with a request.
+        also=kept.typical < limit("late_as_well") * float(np.median(times)),
         evidence=(
             Evidence("of a request, median", float(np.median(times)), "ns"),
-            Evidence("for a token of the prompt, median", float(np.median(per_token)) if known.any() else 0.0, "ns"),
-            Evidence("how late the front end hands tokens on, median", late, "ns"),
+            Evidence("for a token of the prompt, median", float(np.median(per_token)) if len(per_token) else 0.0, "ns"),
+            Evidence("how late the front end hands a first token on, median", kept.typical, "ns"),
         ),
         examples=facts.request_examples(times),
     )
@@ -76,49 +88,55 @@ def detokenize(facts: Facts) -> Answer:
 def _saturated(facts: Facts, detokenizing: bool) -> Answer:
     if not facts.enough_requests:
         return Missing("too few requests were recorded")
-    way, back, end = _late(facts)
+    kept = late(facts)
+    arrival, output, sent, last = facts.request("arrival_ns", "first_output_ns", "first_sent_ns", "last_output_ns")
     (tokenizing,) = facts.request("tokenize_ns")
-    rows = facts.of_no_step("detokenize")
-    busy = float(rows["self_ns"].sum())
-    arrival, last = facts.request("arrival_ns", "last_output_ns")
+    tokenizing = np.nan_to_num(tokenizing)
+    rows = facts.now_and_then("detokenize")
     threads = max(len(rows.drop_duplicates(["process", "thread"])), 1)
     observed = max(float(np.nanmax(last) - np.nanmin(arrival)), 1.0) * threads
-    of_front_end = min(busy / observed, 1.0)
-    is_detokenizing = of_front_end >= limit("detokenize_busy")
-    ttft = of_requests(facts, Phase.TTFT, way + back)
-    e2e = of_requests(facts, Phase.E2E, end)
-    return seen(
-        (ttft, e2e),
+    share = min(float(rows["self_ns"].sum()) / observed, 1.0)
+    # The first byte and the last are late by themselves, what comes between is not: the stream goes on meanwhile.
+    client = np.nan_to_num(np.fmax(np.where(sent < last, sent, output), output) - arrival)
+    first, end = kept.way + kept.first, kept.last + np.minimum(kept.handed, kept.first)
+    is_late = (Part(Phase.TTFT, first, client), of_requests(facts, Phase.E2E, end))
+    found = seen(
+        is_late,
         "late_share",
-        also=is_detokenizing == detokenizing,
+        also=(share >= limit("detokenize_busy")) == detokenizing,
         evidence=(
-            Evidence("how late the front end had the first token, median", float(np.median(back)), "ns"),
-            Evidence("how late it had the last token, median", float(np.median(end)), "ns"),
-            Evidence("on the way to the engine while no step ran, median", float(np.median(way)), "ns"),
-            Evidence("in the front end before that, median", float(np.nanmedian(tokenizing)), "ns"),
-            Evidence("detokenizing, of the front end's time", of_front_end, "share"),
+            Evidence("how late the front end hands a first token on, median", kept.typical, "ns"),
+            Evidence("how late it had the last token, median", float(np.median(kept.last)), "ns"),
+            Evidence("on the way to the engine while no step ran, median", float(np.median(kept.way)), "ns"),
+            Evidence("tokenizing, which waits for the front end as well, median", float(np.median(tokenizing)), "ns"),
+            Evidence("detokenizing, of the front end's time", share, "share"),
         ),
-        examples=facts.request_examples(way + back + end),
+        examples=facts.request_examples(first + end),
     )
+    if not found.stands_out or kept.typical < limit("late_as_well") * float(np.median(tokenizing)):
+        return found
+    # Where everything is late, requests are as well before they are sent.
+    before = np.clip(tokenizing - limit("tokenize_usual") * client, 0, None)
+    more = seen((Part(Phase.TTFT, first + before, client), is_late[1]), None)
+    return replace(found, measured_ns=more.measured_ns, recoverable_ns=more.recoverable_ns)
 
 
 def slow_client(facts: Facts) -> Answer:
     """The last byte could be handed over long after the last token was there."""
-    last_output, last_sent = facts.request("last_output_ns", "last_sent_ns")
-    known = ~np.isnan(last_sent - last_output)
-    if known.sum() < limit("requests"):
+    (last_sent,) = facts.request("last_sent_ns")
+    if (~np.isnan(last_sent)).sum() < limit("requests"):
         return Missing("too few requests came by HTTP: only of these it is known when their last byte was handed over")
-    _, back, end = _late(facts)
-    waited = np.where(known, np.clip(np.nan_to_num(last_sent - last_output), 0, None), 0.0)
-    # A front end that is busy is late with everything; a slow client alone with its own bytes.
-    own = np.where(waited > 2 * np.maximum(back, end), waited, 0.0)
+    kept = late(facts)
+    # A front end that is busy is late with everything; a slow client alone with what it does not take.
+    busy = np.maximum(kept.first, kept.last)
+    own = np.where(kept.handed > 2 * busy, kept.handed, 0.0)
     return seen(
         (of_requests(facts, Phase.E2E, own),),
         "client_share",
         evidence=(
             Evidence("requests whose last byte waited for the client", float((own > 1e7).sum()), "requests"),
             Evidence("how long, median of these", float(np.median(own[own > 1e7])) if (own > 1e7).any() else 0.0, "ns"),
-            Evidence("how late the front end itself was, median", float(np.median(np.maximum(back, end))), "ns"),
+            Evidence("how late the front end itself was, median", float(np.median(busy)), "ns"),
         ),
         examples=facts.request_examples(own),
     )

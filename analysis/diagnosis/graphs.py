@@ -10,7 +10,7 @@ from stagetrace.instrument.stages import BY_NAME, GraphMode
 
 from .causes import Phase
 from .facts import Covered, Facts, line
-from .finding import Evidence, Missing, Part, of_steps, seen
+from .finding import Evidence, Part, few_steps, of_steps, seen
 from .thresholds import limit
 
 if TYPE_CHECKING:
@@ -74,9 +74,9 @@ def graph_miss(facts: Facts) -> Answer:
 
 def compile_in_window(facts: Facts) -> Answer:
     """Compiling or capturing after the start-up."""
-    if not len(facts.steps):
-        return Missing("no steps were recorded")
-    rows = facts.of_no_step(*_BUILDS.values())
+    if few := few_steps(facts):
+        return few
+    rows = facts.now_and_then(*_BUILDS.values())
     # Ranks compile at the same time: what any of them did, once.
     ordered = rows.sort_values("begin_ns")
     begin, end = (ordered[name].to_numpy(dtype=np.float64) for name in ("begin_ns", "end_ns"))
@@ -88,6 +88,7 @@ def compile_in_window(facts: Facts) -> Answer:
     return seen(
         of_steps(facts, lost),
         "compile_share",
+        certain=True,
         evidence=(
             *(
                 Evidence(f"{name} while serving", float((rows["stage"] == stage).sum()), "times")
@@ -106,10 +107,7 @@ def speculation_does_not_pay(facts: Facts) -> Answer:
     speculative = facts.decode_only & (drafts > 0)
     if speculative.sum() < limit("steps"):
         return None
-    size, received = (
-        facts.step("decode_requests")[speculative],
-        facts.step("received_tokens" if "received_tokens" in facts.steps else "output_tokens")[speculative],
-    )
+    size, received = (facts.step(name)[speculative] for name in ("decode_requests", "output_tokens"))
     tokens = np.where(np.isnan(received), size + accepted[speculative], received)
     gain = float(tokens.sum() / max(size.sum(), 1.0))  # tokens for each that a step without drafts gives
     plain = facts.decode_only & (drafts == 0)

@@ -8,7 +8,7 @@ import numpy as np
 
 from .causes import Phase
 from .facts import Facts, Values
-from .finding import Evidence, Missing, above, of_requests, of_steps, seen
+from .finding import Evidence, above, few_steps, of_requests, of_steps, seen
 from .thresholds import limit
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 def _of_steps(facts: Facts, lost: Values, share: str, usual: str | None, stages: tuple[str, ...]) -> Answer:
     """Stages that hold up the steps they are in."""
-    if len(facts.steps) < limit("steps"):
-        return Missing("too few steps were recorded")
+    if few := few_steps(facts, limit("steps")):
+        return few
     by_stage = [
         Evidence(f"{stage}, of a step's time", _part(facts.stage(stage), facts.period), "share")
         for stage in stages
@@ -44,20 +44,33 @@ def _part(times: Values, whole: Values) -> float:
     return float(times.sum()) / total if total > 0 else 0.0
 
 
+def _not_hidden(facts: Facts, work: Values, *waits: str) -> Values:
+    """Of a thread's own work in each step what others waited for.
+
+    Where steps overlap, the work is done while the step before runs: as far as the thread then still waits for that,
+    the work held up nobody.
+    """
+    overlaps = facts.own < 0.99 * (facts.step("end_ns") - facts.step("begin_ns"))
+    return np.where(overlaps, np.clip(work - facts.uncut(*waits), 0, None), work)
+
+
 def host_schedule(facts: Facts) -> Answer:
     """The scheduler's own work."""
     stages = ("schedule", "update", "emit", "dp_sync", "between")
-    return _of_steps(facts, facts.stage(*stages), "schedule_share", "schedule_usual", stages)
+    lost = _not_hidden(facts, facts.stage(*stages), "execute")
+    return _of_steps(facts, lost, "schedule_share", "schedule_usual", stages)
 
 
 def host_prepare(facts: Facts) -> Answer:
     """Building the inputs of the forward pass."""
-    return _of_steps(facts, facts.stage("prepare"), "prepare_share", "prepare_usual", ("prepare",))
+    lost = _not_hidden(facts, facts.stage("prepare"), "bookkeep")
+    return _of_steps(facts, lost, "prepare_share", "prepare_usual", ("prepare",))
 
 
 def host_sampling(facts: Facts) -> Answer:
     """Choosing tokens from the logits."""
-    return _of_steps(facts, facts.stage("sample"), "sampling_share", "sampling_usual", ("sample",))
+    lost = _not_hidden(facts, facts.stage("sample"), "bookkeep")
+    return _of_steps(facts, lost, "sampling_share", "sampling_usual", ("sample",))
 
 
 def gc_pauses(facts: Facts) -> Answer:

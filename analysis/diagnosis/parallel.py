@@ -164,7 +164,7 @@ def expert_imbalance(facts: Facts) -> Answer:
         parts,
         None,
         lambda part: float(np.nansum(part.part)) * saved,
-        also=mean >= limit("imbalance") and tokens >= 50 * worst.experts * len(loads),
+        also=mean >= limit("imbalance") and tokens >= limit("tokens_per_expert") * worst.experts * len(loads),
         evidence=(
             Evidence("most over mean of the experts, over all steps and layers", mean, "times"),
             Evidence("in the most uneven layer", worst.imbalance, "times"),

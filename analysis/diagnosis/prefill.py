@@ -8,7 +8,7 @@ import numpy as np
 
 from .causes import Phase
 from .facts import Covered, Facts, Values
-from .finding import Evidence, Missing, Part, of_requests, seen
+from .finding import Evidence, Missing, Part, few_steps, of_requests, seen
 from .thresholds import limit
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ def prefill_delays_decode(facts: Facts) -> Answer:
     What a step with prefill took longer than one of decode alone with as many requests is the prefill's. A token is
     held up where that is several steps of decode; what is less is the ordinary price of a mixed batch.
     """
+    if few := few_steps(facts):
+        return few
     if facts.decode_only.sum() < limit("steps"):
         return Missing("too few steps of decode alone to compare with")
     rows = facts.intervals
@@ -68,7 +70,9 @@ def prefix_cache_thrashed(facts: Facts) -> Answer:
         return None
     prompt, cached, scheduled, prefill = facts.request("prompt_tokens", "cached_tokens", "scheduled_ns", "prefill_ns")
     known = ~(np.isnan(prompt) | np.isnan(cached) | np.isnan(scheduled)) & (prompt > 0)
-    if not len(facts.steps) or known.sum() < limit("requests"):
+    if few := few_steps(facts):
+        return few
+    if known.sum() < limit("requests"):
         return Missing("too few requests whose cached tokens are known")
     order = np.argsort(facts.step("begin_ns"), kind="stable")
     at = np.searchsorted(facts.step("begin_ns")[order], np.nan_to_num(scheduled), side="left")

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..queueing import Wait, causes_of_steps, split_queue, waits
 from .causes import Phase
 from .facts import Covered, Facts, Flags, Values, line
-from .finding import Evidence, Missing, of_requests, seen
+from .finding import Evidence, Missing, few_steps, of_requests, seen
 from .thresholds import limit
 
 if TYPE_CHECKING:
     from .finding import Answer, Part
 
-KV, BATCH, BUDGET = "kv", "batch", "budget"
-TOLD = {KV: "kv_space_ns", BATCH: "batch_full_ns", BUDGET: "token_budget_ns"}  # where the engine says
-_LITTLE_KV = 0.5  # of the cache; with less in use it is not what is waited for
+# Where the engine says itself why requests waited: columns of the requests.
+TOLD = {Wait.KV_SPACE: "kv_space_ns", Wait.BATCH_FULL: "batch_full_ns", Wait.TOKEN_BUDGET: "token_budget_ns"}
 
 
 def full_batch(facts: Facts) -> Flags:
@@ -35,31 +35,37 @@ def full_budget(facts: Facts) -> Flags:
     return facts.step("prefill_tokens") > chunk - page if chunk else np.zeros(len(facts.steps), dtype=bool)
 
 
-def why_waiting(facts: Facts) -> dict[str, Flags]:
-    """Steps that left requests in the queue, by what kept these there; as the step's own record says."""
-    waiting = facts.step("waiting") > 0
-    threw_out = facts.step("preempted") > 0
-    batch = waiting & full_batch(facts) & ~threw_out
-    budget = waiting & full_budget(facts) & ~batch & ~threw_out
-    full = facts.step("kv_usage") >= _LITTLE_KV * 1e6
-    return {BATCH: batch, BUDGET: budget, KV: waiting & ~batch & ~budget & (full | threw_out)}
+def _typical_prompt(facts: Facts) -> float | None:
+    (prompt,) = facts.request("prompt_tokens")
+    return None if np.isnan(prompt).all() else float(np.nanmedian(prompt))
 
 
-def queued_by(facts: Facts, cause: str) -> Values:
+def why_waiting(facts: Facts, cause: Wait) -> Flags:
+    """Steps that left requests in the queue for a cause, as far as the step's own record says."""
+    causes = causes_of_steps(facts.steps, facts.manifest.processes, _typical_prompt(facts))
+    return np.asarray((facts.step("waiting") > 0) & (causes == cause), dtype=np.bool_)
+
+
+def queued_by(facts: Facts, cause: Wait) -> Values:
     """Of each request its time in the queue for a cause, ns: as the engine said, else by the steps meanwhile."""
-    if any(name in facts.requests and facts.requests[name].notna().any() for name in TOLD.values()):
+    rows = facts.requests
+    if any(name in rows and rows[name].notna().any() for name in TOLD.values()):
         return np.nan_to_num(facts.request(TOLD[cause])[0])
-    begins, lengths = facts.since_schedule
-    chosen = why_waiting(facts)[cause]
-    covered = Covered(facts.step_instance[chosen], begins[chosen], lengths[chosen], lengths[chosen])
-    since, until = facts.request("queued_ns", "scheduled_ns")
-    (grammar,) = facts.request("grammar_ns")
-    since = since + np.nan_to_num(grammar)
-    return np.nan_to_num(covered.within(facts.request_instance, since, until))
+    queued, grammar, scheduled = facts.request("queued_ns", "grammar_ns", "scheduled_ns")
+    found = np.zeros(len(rows))
+    known = np.flatnonzero(~np.isnan(scheduled - queued))
+    if not len(known) or not len(facts.steps):
+        return found
+    begin = (queued + np.nan_to_num(grammar))[known].astype(np.int64)
+    end = np.maximum(scheduled[known].astype(np.int64), begin)
+    pieces = waits(facts.steps, facts.manifest.processes, _typical_prompt(facts))
+    parts = split_queue(pieces, rows["instance"].iloc[known], begin, end, np.zeros(len(known), dtype=bool))
+    found[known] = parts[cause]
+    return found
 
 
-def _queued(facts: Facts, cause: str) -> tuple[Evidence, ...]:
-    flags = why_waiting(facts)[cause]
+def _queued(facts: Facts, cause: Wait) -> tuple[Evidence, ...]:
+    flags = why_waiting(facts, cause)
     waiting = facts.step("waiting")
     return (
         Evidence("steps that left requests in the queue for it", float(flags.sum()), "steps"),
@@ -99,23 +105,23 @@ def left_of(facts: Facts, queue: Values, flags: Flags) -> float:
 
 def batch_cap(facts: Facts) -> Answer:
     """The batch is as large as it may be."""
-    if not len(facts.steps):
-        return Missing("no steps were recorded")
+    if few := few_steps(facts):
+        return few
     cap = facts.setting("max_num_seqs")
     if not cap:
         return Missing("the engine did not say how many requests may run at once")
-    queue = queued_by(facts, BATCH)
+    queue = queued_by(facts, Wait.BATCH_FULL)
     gain = larger_batch_gain(facts)
     return seen(
         (of_requests(facts, Phase.TTFT, queue),),
         "queue_share",
-        lambda _: left_of(facts, queue, why_waiting(facts)[BATCH]),
+        lambda _: left_of(facts, queue, why_waiting(facts, Wait.BATCH_FULL)),
         also=gain >= limit("larger_batch_gain"),
         evidence=(
             Evidence("requests that may run at once", cap, "requests"),
-            *_queued(facts, BATCH),
+            *_queued(facts, Wait.BATCH_FULL),
             Evidence("tokens per second that twice the batch would add, by how long steps take", gain, "share"),
-            Evidence("KV cache in use then, at most", _kv(facts, why_waiting(facts)[BATCH]), "share"),
+            Evidence("KV cache in use then, at most", _kv(facts, why_waiting(facts, Wait.BATCH_FULL)), "share"),
         ),
         examples=facts.request_examples(queue),
     )
@@ -128,8 +134,8 @@ def _kv(facts: Facts, flags: Flags) -> float:
 
 def arrival_above_capacity(facts: Facts) -> Answer:
     """Requests arrive faster than they are served."""
-    if len(facts.steps) < limit("steps"):
-        return Missing("too few steps were recorded")
+    if few := few_steps(facts, limit("steps")):
+        return few
     arrivals, ends = facts.request("arrival_ns", "last_token_ns")
     known = ~(np.isnan(arrivals) | np.isnan(ends))
     if known.sum() < limit("requests"):
@@ -138,28 +144,31 @@ def arrival_above_capacity(facts: Facts) -> Answer:
     there = np.full(len(arrivals), np.nan)
     there[known] = np.arange(1, known.sum() + 1) - np.searchsorted(np.sort(ends[known]), arrivals[known])
     among, quarter = there[known], max(int(known.sum()) // 4, 1)
-    first, early, late = (
-        float(part.mean()) for part in (among[:quarter], among[quarter : 2 * quarter], among[-quarter:])
+    first, early, later, late = (
+        float(among[start : start + quarter].mean()) for start in range(0, 4 * quarter, quarter)
     )
+    # A load that was raised in between levels off again; one that is too much goes on growing.
+    grows = min(later / early, late / later) >= limit("backlog_growth")
     since, until = float(arrivals[known][quarter]), float(arrivals[known][-1])
     end = facts.step("end_ns")
     within = np.clip(np.minimum(end, until) - np.maximum(end - facts.period, since), 0, None)
     busy = float(within.sum()) / max((until - since) * max(len(np.unique(facts.step_instance)), 1), 1.0)
     waiting = facts.step("waiting") > 0
     capped = bool(waiting.any() and full_batch(facts)[waiting].mean() > 0.5)
-    for_blocks = float(queued_by(facts, KV).sum()) > 0.5 * float(np.nansum(facts.request("queue_ns")[0]))
+    for_blocks = float(queued_by(facts, Wait.KV_SPACE).sum()) > 0.5 * float(np.nansum(facts.request("queue_ns")[0]))
     # By Little's law a request is in the engine for as long as there are others, over what is finished in that time.
     lost = np.nan_to_num(facts.e2e * np.clip(1 - first / there, 0, None))
     return seen(
         (of_requests(facts, Phase.THROUGHPUT, lost),),
         "queue_share",
-        also=late >= limit("backlog_growth") * early
+        also=grows
         and late - early >= limit("backlog")
         and busy >= limit("busy")
         and not (capped and larger_batch_gain(facts) >= limit("larger_batch_gain"))
         and not (for_blocks and waiting.any()),
         evidence=(
             Evidence("requests in the engine, second quarter of the arrivals", early, "requests"),
+            Evidence("requests in the engine, third quarter of the arrivals", later, "requests"),
             Evidence("requests in the engine, last quarter of the arrivals", late, "requests"),
             Evidence("the scheduler's time in steps meanwhile", min(busy, 1.0), "share"),
             Evidence("arrivals", known.sum() * 1e9 / max(until - float(arrivals[known][0]), 1.0), "requests/s"),
@@ -173,8 +182,8 @@ def arrival_above_capacity(facts: Facts) -> Answer:
 
 def token_budget(facts: Facts) -> Answer:
     """Prompts are cut, or wait, because a step has as many tokens as it may."""
-    if len(facts.steps) < limit("steps"):
-        return Missing("too few steps were recorded")
+    if few := few_steps(facts, limit("steps")):
+        return few
     budget = facts.setting("max_num_batched_tokens", "chunked_prefill_size")
     if not budget:
         return Missing("the engine did not say how many tokens a step may have")
@@ -183,7 +192,7 @@ def token_budget(facts: Facts) -> Answer:
     covered = Covered(facts.step_instance[full], begins[full], lengths[full], lengths[full])
     since, until = facts.request("scheduled_ns", "first_token_ns")
     chunked = np.nan_to_num(covered.within(facts.request_instance, since, until))
-    queued = queued_by(facts, BUDGET)
+    queued = queued_by(facts, Wait.TOKEN_BUDGET)
     lost = chunked + queued
     fixed, each = facts.cost
     part = fixed / (fixed + each * budget) if fixed + each * budget > 0 else 0.0
@@ -210,9 +219,9 @@ def token_budget(facts: Facts) -> Answer:
 
 def kv_exhausted(facts: Facts) -> Answer:
     """Requests wait for KV blocks, or are thrown out for others."""
-    if not len(facts.steps):
-        return Missing("no steps were recorded")
-    queued = queued_by(facts, KV)
+    if few := few_steps(facts):
+        return few
+    queued = queued_by(facts, Wait.KV_SPACE)
     (preempted,) = facts.request("preempted_ns")
     (prefill,) = facts.request("prefill_ns")
     (times,) = facts.request("preemptions")
@@ -227,7 +236,9 @@ def kv_exhausted(facts: Facts) -> Answer:
     return seen(
         (of_requests(facts, Phase.TTFT, queued), decode),
         "kv_share",
-        lambda part: left_of(facts, queued, why_waiting(facts)[KV]) if part.phase is Phase.TTFT else part.part.sum(),
+        lambda part: (
+            left_of(facts, queued, why_waiting(facts, Wait.KV_SPACE)) if part.phase is Phase.TTFT else part.part.sum()
+        ),
         evidence=(
             Evidence("preemptions", float(np.nansum(times)), "times"),
             Evidence("requests that were preempted", float((times > 0).sum()), "requests"),

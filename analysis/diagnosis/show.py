@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..show import Grid, Part, duration_text, number_text, plain, share_text
-from .causes import Cause
+from .causes import Cause, Phase
 from .finding import Evidence, Seen
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _head(found: Diagnosis) -> Grid:
         ("request time", f"{duration_text(found.request_time_ns)}, of all requests from arrival to end"),
     ]
     for phase, each in found.attributed.items():
-        if each.share is not None:
+        if each.share is not None and phase is not Phase.THROUGHPUT:
             rows.append((phase.value, f"{duration_text(each.total_ns)} in all, {share_text(each.share)} attributed"))
     if found.last_s is not None:
         rows.append(("window", f"what ended in the last {duration_text(found.last_s * 1e9)}"))
@@ -80,6 +80,7 @@ def _ranking(found: Diagnosis) -> Grid:
 def _details(number: int, finding: Finding, engine: str) -> list[Part]:
     cause, seen = finding.cause, finding.seen
     rows = [(each.what, value_text(each)) for each in seen.evidence]
+    rows.append((f"of {seen.phase.value} is attributed to stages and states at all", share_text(finding.attributed)))
     shown: list[Part] = [
         Grid(f"{number}. {cause.title[:1].upper()}{cause.title[1:]}: evidence", ("", ""), rows, text=True)
     ]
@@ -160,6 +161,7 @@ def as_dict(found: Diagnosis) -> dict[str, Any]:
                 "title": finding.cause.title,
                 **_seen(finding.seen),
                 "recoverable_share": finding.recoverable_share,
+                "attributed": finding.attributed,
                 "next": [{"flag": flag, "why": why} for flag, why in next_experiments(finding.cause, found.engine)],
             }
             for finding in found.findings

@@ -22,22 +22,25 @@ class Threshold:
 THRESHOLDS: tuple[Threshold, ...] = (
     Threshold("requests", 8, "requests", "with fewer no interval says anything: not enough data"),
     Threshold("steps", 20, "steps", "the same for what is looked for in steps"),
+    Threshold("worth", 0.02, "of all request time", "what could be recovered; less is not worth an experiment"),
     Threshold("queue_share", 0.25, "of TTFT", "a short queue keeps the batch full: it is the price of throughput"),
     Threshold(
-        "backlog_growth", 2.0, "times", "the second half of the arrivals against the first: chance makes up to 1.5"
+        "backlog_growth", 1.2, "times", "of each quarter of arrivals to the one before: 1 is a load that levels off"
     ),
     Threshold("backlog", 8, "requests", "a backlog of a few comes and goes with any arrivals"),
     Threshold("busy", 0.9, "of the time", "an engine that pauses has capacity left"),
     Threshold(
         "larger_batch_gain", 0.15, "of tokens per second", "what twice the batch must give for the cap to matter"
     ),
-    Threshold("fixed_share", 0.1, "of a step", "where a full step's fixed cost is less, a larger budget gains nothing"),
+    Threshold("fixed_share", 0.25, "of a step", "where a full step's fixed cost is less, a larger budget gains little"),
     Threshold("budget_share", 0.15, "of TTFT", "as a share that a user would notice"),
     Threshold("kv_share", 0.1, "of TTFT or TPOT", "preemptions are to be rare: what is computed again is lost"),
     Threshold("cache_loss", 0.3, "of the cached share", "how much less must be found in a full cache; less is chance"),
     Threshold("again_share", 0.1, "of TTFT", "as a share that a user would notice"),
     Threshold("stall", 2.0, "steps of decode", "what a token must wait longer than usual to be held up by prefill"),
-    Threshold("stall_share", 0.4, "of TPOT", "mixed batches with short prompts have a quarter, and are well served"),
+    Threshold(
+        "stall_share", 0.33, "of TPOT", "batches with prompts of all lengths have up to a quarter, and are well served"
+    ),
     Threshold("at_roof", 0.6, "of the memory's bandwidth", "what well tuned kernels reach in decode"),
     Threshold("far_below", 0.2, "of the speed of light", "well kept engines are above it, with their host's part"),
     Threshold("far_share", 0.25, "of TTFT or TPOT", "time beyond that; half of a phase is not to be argued about"),
@@ -52,14 +55,22 @@ THRESHOLDS: tuple[Threshold, ...] = (
     Threshold("grammar_share", 0.1, "of TTFT or TPOT", "a compiled grammar costs microseconds a step"),
     Threshold("tokenize_share", 0.35, "of TTFT", "usual is 5 to 20 % of a tiny model's, whose prefill is short"),
     Threshold("tokenize_usual", 0.1, "of TTFT", "what remains when it is mended"),
+    Threshold(
+        "late_as_well", 0.25, "of tokenizing", "a quick front end hands on in 1 to 3 ms; a busy one is late with all"
+    ),
     Threshold("late_share", 0.15, "of TTFT or end-to-end latency", "usual is under 5 %: handing a token on is short"),
     Threshold("detokenize_busy", 0.5, "of the front end's lateness", "more than half of what it does"),
     Threshold("client_share", 0.1, "of end-to-end latency", "usual is under 1 %: bytes go into the socket's buffer"),
     Threshold("waiting_share", 0.1, "of forward", "ranks of one step differ by a few percent"),
-    Threshold("one_rank", 0.7, "of the waiting", "chance makes each of two ranks the last half of the time"),
+    Threshold("one_rank", 0.65, "of the waiting", "chance makes each of two ranks the last half of the time"),
     Threshold("collective_share", 0.3, "of forward", "tensor parallelism within a node costs 10 to 25 %"),
     Threshold("dispatch_share", 0.3, "of forward", "expert parallelism with overlap costs 10 to 25 %"),
-    Threshold("imbalance", 1.6, "most over mean", "trained routers are at 1.1 to 1.5 over many tokens"),
+    Threshold(
+        "imbalance", 1.9, "most over mean", "trained routers are at 1.1 to 1.5 over many tokens, random ones at 1.7"
+    ),
+    Threshold(
+        "tokens_per_expert", 200, "tokens in a layer", "with fewer, a handful of repeated prompts is uneven by itself"
+    ),
     Threshold("padding", 0.25, "of the tokens that were run", "usual capture sizes leave up to 20 %"),
     Threshold("graph_miss_share", 0.1, "of TPOT", "as a share that a user would notice"),
     Threshold("compile_share", 0.05, "of TTFT or TPOT", "it should not happen at all; less is not felt"),

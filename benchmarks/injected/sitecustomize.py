@@ -78,6 +78,27 @@ def grammar(module: Any) -> None:
     patch(module, place, ASKED["ms"] / 1e3)
 
 
+def router(module: Any) -> None:
+    """The routers favour some experts by so much."""
+    block = module.Qwen3MoeSparseMoeBlock
+    original = block.__init__
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        choose = self.gate.forward
+
+        def biased(x: Any) -> Any:
+            logits, *rest = choose(x)
+            for expert in ASKED["experts"]:
+                logits[..., expert] += ASKED["bias"]
+            return (logits, *rest)
+
+        self.gate.forward = biased
+
+    block.__init__ = wrapper
+
+
 def prepare(module: Any) -> None:
     """Building the inputs of the forward pass takes so long."""
     patch(module, "GPUModelRunner._prepare_inputs", ASKED["ms"] / 1e3)
@@ -88,8 +109,19 @@ def sample(module: Any) -> None:
     patch(module, "Sampler.forward", ASKED["ms"] / 1e3)
 
 
+def backend(module: Any) -> None:
+    """The engine's compiler backend compiles as torch.compile does by itself, without the engine's cache."""
+
+    def __call__(self: Any, graph: Any, example_inputs: Any) -> Any:  # noqa: N807
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(graph, example_inputs)
+
+    module.VllmBackend.__call__ = __call__
+
+
 def compiled(module: Any) -> None:
-    """After so many forward passes the engine's own compiler backend compiles a graph, now and then."""
+    """After so many forward passes the engine's compiler backend compiles a graph."""
     runner = module.GPUModelRunner
     original = runner._model_forward
 
@@ -99,16 +131,6 @@ def compiled(module: Any) -> None:
         if _calls["count"] in ASKED["at"]:
             import torch
             from vllm.compilation.backends import VllmBackend
-            from vllm.config import set_current_vllm_config
-
-            def built(graph: Any, _inputs: Any) -> Any:
-                backend = VllmBackend(self.vllm_config)
-                try:
-                    with set_current_vllm_config(self.vllm_config):
-                        backend(graph, _inputs)
-                except Exception as error:
-                    print(f"injected compile: {type(error).__name__}: {error}", file=sys.stderr)
-                return graph
 
             size = 64 + _calls["count"] % 7
 
@@ -117,20 +139,21 @@ def compiled(module: Any) -> None:
                     x = torch.nn.functional.gelu(x @ x.T + size) + x
                 return x
 
-            torch.compile(work, backend=built, fullgraph=True)(torch.randn(size, size))
+            torch.compile(work, backend=VllmBackend(self.vllm_config), fullgraph=True)(torch.randn(size, size))
         return original(self, *args, **kwargs)
 
     runner._model_forward = wrapper
 
 
 KINDS = {
-    "tokenizer": ("transformers.tokenization_utils_tokenizers", tokenizer),
-    "schedule": ("vllm.v1.core.sched.scheduler", schedule),
-    "rank": ("vllm.distributed.parallel_state", rank),
-    "grammar": ("vllm.v1.structured_output.backend_xgrammar", grammar),
-    "prepare": ("vllm.v1.worker.gpu_model_runner", prepare),
-    "sample": ("vllm.v1.sample.sampler", sample),
-    "compile": ("vllm.v1.worker.gpu_model_runner", compiled),
+    "tokenizer": {"transformers.tokenization_utils_tokenizers": tokenizer},
+    "schedule": {"vllm.v1.core.sched.scheduler": schedule},
+    "rank": {"vllm.distributed.parallel_state": rank},
+    "grammar": {"vllm.v1.structured_output.backend_xgrammar": grammar},
+    "router": {"vllm.model_executor.models.qwen3_moe": router},
+    "prepare": {"vllm.v1.worker.gpu_model_runner": prepare},
+    "sample": {"vllm.v1.sample.sampler": sample},
+    "compile": {"vllm.v1.worker.gpu_model_runner": compiled, "vllm.compilation.backends": backend},
 }
 
 
@@ -178,5 +201,5 @@ class Burn:
         await self.app(scope, receive, burning if serves else send)
 
 
-if ASKED.get("kind") in KINDS:
-    sys.meta_path.insert(0, Finder(*KINDS[ASKED["kind"]]))
+for _name, _apply in KINDS.get(ASKED.get("kind", ""), {}).items():
+    sys.meta_path.insert(0, Finder(_name, _apply))

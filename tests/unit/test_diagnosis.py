@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 from unit.sessions import INSTANCE, SessionBuilder
-from unit.simulated import Engine, simulate
+from unit.simulated import MS, Engine, simulate
 
 from stagetrace.analysis.diagnosis.causes import CAUSES
 from stagetrace.analysis.diagnosis.diagnose import CHECKS, Diagnosis, diagnose, of_facts
@@ -84,7 +84,7 @@ def drafts(accepted: float) -> Any:
 
 CASES: dict[str, tuple[Engine, Engine]] = {
     "arrival_above_capacity": (
-        Engine(requests=150, width=None, rate=60, fixed=2, per_token=1.0, output=40, cap=256),
+        Engine(requests=200, width=None, rate=20, fixed=2, per_token=1.0, output=40, cap=256),
         Engine(requests=150, width=None, rate=8, fixed=2, per_token=0.1, output=20, cap=256),
     ),
     "batch_cap": (Engine(width=12, cap=3), Engine(width=12, cap=12)),
@@ -252,6 +252,14 @@ def test_sglang_is_told_by_its_own_settings(tmp_path: Path) -> None:
     assert "--chunked-prefill-size N" in flags and "--max-num-batched-tokens N" not in flags
 
 
+def test_work_that_the_step_before_hides_holds_up_nobody(tmp_path: Path) -> None:
+    """As with async scheduling: the scheduler works while the step before runs, and still waits for it afterwards."""
+    facts = facts_of(tmp_path / "s", Engine(stages={"schedule": 3.0}))
+    assert said(of_facts(facts)) == ["host_schedule"]
+    overlapping = facts.steps.assign(begin_ns=facts.steps["begin_ns"] - 4 * MS)
+    assert said(of_facts(replace(facts, steps=overlapping))) == []
+
+
 # Little, nothing, several
 
 
@@ -308,7 +316,7 @@ SIZES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(SIZES)
 def test_bounds(sizes: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as directory:
@@ -440,3 +448,23 @@ def test_names_from_outside_are_shown_plainly(tmp_path: Path) -> None:
     evil = facts.requests.assign(external_id="\x1b[2J")
     shown = str(parts(of_facts(replace(facts, requests=evil))))
     assert "\\x1b" in shown and "\x1b" not in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("batch_cap", "--max-num-seqs"),
+        ("queue_share", "reason:"),
+        ("recoverable_ns", "at most"),
+        ("ttft", "first token"),
+        ("list", "kv_exhausted"),
+    ],
+)
+def test_explain(name: str, words: str) -> None:
+    done = command("--explain", name)
+    assert done.exit_code == 0 and words in done.output
+
+
+def test_explain_of_nothing_known() -> None:
+    done = command("--explain", "batch_cup")
+    assert done.exit_code == 2 and "did you mean batch_cap" in done.output
