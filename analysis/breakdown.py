@@ -577,11 +577,11 @@ def hook_troubles(processes: Sequence[Process]) -> list[HookTrouble]:
     """The hooks that are not installed, with the reason, and in how many processes that is so.
 
     A hook that waits for a module is no trouble in a process that has no use for the module, as long as another
-    process has it installed, or another hook that gives the same (engines choose between modules, and have other
-    functions in other releases).
+    process has it installed, or found nothing to put it on, or has another hook that gives the same (engines choose
+    between modules, and have other functions in other releases).
     """
     hooks = [hook for process in processes for hook in process.hooks]
-    given = {_gift(hook) for hook in hooks if hook.get("status") == INSTALLED}
+    given = {_gift(hook) for hook in hooks if hook.get("status") in (INSTALLED, UNUSED)}
     found = Counter(
         (hook.get("name", ""), hook.get("status", ""), hook.get("why", ""))
         for hook in hooks
