@@ -13,7 +13,7 @@ BENCH ?=
 .DEFAULT_GOAL := help
 # The tools and the tests share two cores and one checkout: one at a time, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help quickstart dev engines-env vllm-env sglang-env test test-all lint format types imports unit contracts releases fuzz fuzz-long backends engines faults bench soak docs clean python
+.PHONY: help quickstart dev engines-env vllm-env sglang-env clickhouse-env phoenix-env test test-all lint format types imports unit contracts releases fuzz fuzz-long backends engines faults bench soak docs clean python prometheus
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,12 @@ vllm-env: python
 
 sglang-env: python
 	$(PYTHON) tests/environments/make.py sglang-cpu
+
+phoenix-env: python
+	$(PYTHON) tests/environments/make.py phoenix
+
+clickhouse-env: python
+	$(PYTHON) tests/environments/make.py clickhouse
 
 %-env:
 	@echo "ENGINE is vllm or sglang, not '$*'" >&2; exit 1
@@ -73,7 +79,7 @@ fuzz: dev ## every parser of outside input: inputs that once failed, and some th
 fuzz-long: dev ## the same guided by coverage, 110,000 inputs (an hour); INPUTS=N for another number
 	$(DEV) tests/fuzz/campaign.py $(if $(INPUTS),--inputs $(INPUTS))
 
-backends: dev ## tests against real trace stores
+backends: dev prometheus clickhouse-env ## tests against real trace stores
 	$(call pytest,backends)
 
 engines: dev engines-env ## tests against a real vLLM and a real SGLang
@@ -103,6 +109,12 @@ docs: dev ## the pages that are made from tables: stages, speed of light, compat
 clean: ## what was built here; environments and sessions stay
 	rm -rf build dist stagetrace.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name '.venv*' -prune -o -name .git -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+# Debian's package; where that is not possible the tests that need it say so.
+prometheus:
+	@command -v prometheus >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus >/dev/null; } || \
+	  echo "Prometheus is not installed and could not be: its tests will fail" >&2
 
 python:
 	@command -v $(PYTHON) >/dev/null || { \

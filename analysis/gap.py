@@ -49,11 +49,18 @@ class Part(StrEnum):
 STAGES: dict[Part, tuple[str, ...]] = {
     Part.KERNEL: (
         *("forward", "sample", "draft", "verify", "embed", "attention", "mlp", "moe_route"),
-        *("expert_compute", "shared_experts", "logits", "encode"),
+        *("expert_dispatch", "expert_compute", "expert_combine", "shared_experts", "logits", "encode"),
     ),
-    Part.COMMUNICATION: ("collective", "expert_dispatch", "expert_combine"),
+    Part.COMMUNICATION: ("collective",),  # those of a dispatch or combine are segments within it
 }
-_FORWARD, _BOOKKEEP, _COLLECTIVE = (BY_NAME[name].id for name in ("forward", "bookkeep", "collective"))
+_FORWARD, _COLLECTIVE = (BY_NAME[name].id for name in ("forward", "collective"))
+_KIND = {part: number for number, part in enumerate(STAGES, 1)}  # 0: the host's
+_BOOKKEEPING = len(_KIND) + 1
+_KINDS = np.zeros(1 << 15, np.int8)  # by stage id, of as many as the column's type can hold
+for _part, _names in STAGES.items():
+    _KINDS[[BY_NAME[name].id for name in _names]] = _KIND[_part]
+_KINDS[BY_NAME["bookkeep"].id] = _BOOKKEEPING
+_STEP_KEY = ["instance", "step"]
 _DEVICE = [BY_NAME[name].id for name in ("device_forward", "device_sample")]
 
 
@@ -162,20 +169,22 @@ def spent(
     ends = steps["end_ns"].to_numpy(dtype=np.int64)
     begins = np.minimum(begins, ends)
     times = pd.DataFrame(0, index=steps.index, columns=[*(part.value for part in Part), "ranks"], dtype="int64")
-    forwards = segments.loc[(segments["stage"] == _FORWARD) & segments["instance"].notna() & segments["step"].notna()]
+    forwards = segments.loc[segments["stage"] == _FORWARD, ["process", "thread", *_STEP_KEY]].dropna()
     threads = forwards[["instance", "process", "thread"]].drop_duplicates()
     processes = {each.key: each for each in manifest.processes}
-    on_device = segments[segments["stage"].isin(_DEVICE)]
+    on_device = segments.loc[segments["stage"].isin(_DEVICE), ["process", "begin_ns", "end_ns"]]
     collectives = segments[segments["stage"] == _COLLECTIVE]
     collectives = collectives.assign(duration=collectives["end_ns"] - collectives["begin_ns"])
     waits = with_waiting(collectives, names)
     waits = waits[(waits["waiting"].fillna(0) > 0).to_numpy(dtype=bool)]
     launch_told = bool(len(on_device))
-    exchange_told = _exchange_told(manifest.processes, segments, len(threads) > threads["instance"].nunique())
-    instances, numbers = (steps[name].to_numpy(dtype=np.int64) for name in ("instance", "step"))
+    ranks = len(threads) > threads["instance"].nunique()
+    exchange_told = _exchange_told(manifest.processes, _of(steps, forwards), collectives, several=ranks)
+    turns = _turns(segments)
+    instances, numbers = (steps[name].to_numpy(dtype=np.int64) for name in _STEP_KEY)
     for instance, process, thread in threads.itertuples(index=False):
         own, late, ran = (
-            each[(each["process"] == process) & (each["thread"] == thread)] for each in (segments, waits, forwards)
+            each[(each["process"] == process) & (each["thread"] == thread)] for each in (turns, waits, forwards)
         )
         ran = ran.loc[ran["instance"] == instance, "step"]
         chosen = (instances == instance) & np.isin(numbers, ran.to_numpy(dtype=np.int64))
@@ -240,35 +249,49 @@ def _synchronous(process: Process | None) -> bool:
     return process is None or process.info.get("device", "cpu") == "cpu"
 
 
-def _exchange_told(processes: Iterable[Process], segments: pd.DataFrame, several: bool) -> bool:
-    """Whether what ranks exchange is known: there is but one rank, or all collectives were recorded."""
+def _exchange_told(
+    processes: Iterable[Process], steps: pd.DataFrame, collectives: pd.DataFrame, *, several: bool
+) -> bool:
+    """Whether what ranks exchange is known: there is but one rank, or the collectives of all steps were recorded."""
     infos = [each.info for each in processes]
     sizes = ("tensor_parallel", "pipeline_parallel", "data_parallel", "attention_data_parallel")
     alone = not several and all(info.get(name, 1) in (0, 1) for info in infos for name in sizes)
     hidden = any("collective" in _list(info.get("not_visible_under_compile")) for info in infos)
     own_clock = all(_synchronous(each) for each in processes)  # a GPU's collectives are launched on the host's
-    return alone or (bool((segments["stage"] == _COLLECTIVE).any()) and not hidden and own_clock)
+    return alone or (0 < len(steps) == len(_of(steps, collectives)) and not hidden and own_clock)
+
+
+def _of(steps: pd.DataFrame, segments: pd.DataFrame) -> pd.DataFrame:
+    """The keys of the steps that have some of these segments."""
+    return steps[_STEP_KEY].merge(segments[_STEP_KEY].dropna().drop_duplicates().astype("int64"), on=_STEP_KEY)
 
 
 def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _host_covers(own: pd.DataFrame, late: pd.DataFrame, *, device_waits: bool) -> dict[Part, list[Cover]]:
+def _turns(segments: pd.DataFrame) -> pd.DataFrame:
+    """Segments with which a thread turns to another kind of work, and those kinds, of _KINDS: few of all segments."""
+    kind = _KINDS[segments["stage"].to_numpy(dtype=np.int16)]
+    outer = _KINDS[segments["parent_stage"].to_numpy(dtype=np.int16, na_value=0)]
+    turns = kind != outer
+    found: pd.DataFrame = segments.loc[turns, ["process", "thread", "begin_ns", "end_ns"]]
+    return found.assign(kind=kind[turns], outer=outer[turns])
+
+
+def _host_covers(turns: pd.DataFrame, late: pd.DataFrame, *, device_waits: bool) -> dict[Part, list[Cover]]:
     """When a rank's thread was in what, but for the host's part.
 
     `late`: its collectives that waited for another rank. With `device_waits`, bookkeep waits for the device.
     """
-    begin, end = (own[name].to_numpy(dtype=np.int64) for name in ("begin_ns", "end_ns"))
-    stage = own["stage"].to_numpy(dtype=np.int64)
-    parent = own["parent_stage"].to_numpy(dtype=np.int64, na_value=0)
+    begin, end, kind, outer = (turns[name].to_numpy() for name in ("begin_ns", "end_ns", "kind", "outer"))
     since = late["begin_ns"].to_numpy(dtype=np.int64)
     until = since + late["waiting"].to_numpy(dtype=np.int64)
     covers = {}
-    for part, names in STAGES.items():
-        stages = [BY_NAME[name].id for name in names] + [_BOOKKEEP] * (device_waits and part is Part.KERNEL)
-        within, outer = np.isin(stage, stages), np.isin(parent, stages)
-        enters, leaves = within & ~outer, outer & ~within
+    for part in STAGES:
+        those = [_KIND[part], *([_BOOKKEEPING] if device_waits and part is Part.KERNEL else [])]
+        within, around = np.isin(kind, those), np.isin(outer, those)
+        enters, leaves = within & ~around, around & ~within
         at = [np.concatenate([times[enters], times[leaves]]) for times in (begin, end)]
         covers[part] = [Cover(at[0], at[1], np.repeat([1, -1], [enters.sum(), leaves.sum()]))]
     waiting = Cover(since, until, np.ones(len(since), np.int64))

@@ -63,8 +63,9 @@ CONVENTIONS: tuple[tuple[str, str], ...] = (
     ),
     (
         "experts touched",
-        "as recorded; else E (1 - (1 - k/E)^T) of E experts for T tokens with k each, every choice as likely as any"
-        " other and independent of other tokens. Skewed routing touches fewer, so that this is the most on average",
+        "as recorded, of n data-parallel ranks with r each E (1 - (1 - r/E)^n); else E (1 - (1 - k/E)^T) of E experts"
+        " for T tokens with k each, every choice as likely as any other and independent of other tokens. Skewed routing"
+        " touches fewer, so that this is the most on average",
     ),
     ("logits", "for the last token of every prefill chunk and every decode token, draft tokens included"),
     (
@@ -577,7 +578,9 @@ class _Counting:
         yield from self.matrices("forward", "projections around experts", block.latent, self.tokens, 1)
         touched = distinct_experts(block.count, block.per_token, group, self.bound)
         if (recorded := self.batch.distinct_experts) is not None:
-            touched = np.where(np.isnan(recorded), touched, recorded)
+            # By this data-parallel rank's tokens: the others' choices are alike, and independent of them.
+            missed = 1 - np.minimum(recorded, float(block.count)) / block.count
+            touched = np.where(np.isnan(recorded), touched, block.count * (1 - missed**ranks.data))
         rows = group * block.per_token / ranks.expert
         held = np.minimum(touched, float(block.count)) / ranks.expert
         yield from self.matrices("expert_compute", "experts", block.matrices, rows, ranks.expert_tensor, held)

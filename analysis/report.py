@@ -30,12 +30,14 @@ from .breakdown import (
 )
 from .gap import SEGMENTS as GAP_SEGMENTS
 from .gap import Gap
+from .kernels import RankKernels, newest_window
 from .latency_parts import COLUMNS as PARTS_COLUMNS
 from .latency_parts import LatencyParts, latency_parts
 from .layers import EXPERTS, Layers, layer_breakdown
 from .layers import SEGMENTS as LAYER_SEGMENTS
 from .load import load
 from .show import MISSING, Grid, Part, duration_text, number_text, plain, print_parts, rate_text, share_text
+from .show_kernels import kernel_parts, kernels_dict
 from .show_parts import parts_dict, parts_tables
 from .speed_of_light import DATA_SHEET, Done, RequestLight, SpeedOfLight, Window, speed_of_light
 from .start_up import StartUp, process_name, start_up
@@ -100,6 +102,8 @@ class Summary:
     stages: Stages
     names: dict[int, str]  # of processes, by their key
     start_up: list[StartUp]
+    kernels: list[RankKernels]  # of the newest kernel window
+    kernels_note: str  # why they cannot be shown, where there is a window
     layers: Layers
     light: SpeedOfLight
     health: Health
@@ -116,6 +120,7 @@ def summarise(
     one that was named cannot be read.
     """
     frames = load(session, last_s, _columns())
+    kernels, kernels_note = newest_window(session)
     manifest = frames.manifest
     requests, steps, segments = frames["requests"], frames["steps"], frames["segments"]
     level = Level[manifest.level.upper()] if manifest.level.upper() in Level.__members__ else None
@@ -135,6 +140,8 @@ def summarise(
         names={process.key: process_name(process) for process in manifest.processes},
         stages=stage_breakdown(requests, steps, segments, level),
         start_up=start_up(segments, manifest.processes),
+        kernels=kernels,
+        kernels_note=kernels_note,
         layers=layer_breakdown(manifest, steps, segments, frames["experts"]),
         light=speed_of_light(
             manifest, steps, segments, requests, frames["experts"], session.model_config, model_config, calibration
@@ -253,6 +260,7 @@ def as_dict(summary: Summary) -> dict[str, Any]:
             }
             for rank in stages.ranks
         ],
+        "kernel_window": [kernels_dict(rank) for rank in summary.kernels],
         "start_up": [
             {
                 "process": each.process,
@@ -381,6 +389,7 @@ def parts(summary: Summary) -> list[Part]:
         shown += _steps(summary.steps)
     shown += _stages(summary)
     shown += _start_up(summary.start_up)
+    shown += [summary.kernels_note] if summary.kernels_note else kernel_parts(summary.kernels)
     shown += _layers(summary.layers)
     shown += _light(summary.light)
     shown += _health(summary.health, summary.path)

@@ -42,6 +42,7 @@ DATA_SHEET, MEASURED = "data sheet", "measured"  # kinds of ceilings
 MOST_WINDOWS = 12  # over time
 WINDOW_WIDTHS_S = (1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 86400)
 _STEP_KEY = ["instance", "step"]
+_LAYERS = [BY_NAME[name].id for name in ("attention", "mlp", "expert_compute")]
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,10 @@ class Window:
 
     @property
     def busy(self) -> float:
-        """The steps' own time over the window's, of all engine instances: above 1 where several work at a time."""
+        """The steps' own time over the window's, of all engine instances.
+
+        Above 1 where several work at a time, or a step began in the window before.
+        """
         return (self.done.time_ns or 0) / self.width_ns
 
 
@@ -273,7 +277,7 @@ def speed_of_light(
         stages=_by_stage(steps, segments, work, ceilings),
         windows=over_time(steps, own, work, ceilings, window_width(steps)),
         requests=_of_requests(found, requests, ceilings[kind]) if kind else None,
-        notes=(*work.assumptions, *notes),
+        notes=(*work.assumptions, *_left_out(steps), *notes),
     )
 
 
@@ -359,6 +363,12 @@ def _ranks(info: dict[str, Any]) -> Sharding:
     return Sharding.vllm(tensor, pipeline, count("data_parallel"), info.get("expert_parallel") is True)
 
 
+def _left_out(steps: pd.DataFrame) -> list[str]:
+    """What these steps did that is not among their work."""
+    drafts = "draft_tokens" in steps and bool((steps["draft_tokens"] > 0).any())
+    return ["what proposes draft tokens is not counted, only what verifies them."] if drafts else []
+
+
 def _work(model: Model, batch: Batch, ranks: Sharding) -> RankWork:
     return RankWork(tuple(step_work(model, batch, ranks, stage=stage) for stage in range(ranks.pipeline)))
 
@@ -433,12 +443,16 @@ def least_and_bound(least: LeastTimes, count: int) -> tuple[Numbers, Chosen]:
 def _by_stage(
     steps: pd.DataFrame, segments: pd.DataFrame, work: RankWork, ceilings: dict[str, Ceilings]
 ) -> dict[str, Done]:
-    """Over all kinds of step; the time is that of the stage's segments, of one rank, where layers were recorded."""
-    recorded = _stage_times(steps, segments)
-    every = np.ones(len(steps), dtype=bool)
+    """Over all kinds of step; the time is that of the stage's segments, of one rank, where layers were recorded.
+
+    Where only some steps have layers (the level was switched), all of it is of these.
+    """
+    layered = _with_layers(steps, segments)
+    recorded = _stage_times(steps[layered], segments)
+    every = layered if layered.any() else np.ones(len(steps), dtype=bool)
     return {
         stage: Done(
-            count=len(steps),
+            count=int(every.sum()),
             operations=_sum(work.operations(stage), every),
             bytes=_sum(work.bytes(stage), every),
             bus_bytes=_sum(work.bus_bytes(stage), every),
@@ -499,16 +513,24 @@ def _of_requests(found: Served, requests: pd.DataFrame, ceilings: Ceilings) -> R
     )
 
 
+def _with_layers(steps: pd.DataFrame, segments: pd.DataFrame) -> Chosen:
+    """Which steps have segments of layers, and all of them: the level was not switched meanwhile."""
+    inside = segments[segments["stage"].isin(_LAYERS) & segments["step"].notna()]
+    cut = inside.groupby(_STEP_KEY)["partial"].any().reset_index()
+    found = cut.loc[~cut["partial"].astype(bool), _STEP_KEY].astype("int64")
+    keys = steps[_STEP_KEY].astype("int64")
+    return (keys.merge(found, how="left", on=_STEP_KEY, indicator="there")["there"] == "both").to_numpy(dtype=bool)
+
+
 def _stage_times(steps: pd.DataFrame, segments: pd.DataFrame) -> dict[str, int]:
     """Self time of layer-level stages in these steps, on average over the ranks of an engine instance, of all instances
     together; nothing where no layers were recorded.
     """
-    layers = {BY_NAME[name].id for name in ("attention", "mlp", "expert_compute")}
-    if not segments["stage"].isin(layers).any():
+    if not len(steps):
         return {}
     keys = steps[_STEP_KEY].astype("Int64")
     own = segments.merge(keys, on=_STEP_KEY)
-    inside = own[own["stage"].isin({*layers, BY_NAME["forward"].id})]
+    inside = own[own["stage"].isin([*_LAYERS, BY_NAME["forward"].id])]
     ranks = inside.drop_duplicates(["instance", "process", "thread"]).groupby("instance").size()
     totals = own.groupby(["stage", "instance"])["self_ns"].sum().reset_index()
     totals = totals[totals["instance"].isin(ranks.index)]

@@ -57,7 +57,7 @@ MODEL: dict[str, Any] = {
     "dtype": "bfloat16",
     "torch_dtype": "bfloat16",
 }
-LENGTHS, QUICK_LENGTHS = (2048, 2048, 2048, 2048, 4096), (512, 512)
+LENGTHS, QUICK_LENGTHS = (2048, 2048, 2048, 2048, 2048, 2048, 1024, 1024, 1024), (512, 512)
 
 
 class Failed(Exception):
@@ -92,23 +92,30 @@ def recorded(python: str, directory: Path, lengths: Sequence[int]) -> Session:
     return Session.open(session)
 
 
-def light_of(session: Session, calibration: Path) -> SpeedOfLight:
-    """Of the measured prompts' steps."""
+def lights_of(session: Session, calibration: Path) -> list[SpeedOfLight]:
+    """Of the measured prompts' steps, each by itself, the one nearest to its ceiling first."""
     frames = load(session)
     steps = frames["steps"].sort_values("begin_ns").iloc[WARM_UP:]
     if set(steps["phase"]) != {"prefill"} or set(steps["status"]) != {"complete"}:
         raise Failed(f"steps are not complete prefills: {steps[['phase', 'status']].value_counts().to_dict()}")
     rest = (frames["segments"], frames["requests"], frames["experts"])
-    return speed_of_light(frames.manifest, steps, *rest, session.model_config, None, calibration)
+    kept = session.model_config
+    lights = [
+        speed_of_light(frames.manifest, steps.iloc[[number]], *rest, kept, None, calibration)
+        for number in range(len(steps))
+    ]
+    return sorted(lights, key=lambda light: -(light.phases["prefill"].share(MEASURED) or 0.0))
 
 
-def figures_of(light: SpeedOfLight) -> dict[str, Any]:
-    """What is printed, as numbers."""
+def figures_of(lights: Sequence[SpeedOfLight]) -> dict[str, Any]:
+    """What is printed, as numbers: of the best step, what else ran being in the others."""
+    light = lights[0]
     step = light.phases["prefill"]
     assert step.time_ns and step.gap
     stages = {name: done for name, done in light.stages.items() if done.time_ns}
     return {
-        "steps": step.count,
+        "steps": len(lights),
+        "of_light_by_step": [light.phases["prefill"].share(MEASURED) for light in lights],
         "step_ms": step.time_ns / step.count / 1e6,
         "operations_per_s": step.operations_per_s,
         "of_light": step.share(MEASURED),
@@ -135,9 +142,10 @@ def lacks(done: Done) -> float:
     return (done.time_ns or 0) - (done.roofs[MEASURED].whole_ns or 0.0)
 
 
-def show(light: SpeedOfLight, figures: dict[str, Any]) -> None:
+def show(lights: Sequence[SpeedOfLight], figures: dict[str, Any]) -> None:
     """Prints the tables."""
     console = measure.console()
+    light = lights[0]
     step = light.phases["prefill"]
     assert step.time_ns and step.gap
     rows = [
@@ -155,11 +163,13 @@ def show(light: SpeedOfLight, figures: dict[str, Any]) -> None:
         if done.time_ns
     ]
     columns = ("stage", "time/step", "of the step", "operations", "MFU", "MBU", "of ceiling", "lacks, of the step")
-    source = light.ceilings[MEASURED].source
-    console.print(measure.table(f"prefills of {step.count} prompts; ceilings: {source}", columns, rows))
+    every = ", ".join(share_text(share) for share in figures["of_light_by_step"])
+    console.print(f"{len(lights)} prompts; of their ceilings: {every}. The first of these:")
+    console.print(f"ceilings: {light.ceilings[MEASURED].source}")
+    console.print(measure.table("a prefill by stage", columns, rows))
     parts = [[name, "not told" if share is None else share_text(share)] for name, share in figures["gap"].items()]
-    title = f"the gap, {share_text(figures['gap_of_step'])} of the step, is made of"
-    console.print(measure.table(title, ("part", "of the step"), parts))
+    console.print(f"the gap, {share_text(figures['gap_of_step'])} of the step, is made of")
+    console.print(measure.table("", ("part", "of the step"), parts))
     for note in light.notes:
         console.print(note)
 
@@ -177,13 +187,13 @@ def main() -> int:
         try:
             calibration = given.calibration or calibrated(given.python, directory, given.quick)
             session = recorded(given.python, directory, QUICK_LENGTHS if given.quick else LENGTHS)
-            light = light_of(session, calibration)
+            lights = lights_of(session, calibration)
         except Failed as error:
             print(error, file=sys.stderr)
             return 1
-    figures = figures_of(light)
+    figures = figures_of(lights)
     print(measure.machine_line(about))
-    show(light, figures)
+    show(lights, figures)
     if given.json:
         measure.print_json({**about, **figures})
     return 0

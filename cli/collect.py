@@ -34,9 +34,9 @@ def collect(
     # Imported here: pyarrow takes longer to import than most commands to run.
     from stagetrace.exporters.background import stop_at_signal, stop_when_told
     from stagetrace.exporters.collector import Collector
-    from stagetrace.exporters.export_process import ExportProcess
+    from stagetrace.exporters.export_process import ExportProcess, ExportProcesses
     from stagetrace.exporters.orphans import sweep
-    from stagetrace.exporters.otel_settings import destination
+    from stagetrace.exporters.otel_settings import destination, scrape_address
     from stagetrace.exporters.retention import parse_keep
     from stagetrace.exporters.session import Session, SessionError
 
@@ -46,8 +46,14 @@ def collect(
     try:
         session = Session(directory, claim_identity(directory))
         collector = Collector(session, command or (), level, bounds)
-        if destination(os.environ) is not None:
-            collector.export = ExportProcess(session)
+        exports = [ExportProcess(session)] if destination(os.environ) is not None else []
+        if scrape_address(os.environ) is not None:
+            exports.append(ExportProcess(session, "--scrape"))
+        if exports:
+            collector.export = ExportProcesses(*exports)
+    except ValueError as error:
+        typer.echo(f"stagetrace collect: {error}", err=True)
+        raise typer.Exit(2) from error
     except (OSError, SessionError) as error:
         typer.echo(f"stagetrace collect: cannot use {directory} as a session: {error}", err=True)
         raise typer.Exit(2) from error

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from stagetrace.instrument.stages import Level
+
+if TYPE_CHECKING:
+    from stagetrace.exporters.session import Session
 
 ctl = typer.Typer(
     name="ctl", help="Switch what a running server records, at once; the server is not restarted.", no_args_is_help=True
@@ -41,6 +44,54 @@ def disarm(session: SessionOption = None) -> None:
     _switch(session, Level.OFF)
 
 
+@ctl.command()
+def kernel(
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="How many steps of each rank to profile.")] = 20,
+    session: SessionOption = None,
+    seconds: Annotated[float, typer.Option(help="End the window after this time, whatever was seen.")] = 30,
+    megabytes: Annotated[int, typer.Option(help="End it when a rank's memory grew by this much.")] = 2000,
+    wait: Annotated[float, typer.Option(help="How many seconds to wait for a first step.")] = 60,
+) -> None:
+    """Profile some steps of a server that goes on serving, and say which kernels each stage's time goes to.
+
+    torch.profiler runs in every rank for the window's steps, which are slower for it; the engine waits while it starts
+    and while its trace is written, and that time is shown. Exit status: 0, 1 when nothing was profiled, 2 when the
+    session cannot be used.
+    """
+    # Imported here: pyarrow takes longer to import than most commands to run.
+    from stagetrace.exporters.kernel_window import WindowFailed, open_window
+    from stagetrace.exporters.session import Session, SessionError
+
+    try:
+        opened = Session.newest() if session is None else Session.open(session)
+        number, said = open_window(
+            opened, steps, seconds, megabytes, wait, lambda words: typer.echo(f"stagetrace: {words}", err=True)
+        )
+    except WindowFailed as error:
+        _fail(str(error), 1)
+    except (SessionError, OSError, ValueError) as error:
+        _fail(str(error))
+    for rank in said:
+        typer.echo(
+            f"rank {rank.rank} (pid {rank.pid}): {rank.steps} steps, ended by {rank.ended};"
+            f" the engine waited {rank.held_ns / 1e6:.0f} ms for the profiler"
+        )
+    _show_kernels(opened, number)
+
+
+def _show_kernels(session: Session, number: int) -> None:
+    from rich.console import Console
+
+    from stagetrace.analysis.kernels import summarise_kernels
+    from stagetrace.analysis.show_kernels import print_kernels
+    from stagetrace.exporters.session import SessionError
+
+    try:
+        print_kernels(summarise_kernels(session, number), Console())
+    except SessionError as error:
+        _fail(f"{error}. The window's traces are in {session.kernel_window(number)}", 1)
+
+
 def _switch(path: Path | None, to: Level) -> None:
     # Imported here: pyarrow takes longer to import than most commands to run.
     from stagetrace.exporters.control import set_level
@@ -67,6 +118,6 @@ def _switch(path: Path | None, to: Level) -> None:
         )
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, status: int = 2) -> NoReturn:
     typer.echo(f"stagetrace ctl: {message}", err=True)
-    raise typer.Exit(2)
+    raise typer.Exit(status)

@@ -45,7 +45,7 @@ from .session import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from .export_process import ExportProcess
+    from .export_process import ExportProcess, ExportProcesses
     from .parts import Part
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class Collector:
         command: Sequence[str] = (),
         level: str = "step",
         keep: Keep | None = None,
-        export: ExportProcess | None = None,
+        export: ExportProcess | ExportProcesses | None = None,
     ):
         self.session = session
         self.keep = keep or Keep()

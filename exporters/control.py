@@ -59,9 +59,21 @@ class Switched:
         return self.after > self.maximum
 
 
+def current_level(session: Session) -> Level:
+    """What the session records at: its living processes say so, whose environment is not ours; else its directory."""
+    levels = [Level.OFF]
+    for reader in Discovery(session.identity.session).look():
+        try:
+            if reader.alive():
+                levels.append(reader.level)
+        finally:
+            reader.close()
+    return max(levels) if len(levels) > 1 else session_level(session.path)
+
+
 def set_level(session: Session, level: Level) -> list[Switched]:
     """Switches every living process of a session, and those that start later, to `level`; says which were switched."""
-    before = session_level(session.path)
+    before = current_level(session)
     begin = time.monotonic_ns()
     # First for processes that start now: they read the file once more when their ring is in place.
     replace(session.path / LEVEL_FILE, f"{level.name.lower()}\n".encode())

@@ -23,8 +23,9 @@ _PAUSES_S = (1.0, 60.0)  # before a dead one is started again: the first pause, 
 class ExportProcess:
     """Sends the session of a collector to where the OTEL_* variables say, and is started again when it dies."""
 
-    def __init__(self, session: Session):
+    def __init__(self, session: Session, *options: str):
         self._session = session
+        self._options = options
         self._pause_s = _PAUSES_S[0]
         self._start_at = 0.0
         self._process: subprocess.Popen[bytes] | None = None
@@ -45,22 +46,55 @@ class ExportProcess:
                 return
         self._start_at = 0.0
         # -P: modules of the user's directory are none of ours. What it logs goes where the collector's log goes.
-        arguments = [sys.executable, "-P", "-m", "stagetrace.cli.main", "follow", str(self._session.path)]
+        arguments = [
+            sys.executable,
+            "-P",
+            "-m",
+            "stagetrace.cli.main",
+            "follow",
+            str(self._session.path),
+            *self._options,
+        ]
         self._process = subprocess.Popen(arguments, stdin=subprocess.PIPE)
+
+    def tell(self) -> None:
+        """Tells it that the session has ended."""
+        if self._process is None or self._process.stdin is None or self._process.stdin.closed:
+            return
+        try:
+            self._process.stdin.write(STOP)
+            self._process.stdin.close()
+        except OSError:
+            pass  # it is gone
 
     def stop(self) -> None:
         """Lets it send what the session has; what takes longer than FLUSH_S waits there. It never stands in the way."""
+        self.tell()
         process = self._process
-        if process is None or process.stdin is None:
+        if process is None:
             return
-        try:
-            process.stdin.write(STOP)
-            process.stdin.close()
-        except OSError:
-            pass  # it is gone
         try:
             process.wait(FLUSH_S)
         except subprocess.TimeoutExpired:
             log.warning("not all spans were sent by the end; `stagetrace export %s` sends the rest", self._session.path)
             process.kill()
             process.wait()
+
+
+class ExportProcesses:
+    """Several of them: that of a trace backend, and that of the scrape endpoint."""
+
+    def __init__(self, *processes: ExportProcess):
+        self._processes = processes
+
+    def tend(self) -> None:
+        """As ExportProcess.tend."""
+        for process in self._processes:
+            process.tend()
+
+    def stop(self) -> None:
+        """As ExportProcess.stop, at the same time."""
+        for process in self._processes:
+            process.tell()
+        for process in self._processes:
+            process.stop()

@@ -12,21 +12,23 @@ import logging
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Protocol
 
 import pyarrow as pa
 
 from .metrics import MetricsSink
-from .otlp import REQUEST_S, BadSettings, OtlpSink, batches
+from .otlp import OtlpSink
 from .parts import END
 from .session import TABLES, Export, Manifest, Session, SessionError
+from .span_sink import REQUEST_S, BadSettings, batches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from opentelemetry.sdk.trace import ReadableSpan
-
     from .otel_settings import Destination
+    from .sampling import Rules
+    from .span_sink import SpanSink
+    from .spans import Span
 
     Tables = Mapping[str, pa.Table]
     Enrich = Callable[[Tables, Manifest], Tables]
@@ -38,6 +40,7 @@ PAUSE_S = (0.5, 30.0)  # while nothing arrives: the first pause, doubled up to t
 REFUSALS = 3  # of one request, with others accepted in between
 _MOST_QUEUED = 64  # requests
 _MOST_REMEMBERED = 2_000  # commits whose states and members are looked up again for requests that are not over
+_MOST_DECIDED = 64  # commits for which it is decided again what is sampled: their requests' steps may come later
 _SAVE_S = 1.0
 
 
@@ -45,12 +48,24 @@ class Taken(Exception):
     """Another process exports this session to the same destination."""
 
 
+class Target(Protocol):
+    """Where spans go, as the follower needs to know it."""
+
+    @property
+    def name(self) -> str:
+        """A short name that is the same for the same destination."""
+
+    @property
+    def target(self) -> str:
+        """The destination in words, without credentials."""
+
+
 @dataclass
 class _Request:
     """Spans that go in one request to the backend."""
 
     commit: int
-    spans: Sequence[ReadableSpan]
+    spans: Sequence[Span]
     refusals: int = 0
     accepted_before: int = 0  # how many requests had been accepted at its last attempt
 
@@ -65,8 +80,8 @@ class Follower:
     def __init__(
         self,
         session: Session,
-        sink: OtlpSink,
-        destination: Destination,
+        sink: SpanSink,
+        destination: Target,
         metrics: MetricsSink | None = None,
         enrich: Enrich | None = None,
     ):
@@ -86,6 +101,7 @@ class Follower:
         self._resume_at = 0.0
         self._saved_at = 0.0
         self._end_read = False
+        self._steps: dict[int, dict[int, tuple[int, int]]] = {}  # by commit, see _note_steps
         self.manifest = Manifest()
 
     def _claim(self) -> IO[bytes]:
@@ -105,10 +121,18 @@ class Follower:
     def remember(self) -> None:
         """Looks up what requests that are not over had in commits that were sent already."""
         self.manifest = self.session.read_manifest()
-        first = max(self.manifest.rotated + 1, self.state.commit - _MOST_REMEMBERED + 1)
-        if first <= self.state.commit:
-            names, numbers = ("requests", "states", "members"), (first, self.state.commit)
-            self.sink.remember({name: self.session.read_table(name, numbers=numbers) for name in names})
+        names, last = ("requests", "states", "members"), self.state.commit
+        first = max(self.manifest.rotated + 1, last - _MOST_REMEMBERED + 1)
+        decided = last + 1
+        if self.sink.sampler is not None:
+            decided = max(first, last - _MOST_DECIDED + 1)
+            early = self.session.read_table("requests", numbers=(self.manifest.rotated + 1, first - 1))
+            self.sink.remember({"requests": early})
+        if first < decided:
+            self.sink.remember({name: self.session.read_table(name, numbers=(first, decided - 1)) for name in names})
+        for number in range(decided, last + 1):
+            tables = {name: self.session.read_table(name, numbers=(number, number)) for name in names}
+            self.sink.remember(tables, decide=True)
 
     @property
     def waiting(self) -> int:
@@ -187,9 +211,51 @@ class Follower:
             self._leave_out(Counter(rows_that_failed=rows))
             return
         if self.metrics is not None:
-            self.metrics.add(lit)
+            self.metrics.add(lit, self.manifest)
         self._leave_out(made.left_out)
         self._queue.extend(_Request(number, spans) for spans in batches(made.spans))
+        if self.sink.sampler is not None:
+            self._note_steps(number, tables)
+            self._queue_steps(number, set(made.wanted))
+
+    def _note_steps(self, number: int, tables: Tables) -> dict[int, tuple[int, int]]:
+        """Which steps a commit has rows of: of each engine instance the first and the last."""
+        found: dict[int, tuple[int, int]] = {}
+        for name in ("steps", "segments"):
+            pairs = tables[name].select(["instance", "step"]).drop_null().group_by("instance")
+            for row in pairs.aggregate([("step", "min"), ("step", "max")]).to_pylist():
+                first, last = found.get(row["instance"], (row["step_min"], row["step_max"]))
+                found[row["instance"]] = min(first, row["step_min"]), max(last, row["step_max"])
+        self._steps[number] = found
+        while len(self._steps) > _MOST_REMEMBERED:
+            del self._steps[next(iter(self._steps))]
+        return found
+
+    def _queue_steps(self, number: int, wanted: set[tuple[int, int]]) -> None:
+        """Steps that were not sampled when their commit was read, and that a request of this commit took part in."""
+        earlier = min(number, self.manifest.derived + 1) - 1
+        last = max(self.manifest.rotated, earlier - _MOST_REMEMBERED)
+        missing = set(wanted)
+        for before in range(earlier, last, -1) if wanted else ():
+            tables: Tables | None = None
+            held = self._steps.get(before)
+            if held is None:
+                tables = self._of_steps(before)
+                held = self._note_steps(before, tables)
+            here = {each for each in wanted if each[0] in held and held[each[0]][0] <= each[1] <= held[each[0]][1]}
+            if here:
+                made = self.sink.steps(self._enriched(before, tables or self._of_steps(before)), self.manifest, here)
+                self._leave_out(made.left_out)
+                self._queue.extend(_Request(number, spans) for spans in batches(made.spans))
+                missing -= here
+            elif not missing:
+                break
+
+    def _of_steps(self, number: int) -> Tables:
+        tables = {name: TABLES[name].empty_table() for name in TABLES}
+        for name in ("steps", "segments", "experts"):
+            tables[name] = self.session.read_table(name, numbers=(number, number))
+        return tables
 
     def _enriched(self, number: int, tables: Tables) -> Tables:
         if self._enrich is None:
@@ -262,6 +328,7 @@ def follow_session(
     metrics: Destination | None,
     told: Callable[[], bool],
     enrich: Enrich | None = None,
+    rules: Rules | None = None,
 ) -> int:
     """The export process of a collector: follows until told. Its exit status: 0, or 2 where it makes no sense again.
 
@@ -269,9 +336,9 @@ def follow_session(
 
     Raises what the OpenTelemetry SDK raises for variables that it cannot use (BadSettings).
     """
-    sink = OtlpSink.to(destination, session.identity.key)
+    sink = OtlpSink.to(destination, session.identity.key, rules=rules)
     try:
-        counts = None if metrics is None else MetricsSink(metrics, REQUEST_S)
+        counts = None if metrics is None else MetricsSink(metrics, REQUEST_S, session.identity.key)
         follower = Follower(session, sink, destination, counts, enrich)
     except Taken as error:
         log.error("%s", error)

@@ -1,7 +1,8 @@
 """What reached the session and the backend, and what did not, as OTLP metrics: cumulative counts by reason.
 
-They come from the manifest and the state of the export alone, so a value is as old as the last commit. A backend that
-takes no metrics is left alone for a while after each attempt; counts are cumulative, so nothing is lost by that.
+With them go where the time went (stage_metrics.py) and the speed of light (light_metrics.py). The counts come from the
+manifest and the state of the export alone, so a value is as old as the last commit. A backend that takes no metrics is
+left alone for a while after each attempt; counts are cumulative, so nothing is lost by that.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from opentelemetry.sdk.metrics.export import (
     Sum,
 )
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from .light_metrics import LightMetrics
-from .session import FATES
-from .spans import SCOPE, resource_attributes
+from .session import FATES, names_of
+from .spans import SCOPE_NAME, SCOPE_VERSION, Clock, resource_attributes
+from .stage_metrics import StageMetrics
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -40,6 +43,7 @@ log = logging.getLogger(__name__)
 
 EVERY_S = 10.0
 PAUSE_S = 300.0  # after a refusal
+SCOPE = InstrumentationScope(SCOPE_NAME, SCOPE_VERSION)
 _Points = list[tuple[int, dict[str, str]]]  # value, attributes
 
 
@@ -60,6 +64,11 @@ def metrics_of(manifest: Manifest, export: Export, now_ns: int, others: Iterable
             "{span}",
             "spans, by whether this backend confirmed them",
             [(export.sent, {"stagetrace.fate": "sent"}), (export.refused, {"stagetrace.fate": "refused"})],
+        ),
+        "stagetrace.export.left_out": (
+            "{row}",
+            "rows that became no spans for this backend, by reason",
+            [(max(count, 0), {"stagetrace.reason": name}) for name, count in sorted(export.left_out.items())],
         ),
         "stagetrace.hook.errors": (
             "{error}",
@@ -98,20 +107,25 @@ def _points(points: Iterable[tuple[int, Mapping[str, str]]], start_ns: int, now_
 class MetricsSink:
     """Sends the counts now and then. Used by one thread; never raises once it is made."""
 
-    def __init__(self, destination: Destination, timeout_s: float):
+    def __init__(self, destination: Destination, timeout_s: float, key: bytes = b""):
         """Raises what the OpenTelemetry SDK raises for variables that it cannot use."""
         self._exporter = _exporter(destination, destination.timeout_s(timeout_s))
         self._target = destination.target
         self._light = LightMetrics()
+        self._stages = StageMetrics(key, time.time_ns())
         self._next_s = 0.0
         self._refused = False
 
-    def add(self, tables: Mapping[str, pa.Table]) -> None:
-        """Takes in what the tables of a commit say of the speed of light."""
+    def add(self, tables: Mapping[str, pa.Table], manifest: Manifest) -> None:
+        """Takes in what the tables of a commit say."""
         try:
             self._light.add(tables)
         except Exception:
             log.exception("the metrics of the speed of light lack a commit")
+        try:
+            self._stages.add(tables, names_of(manifest.processes), Clock(manifest.anchors))
+        except Exception:
+            log.exception("the metrics of stages lack a commit")
 
     def send(self, manifest: Manifest, export: Export, last: bool = False) -> None:
         """Sends the counts if it is time, or the `last` time, unless the backend refused them a while ago."""
@@ -121,7 +135,8 @@ class MetricsSink:
         self._next_s = now_s + EVERY_S
         try:
             now_ns = time.time_ns()
-            data = metrics_of(manifest, export, now_ns, self._light.metrics(now_ns))
+            others = [*self._light.metrics(now_ns), *self._stages.metrics(now_ns)]
+            data = metrics_of(manifest, export, now_ns, others)
             arrived = self._exporter.export(data) is MetricExportResult.SUCCESS
         except Exception:
             log.exception("the OTLP exporter of metrics failed")

@@ -2,16 +2,18 @@
 
 They mean what they mean in OpenTelemetry's Python SDK. Without OTEL_EXPORTER_OTLP_PROTOCOL, or that of the signal
 (OTEL_EXPORTER_OTLP_TRACES_PROTOCOL, OTEL_EXPORTER_OTLP_METRICS_PROTOCOL), it speaks gRPC (port 4317 of most backends);
-a backend's HTTP port (4318) needs `http/protobuf`. Headers, certificates, compression and resource attributes the SDK
-reads from the environment itself.
+a backend's HTTP port (4318) needs `http/protobuf`. The timeout is in seconds, as in that SDK. Resource attributes the
+SDK reads from the environment itself.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
+
+from opentelemetry.util.re import parse_env_headers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,12 +28,29 @@ class Destination:
     endpoint: str
     protocol: str
     timeout: str  # of one request, in seconds, as the variable has it
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # may have credentials
+    compression: str = ""
+    insecure: bool = False  # for an endpoint that does not say by http:// or https://
+    certificate: str = ""  # file of those that sign the backend's
+    client_key: str = ""
+    client_certificate: str = ""
 
     @property
     def target(self) -> str:
         """The destination in words, without credentials."""
         parts = urlsplit(self.endpoint)
         return f"{urlunsplit(parts._replace(netloc=parts.netloc.rpartition('@')[2]))} by {self.protocol}"
+
+    @property
+    def secure(self) -> bool:
+        """Whether TLS is spoken."""
+        scheme = urlsplit(self.endpoint).scheme if "://" in self.endpoint else ""
+        return scheme == "https" or (scheme not in ("http", "unix", "dns") and not self.insecure)
+
+    @property
+    def address(self) -> str:
+        """Host and port, as gRPC wants them."""
+        return urlsplit(self.endpoint).netloc or self.endpoint
 
     @property
     def name(self) -> str:
@@ -64,4 +83,28 @@ def destination(environ: Mapping[str, str], signal: str = "traces") -> Destinati
     base = not environ.get(f"OTEL_EXPORTER_OTLP_{signal.upper()}_ENDPOINT")  # the signal's own is whole
     if base and protocol == "http/protobuf":
         endpoint = f"{endpoint.rstrip('/')}/v1/{signal}"
-    return Destination(endpoint, protocol, setting("TIMEOUT"))
+    return Destination(
+        endpoint,
+        protocol,
+        setting("TIMEOUT"),
+        parse_env_headers(setting("HEADERS"), liberal=True),
+        setting("COMPRESSION").lower(),
+        setting("INSECURE").lower() == "true",
+        setting("CERTIFICATE"),
+        setting("CLIENT_KEY"),
+        setting("CLIENT_CERTIFICATE"),
+    )
+
+
+def scrape_address(environ: Mapping[str, str]) -> tuple[str, int] | None:
+    """Host and port that OTEL_EXPORTER_PROMETHEUS_HOST and _PORT ask for, where OTEL_METRICS_EXPORTER names prometheus.
+
+    Raises ValueError for a port that is none.
+    """
+    named = environ.get("OTEL_METRICS_EXPORTER", "")
+    if "prometheus" not in [name.strip() for name in named.split(",")]:
+        return None
+    port = environ.get("OTEL_EXPORTER_PROMETHEUS_PORT") or "9464"
+    if not port.isdecimal() or not 0 <= int(port) < 65536:
+        raise ValueError(f"OTEL_EXPORTER_PROMETHEUS_PORT: {port} is no port")
+    return environ.get("OTEL_EXPORTER_PROMETHEUS_HOST") or "127.0.0.1", int(port)

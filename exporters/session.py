@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stagetrace.instrument.identity import Identity, read_identity
+from stagetrace.instrument.kernel_request import KERNEL_DIRECTORY
 from stagetrace.instrument.stages import MAX_ATTRIBUTES, QUEUE_CAUSES, STEP_COMPOSITION
 
 from .parts import BLOCK, END, Part, list_parts, merge_block, read_part, remove_within, write_part
@@ -446,6 +447,17 @@ class Session:
         self.model_config.parent.mkdir(mode=0o700, exist_ok=True)
         replace(self.model_config, content)
 
+    def kernel_window(self, number: int | None = None) -> Path:
+        """The folder of a kernel window, or of the newest one that has a trace. Raises SessionError for none."""
+        found = (self.path / KERNEL_DIRECTORY).glob("*/*.trace.json")
+        numbers = {int(path.parent.name) for path in found if path.parent.name.isdecimal()}
+        if not numbers or (number is not None and number not in numbers):
+            which = "" if number is None else f" {number} that has a trace"
+            raise SessionError(
+                f"{self.path} has no kernel window{which}: open one with `stagetrace ctl kernel` while its server runs"
+            )
+        return self.path / KERNEL_DIRECTORY / str(max(numbers) if number is None else number)
+
     # Raw records
 
     @property
@@ -573,6 +585,10 @@ class Session:
             for part in list_parts(self._tables(name)):
                 if first <= part.first and part.last <= last:
                     part.path.unlink(missing_ok=True)
+
+    def table_files(self, name: str) -> list[Path]:
+        """The Parquet files of a derived table, in order: for queries that read them themselves."""
+        return [part.path for part in list_parts(self._tables(name))]
 
     # As it grows
 

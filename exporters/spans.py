@@ -8,6 +8,8 @@ they are rare events that request level records too (`model_load`, `compile`, `s
 
 All times of a trace are moved to wall time by one offset, that of the newest clock anchor before the trace's begin.
 So durations, and what is inside what, stay exact to the nanosecond when the host's wall clock was set meanwhile.
+
+A span is a plain tuple and not the OpenTelemetry SDK's: making and encoding one of those takes five times as long.
 """
 
 from __future__ import annotations
@@ -16,13 +18,11 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import NAMESPACE_URL, uuid5
 
-from opentelemetry.sdk.trace import Event, ReadableSpan
-from opentelemetry.sdk.util import BoundedList
-from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
+import pyarrow as pa
+from opentelemetry.trace import TraceFlags, TraceState
 
 from stagetrace.exporters.session import REQUESTS_SCHEMA
 from stagetrace.instrument import ids
@@ -32,6 +32,7 @@ from stagetrace.instrument.stages import (
     QUEUE_CAUSES,
     STAGES,
     STEP_COMPOSITION,
+    Attribute,
     Finish,
     Kind,
     Level,
@@ -41,10 +42,7 @@ from stagetrace.instrument.stages import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    import pyarrow as pa
-    from opentelemetry.sdk.resources import Resource
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from stagetrace.exporters.session import Manifest, Process
 
@@ -106,15 +104,56 @@ _DESCRIPTIONS = {
 }
 
 _READ = ("requests", "states", "members", "steps", "segments")
-_SAMPLED = TraceFlags(TraceFlags.SAMPLED)
-_UNSET = Status(StatusCode.UNSET)
 
+SCOPE_NAME = "stagetrace"
 try:
-    SCOPE = InstrumentationScope("stagetrace", version("stagetrace"))
+    SCOPE_VERSION = version("stagetrace")
 except PackageNotFoundError:  # run from a checkout that is not installed
-    SCOPE = InstrumentationScope("stagetrace")
+    SCOPE_VERSION = ""
 
 Row = dict[str, Any]
+
+
+class Context(NamedTuple):
+    """Which span: 16 bytes and 8 bytes, as OpenTelemetry has them."""
+
+    trace_id: bytes
+    span_id: bytes
+
+
+class Link(NamedTuple):
+    """A link to the root span of a step."""
+
+    context: Context
+    step: int
+
+
+class Event(NamedTuple):
+    """A moment inside a span, in wall time."""
+
+    name: str
+    time_ns: int
+
+
+class Span(NamedTuple):
+    """A finished span. Times are wall time; attributes are text, numbers, and tuples of text."""
+
+    name: str
+    context: Context
+    parent: Context | None
+    process: int | None  # key of the process whose it is; None: of the engine as a whole
+    attributes: dict[str, Any]
+    start_time: int
+    end_time: int
+    server: bool = False  # it answers a call from outside; else internal
+    remote: bool = False  # its parent is the caller's
+    error: str | None = None  # what went wrong
+    trace_state: str = ""
+    events: tuple[Event, ...] = ()
+    links: tuple[Link, ...] = ()
+    dropped_links: int = 0
+
+
 _Segments = dict[tuple[int, int], Row]  # by process and sequence
 
 
@@ -140,22 +179,22 @@ class Source:
 
     key: bytes  # of the session's hashes
     clock: Clock
-    service: Resource  # of requests, which pass through several processes, and of processes that are not known
-    processes: Mapping[int, Resource]  # by the process's key in the session
+    processes: Collection[int] = ()  # keys of those that are known; spans of others are the engine's as a whole
     model: str | None = None
     names: Mapping[int, str] = field(default_factory=dict)  # what handles in segments stand for
 
-    def resource(self, process: int) -> Resource:
-        """The resource of one process's spans."""
-        return self.processes.get(process, self.service)
+    def known(self, process: int) -> int | None:
+        """The process whose spans these are; None when nothing is known of it."""
+        return process if process in self.processes else None
 
 
 @dataclass(frozen=True)
 class Spans:
     """Finished spans, and how many rows became none, by reason."""
 
-    spans: list[ReadableSpan]
+    spans: list[Span]
     left_out: Counter[str]
+    wanted: frozenset[tuple[int, int]] = frozenset()  # instance and step of those in earlier commits (sampling.py)
 
 
 def spans_of(tables: Mapping[str, pa.Table], source: Source, link_limit: int = LINK_LIMIT) -> Spans:
@@ -168,7 +207,30 @@ def spans_of(tables: Mapping[str, pa.Table], source: Source, link_limit: int = L
 
 def rows_of(tables: Mapping[str, pa.Table]) -> dict[str, Sequence[Row]]:
     """The rows of those tables that spans are made of."""
-    return {name: tables[name].to_pylist() if name in tables else [] for name in _READ}
+    return {name: _rows(tables[name]) if name in tables else [] for name in _READ}
+
+
+def _rows(table: pa.Table) -> list[Row]:
+    """As the table's own to_pylist, by whole columns, which takes a fraction of its time."""
+    names = table.column_names
+    return [dict(zip(names, row, strict=True)) for row in zip(*map(_values, table.columns), strict=True)]
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    if pa.types.is_integer(column.type):
+        values: list[Any] = column.fill_null(0).to_numpy().tolist() if column.null_count else column.to_numpy().tolist()
+        if column.null_count == len(values):
+            return [None] * len(values)
+        if column.null_count:
+            valid = column.is_valid().to_numpy().tolist()
+            return [value if known else None for value, known in zip(values, valid, strict=True)]
+        return values
+    if pa.types.is_string(column.type):  # a few words, many times over: each is made once
+        encoded = column.combine_chunks().dictionary_encode()
+        words = [*encoded.dictionary.to_pylist(), None]
+        return [words[at] for at in encoded.indices.fill_null(len(words) - 1).to_numpy(zero_copy_only=False).tolist()]
+    found: list[Any] = column.to_pylist()
+    return found
 
 
 def spans_of_rows(rows: Mapping[str, Sequence[Row]], source: Source, link_limit: int = LINK_LIMIT) -> Spans:
@@ -185,7 +247,7 @@ def spans_of_rows(rows: Mapping[str, Sequence[Row]], source: Source, link_limit:
 class _Trace:
     """A step trace, or that of an occasion: the ids of its root, and its offset to wall time."""
 
-    root: SpanContext
+    root: Context
     offset: int
 
 
@@ -225,75 +287,85 @@ def _step_trace(instance: int, step: int, begin: int, source: Source) -> _Trace:
     return _Trace(_step_context(source.key, instance, step), source.clock.offset(begin))
 
 
-def _step_context(key: bytes, instance: int, step: int) -> SpanContext:
-    trace_id = int.from_bytes(ids.step_trace_id(key, instance, step))
-    return SpanContext(trace_id, int.from_bytes(ids.step_span_id(key, instance, step)), False, _SAMPLED)
+def _step_context(key: bytes, instance: int, step: int) -> Context:
+    return Context(ids.step_trace_id(key, instance, step), ids.step_span_id(key, instance, step))
 
 
 def _occasion_trace(root: Row, source: Source) -> _Trace:
     process, sequence = root["process"], root["sequence"]
     # Process keys and engine instances are both random 63-bit numbers: a process stands in for an instance here.
-    trace_id = int.from_bytes(ids.occasion_trace_id(source.key, process, sequence))
-    context = SpanContext(trace_id, _segment_id(source.key, process, sequence), False, _SAMPLED)
+    trace_id = ids.occasion_trace_id(source.key, process, sequence)
+    context = Context(trace_id, ids.segment_span_id(source.key, process, sequence))
     return _Trace(context, source.clock.offset(root["begin_ns"]))
 
 
-def _step_span(row: Row, trace: _Trace, source: Source) -> ReadableSpan:
+# Columns of steps that are attributes of their spans, by the attributes' names.
+_OF_STEPS = {
+    f"stagetrace.{name}": name
+    for name in (
+        *("phase", "status", "unattributed_ns", "ranks_expected", "ranks_reported", "members"),
+        *(attribute.name for attribute in STEP_COMPOSITION),
+        *("output_tokens", "accepted_tokens", "padded_tokens", "graph_mode"),
+        *STEP_LIGHT,
+    )
+}
+_OF_GAPS = {f"stagetrace.{name}": name for name in STEP_GAP}
+
+
+def _step_span(row: Row, trace: _Trace, source: Source) -> Span:
     attributes = {
         "stagetrace.stage": "step",
         "stagetrace.step": row["step"],
         "stagetrace.engine_instance": hex_instance(row["instance"]),
-        **{
-            f"stagetrace.{name}": row[name]
-            for name in ("phase", "status", "unattributed_ns", "ranks_expected", "ranks_reported", "members")
-        },
-        **{f"stagetrace.{attribute.name}": row[attribute.name] for attribute in STEP_COMPOSITION},
-        **{
-            f"stagetrace.{name}": row[name]
-            for name in ("output_tokens", "accepted_tokens", "padded_tokens", "graph_mode")
-        },
-        **{f"stagetrace.{name}": row[name] for name in STEP_LIGHT if row.get(name) is not None},
-        **{f"stagetrace.{name}": round(row[name]) for name in STEP_GAP if row.get(name) is not None},
-        "thread.id": row["thread"],
     }
-    return _span(
-        f"step {row['phase']}",
-        trace.root,
-        parent=None,
-        resource=source.resource(row["process"]),
-        attributes=attributes,
-        begin=row["begin_ns"] + trace.offset,
-        duration=row["end_ns"] - row["begin_ns"],
-    )
+    for name, column in _OF_STEPS.items():
+        value = row.get(column)
+        if value is not None:
+            attributes[name] = value
+    attributes.update(_sampling(row))
+    for name, column in _OF_GAPS.items():
+        value = row.get(column)
+        if value is not None:
+            attributes[name] = round(value)
+    attributes["thread.id"] = row["thread"]
+    begin = row["begin_ns"] + trace.offset
+    end = begin + max(row["end_ns"] - row["begin_ns"], 0)
+    return Span(f"step {row['phase']}", trace.root, None, source.known(row["process"]), attributes, begin, end)
 
 
-def _segment_span(row: Row, root: Row, trace: _Trace, known: _Segments, source: Source) -> ReadableSpan:
+def _segment_span(row: Row, root: Row, trace: _Trace, known: _Segments, source: Source) -> Span:
     stage = BY_ID[row["stage"]]
-    name = f"{stage.name} {root['phase']}" if root["phase"] and _says_phase(stage) else stage.name
-    attributes = {
-        "stagetrace.stage": stage.name,
-        "stagetrace.phase": root["phase"],
-        "stagetrace.step": root["step"],
-        "stagetrace.engine_instance": hex_instance(root["instance"]),
-        "stagetrace.self_ns": row["self_ns"],
-        "thread.id": row["thread"],
-        "stagetrace.partial": True if row["partial"] else None,
-        **_stage_attributes(row, stage, source.names),
-    }
-    return _span(
-        name,
-        _within(trace.root, _segment_id(source.key, row["process"], row["sequence"])),
-        parent=_segment_parent(row, root, trace, known, source.key),
-        resource=source.resource(row["process"]),
-        attributes=attributes,
-        begin=row["begin_ns"] + trace.offset,
-        duration=row["end_ns"] - row["begin_ns"],
+    phase = root["phase"]
+    attributes: dict[str, Any] = {"stagetrace.stage": stage.name}
+    if phase is not None:
+        attributes["stagetrace.phase"] = phase
+    if root["step"] is not None:
+        attributes["stagetrace.step"] = root["step"]
+    if root["instance"] is not None:
+        attributes["stagetrace.engine_instance"] = hex_instance(root["instance"])
+    attributes["stagetrace.self_ns"] = row["self_ns"]
+    attributes["thread.id"] = row["thread"]
+    if row["partial"]:
+        attributes["stagetrace.partial"] = True
+    attributes.update(words_of(row, source.names))
+    begin = row["begin_ns"] + trace.offset
+    return Span(
+        f"{stage.name} {phase}" if phase and stage.id in _SAYS_PHASE else stage.name,
+        Context(trace.root.trace_id, ids.segment_span_id(source.key, row["process"], row["sequence"])),
+        _segment_parent(row, root, trace, known, source.key),
+        source.known(row["process"]),
+        attributes,
+        begin,
+        begin + max(row["end_ns"] - row["begin_ns"], 0),
     )
 
 
 def _says_phase(stage: Stage) -> bool:
     """Whether the phase belongs in the span's name: the work is on tokens, so prefill and decode are unlike."""
     return stage.timeline is Timeline.DEVICE or any(attribute.name == "tokens" for attribute in stage.attributes)
+
+
+_SAYS_PHASE = {stage.id for stage in STAGES if _says_phase(stage)}
 
 
 def _in_step(row: Row) -> bool:
@@ -328,19 +400,15 @@ def _trace_key(root: Row) -> tuple[int, ...]:
     return root["process"], root["sequence"], 0  # never the key of a step, which has two numbers
 
 
-def _segment_parent(row: Row, root: Row, trace: _Trace, known: _Segments, key: bytes) -> SpanContext | None:
+def _segment_parent(row: Row, root: Row, trace: _Trace, known: _Segments, key: bytes) -> Context | None:
     if row is root and not _in_step(root):
         return None
     above = None if row["parent"] is None else known.get((row["process"], row["parent"]))
     if above is not None and above["stage"] in BY_ID:
         root_above = _root(above, known)
         if root_above is not None and _trace_key(root_above) == _trace_key(root):
-            return _within(trace.root, _segment_id(key, above["process"], above["sequence"]))
+            return Context(trace.root.trace_id, ids.segment_span_id(key, above["process"], above["sequence"]))
     return trace.root
-
-
-def _segment_id(key: bytes, process: int, sequence: int) -> int:
-    return int.from_bytes(ids.segment_span_id(key, process, sequence))
 
 
 # Request traces
@@ -371,11 +439,11 @@ def request_spans(
             continue
         begin = _request_begin(row, own_states)
         offset = source.clock.offset(begin)
-        links = _links(members_of.get(row["handle"], []), source.key, link_limit, made)
         if row["child"] == 0:
             spans.append(_parent_span(families[row["parent"]], source))
-        request = _request_span(row, begin, offset, links, source)
-        inner, unknown = _state_spans(own_states, request.context, offset, source)
+        links, dropped = _links(members_of.get(row["handle"], []), source.key, link_limit, made)
+        request = _request_span(row, begin, offset, links, dropped, source)
+        inner, unknown = _state_spans(own_states, request, offset, source)
         spans += [request, *inner]
         left_out["states_of_unknown_stage"] += unknown
     left_out["states_without_request"] += sum(map(len, states_of.values()))
@@ -405,47 +473,53 @@ def _request_begin(row: Row, states: Sequence[Row]) -> int:
     return int(min(moments + [state["begin_ns"] for state in states]))
 
 
-def _request_contexts(row: Row, key: bytes) -> tuple[SpanContext, SpanContext, SpanContext | None]:
+def _request_contexts(row: Row, key: bytes) -> tuple[Context, Context, Context | None]:
     """Of the request's own span, of the span that stands for it in the caller's trace (its parent's, where it is one of
     several answers, else itself), and of the caller's span.
     """
-    trace_id = int(row["trace_id"], 16)
-    flags = TraceFlags(row["trace_flags"])
-    state = TraceState.from_header([row["trace_state"]]) if row["trace_state"] else None
+    trace_id = bytes.fromhex(row["trace_id"])
     handles = (row["handle"], row["handle"] if row["parent"] is None else row["parent"])
-    own, top = (
-        SpanContext(trace_id, int.from_bytes(ids.request_span_id(key, handle)), False, flags, state)
-        for handle in handles
-    )
+    own, top = (Context(trace_id, ids.request_span_id(key, handle)) for handle in handles)
     if row["parent_span_id"] is None:
         return own, top, None
-    return own, top, SpanContext(trace_id, int(row["parent_span_id"], 16), True, flags, state)
+    return own, top, Context(trace_id, bytes.fromhex(row["parent_span_id"]))
 
 
-def _request_span(row: Row, begin: int, offset: int, links: Sequence[Link], source: Source) -> ReadableSpan:
+def _trace_state(row: Row) -> str:
+    """The caller's, less what of it is not valid."""
+    if not row["trace_state"]:
+        return ""
+    return ",".join(f"{key}={value}" for key, value in TraceState.from_header([row["trace_state"]]).items())
+
+
+def _request_span(
+    row: Row, begin: int, offset: int, links: tuple[Link, ...], dropped_links: int, source: Source
+) -> Span:
     own, top, caller = _request_contexts(row, source.key)
     is_child = row["parent"] is not None
-    description = _DESCRIPTIONS.get(row["status"])
-    return _span(
+    return Span(
         "request",
         own,
-        parent=top if is_child else caller,
-        resource=source.service,
-        attributes=_request_attributes(row, source),
-        begin=begin + offset,
-        duration=row["end_ns"] - begin,
-        kind=SpanKind.INTERNAL if is_child else SpanKind.SERVER,
-        status=_UNSET if description is None else Status(StatusCode.ERROR, description),
-        events=[
-            Event("stagetrace." + name.removesuffix("_ns"), {}, row[name] + offset)
+        top if is_child else caller,
+        None,
+        _request_attributes(row, source),
+        begin + offset,
+        begin + offset + max(row["end_ns"] - begin, 0),
+        server=not is_child,
+        remote=not is_child and caller is not None,
+        error=_DESCRIPTIONS.get(row["status"]),
+        trace_state=_trace_state(row),
+        events=tuple(
+            Event("stagetrace." + name.removesuffix("_ns"), row[name] + offset)
             for name in _EVENTS
             if row[name] is not None
-        ],
+        ),
         links=links,
+        dropped_links=dropped_links,
     )
 
 
-def _parent_span(children: Sequence[Row], source: Source) -> ReadableSpan:
+def _parent_span(children: Sequence[Row], source: Source) -> Span:
     """The span of a request for several answers, around these."""
     first = children[0]
     _, top, caller = _request_contexts(first, source.key)
@@ -463,22 +537,25 @@ def _parent_span(children: Sequence[Row], source: Source) -> ReadableSpan:
         GEN_AI_USAGE_OUTPUT_TOKENS: sum(row["output_tokens"] or 0 for row in children),
         "stagetrace.children": first["children"],
     }
-    return _span(
+    start = begin + source.clock.offset(begin)
+    return Span(
         "parent_request",
         top,
-        parent=caller,
-        resource=source.service,
-        attributes=attributes,
-        begin=begin + source.clock.offset(begin),
-        duration=max(row["end_ns"] for row in children) - begin,
-        kind=SpanKind.SERVER,
-        status=_UNSET if failed is None else Status(StatusCode.ERROR, _DESCRIPTIONS[failed]),
+        caller,
+        None,
+        _known(attributes),
+        start,
+        start + max(max(row["end_ns"] for row in children) - begin, 0),
+        server=True,
+        remote=caller is not None,
+        error=None if failed is None else _DESCRIPTIONS[failed],
+        trace_state=_trace_state(first),
     )
 
 
 def _request_attributes(row: Row, source: Source) -> dict[str, Any]:
     finish = row["finish"]
-    return {
+    attributes = {
         "stagetrace.stage": "request",
         ERROR_TYPE: str(row["refused"] or row["status"]) if row["status"] in _DESCRIPTIONS else None,
         GEN_AI_REQUEST_ID: row["external_id"] or row["request_id"],
@@ -497,49 +574,69 @@ def _request_attributes(row: Row, source: Source) -> dict[str, Any]:
         "stagetrace.engine_instance": hex_instance(row["instance"]),
         **{f"stagetrace.{name}": row[name] for name in (*_OF_REQUESTS, *_STATE_SUMS)},
     }
+    return _known(attributes | _sampling(row))
 
 
-def _links(members: Sequence[Row], key: bytes, limit: int, made: dict[tuple[int, int], Link]) -> BoundedList[Link]:
+def _sampling(row: Row) -> dict[str, Any]:
+    """Why it is here, and for how many it stands, where not all are (sampling.py)."""
+    if "sampling_weight" not in row:
+        return {}
+    return {
+        "stagetrace.sampling.reason": row["sampling_reason"],
+        "stagetrace.sampling.weight": row["sampling_weight"],
+    }
+
+
+def _known(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if value is not None}
+
+
+def _links(
+    members: Sequence[Row], key: bytes, limit: int, made: dict[tuple[int, int], Link]
+) -> tuple[tuple[Link, ...], int]:
     """Links to the first `limit` steps, and how many more there were; `made` has those of other requests."""
-    links: BoundedList[Link] = BoundedList(None)
+    links: list[Link] = []
+    dropped = 0
     for run in members:
         instance, first, count = run["instance"], run["first_step"], run["last_step"] + 1 - run["first_step"]
         kept = min(count, limit - len(links))
         for step in range(first, first + kept):
-            if (instance, step) not in made:
-                made[instance, step] = Link(_step_context(key, instance, step), {"stagetrace.step": step})
-        links.extend([made[instance, step] for step in range(first, first + kept)])
-        links.dropped += count - kept
-    return links
+            link = made.get((instance, step))
+            if link is None:
+                link = made[instance, step] = Link(_step_context(key, instance, step), step)
+            links.append(link)
+        dropped += count - kept
+    return tuple(links), dropped
 
 
-def _state_spans(
-    states: Sequence[Row], root: SpanContext, offset: int, source: Source
-) -> tuple[list[ReadableSpan], int]:
+def _state_spans(states: Sequence[Row], request: Span, offset: int, source: Source) -> tuple[list[Span], int]:
     """The spans of one request's states, and how many are of a stage that this version does not know."""
     spans = []
     unknown = 0
+    trace_id = request.context.trace_id
     for row in states:
         stage = BY_ID.get(row["stage"])
         if stage is None:
             unknown += 1
             continue
         holder = _holder(row, stage, states)
-        attributes = {
-            "stagetrace.stage": stage.name,
-            "stagetrace.step": row["step"],
-            "stagetrace.engine_instance": hex_instance(row["instance"]),
-            **_stage_attributes(row, stage, source.names),
-        }
+        attributes: dict[str, Any] = {"stagetrace.stage": stage.name}
+        if row["step"] is not None:
+            attributes["stagetrace.step"] = row["step"]
+        if row["instance"] is not None:
+            attributes["stagetrace.engine_instance"] = hex_instance(row["instance"])
+        attributes.update(words_of(row, source.names))
+        begin = row["begin_ns"] + offset
         spans.append(
-            _span(
+            Span(
                 stage.name,
-                _within(root, _state_id(row, source.key)),
-                parent=root if holder is None else _within(root, _state_id(holder, source.key)),
-                resource=source.service,
-                attributes=attributes,
-                begin=row["begin_ns"] + offset,
-                duration=row["end_ns"] - row["begin_ns"],
+                Context(trace_id, _state_id(row, source.key)),
+                request.context if holder is None else Context(trace_id, _state_id(holder, source.key)),
+                None,
+                attributes,
+                begin,
+                begin + max(row["end_ns"] - row["begin_ns"], 0),
+                trace_state=request.trace_state,
             )
         )
     return spans, unknown
@@ -547,7 +644,7 @@ def _state_spans(
 
 def _holder(row: Row, stage: Stage, states: Sequence[Row]) -> Row | None:
     """The state around a state (the prefill around a chunk): the one that it shares most time with, or None."""
-    possible = [BY_NAME[name].id for name in stage.inside if BY_NAME[name].kind is Kind.STATE]
+    possible = _HOLDERS.get(stage.id, ())
     best = None
     longest = -1
     for state in states if possible else ():
@@ -557,58 +654,46 @@ def _holder(row: Row, stage: Stage, states: Sequence[Row]) -> Row | None:
     return best
 
 
-def _state_id(row: Row, key: bytes) -> int:
-    return int.from_bytes(ids.state_span_id(key, row["handle"], row["stage"], row["begin_ns"], row["step"] or 0))
+_HOLDERS = {
+    stage.id: [BY_NAME[name].id for name in stage.inside if BY_NAME[name].kind is Kind.STATE]
+    for stage in STAGES
+    if stage.kind is Kind.STATE
+}
+
+
+def _state_id(row: Row, key: bytes) -> bytes:
+    return ids.state_span_id(key, row["handle"], row["stage"], row["begin_ns"], row["step"] or 0)
 
 
 # Common to both
 
 
-def _within(root: SpanContext, span_id: int) -> SpanContext:
-    """The context of another span in the trace of `root`."""
-    return SpanContext(root.trace_id, span_id, False, root.trace_flags, root.trace_state)
+def _is_handle(attribute: Attribute) -> bool:
+    return attribute.unit is Unit.HANDLE
 
 
-def _stage_attributes(row: Row, stage: Stage, names: Mapping[int, str]) -> dict[str, Any]:
-    found = {}
-    for i, attribute in enumerate(stage.attributes):
-        value = row[f"a{i}"]
-        if value is not None and attribute.unit is Unit.HANDLE:
-            value = names.get(value) or (hex_instance(value) if value else None)
-        elif value is not None:
-            value = attribute.text(value) or value
-        found[f"stagetrace.{attribute.name}"] = value
-    return found
+# Of each stage: the column and the attribute of every word, and what it is where it is no plain number.
+_WORDS = {
+    stage.id: [
+        (f"a{i}", f"stagetrace.{attribute.name}", attribute if attribute.choices or _is_handle(attribute) else None)
+        for i, attribute in enumerate(stage.attributes)
+    ]
+    for stage in STAGES
+}
 
 
-def _span(
-    name: str,
-    context: SpanContext,
-    *,
-    parent: SpanContext | None,
-    resource: Resource,
-    attributes: Mapping[str, Any],
-    begin: int,
-    duration: int,
-    kind: SpanKind = SpanKind.INTERNAL,
-    status: Status = _UNSET,
-    events: Sequence[Event] = (),
-    links: Sequence[Link] = (),
-) -> ReadableSpan:
-    return ReadableSpan(
-        name,
-        context,
-        parent,
-        resource,
-        {key: value for key, value in attributes.items() if value is not None},
-        events,
-        links,
-        kind,
-        status=status,
-        start_time=begin,
-        end_time=begin + max(duration, 0),
-        instrumentation_scope=SCOPE,
-    )
+def words_of(row: Row, names: Mapping[int, str]) -> Iterator[tuple[str, Any]]:
+    """What the stage's own words in a row of segments or states say, as attributes."""
+    for column, name, attribute in _WORDS[row["stage"]]:
+        value = row[column]
+        if value is None:
+            continue
+        if attribute is None:
+            yield name, value
+        elif not _is_handle(attribute):
+            yield name, attribute.text(value) or value
+        elif value:
+            yield name, names.get(value) or hex_instance(value)
 
 
 def hex_instance(instance: int | None) -> str | None:

@@ -16,6 +16,7 @@ from keyword import iskeyword
 from typing import TYPE_CHECKING, Any
 
 from .recorder import now
+from .stretches import Stretches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -31,7 +32,9 @@ OURS = {"begin": "_begin", "end": "_end", "result": "_result", "noted": "_noted"
 _USED = {
     *OURS.values(),
     *("_original", "_before", "_after", "_off", "_hook", "_recorder", "_now", "_compiling", "_capturing", "Exception"),
+    *("_stretches", "_stretch"),
 }
+_OF_STRETCH = ("begin", "end", "last")
 # vLLM hashes the files of all that it compiles, and leaves out code of this name: wrappers change no key of its cache.
 _GENERATED = "<string>"
 
@@ -46,11 +49,15 @@ class Around:
     engine's, `after` is called even when `before` failed. While the level is below the hook's, neither is, but `off`
     is, before the engine's function: to forget what must not outlive a time without records, or to count what must be
     counted at every level. It gets parameters of the engine's function alone.
+
+    A coroutine waits, and others run meanwhile: `stretch` is called after each stretch in which it ran, with begin, end
+    and whether it was the last one, then with the parameters of the engine's function that it names.
     """
 
     before: Callable[..., Any] | None = None
     after: Callable[..., Any] | None = None
     off: Callable[..., Any] | None = None
+    stretch: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +156,10 @@ def source(parameters: Parameters, around: Around, asynchronous: bool = False, g
     off = _arguments(around.off, parameters, {})
     asked = {*(before or ()), *(after or ())}
     call = f"{'await ' if asynchronous else ''}_original({parameters.passed()})"
+    timed = call
+    if around.stretch is not None:
+        given = "".join(f"{name}, " for name in _given(around.stretch, parameters))
+        timed = f"await _stretches(_original({parameters.passed()}), _stretch, _hook, ({given}))"
     lines = [f"{'async ' if asynchronous else ''}def hooked({parameters.declared()}):"]
     if guards is not None:
         lines += ["    if _compiling():", f"        return {call}"]
@@ -168,9 +179,9 @@ def source(parameters: Parameters, around: Around, asynchronous: bool = False, g
     if before is not None:
         lines += _contained(f"{'_noted = ' if '_noted' in asked else ''}_before({', '.join(before)})", "    ")
     if after is None:
-        lines.append(f"    return {call}")
+        lines.append(f"    return {timed}")
     else:
-        lines.append(f"    _result = {call}")
+        lines.append(f"    _result = {timed}")
         if "_end" in asked:
             lines.append("    _end = _now()")
         lines += [*_contained(f"_after({', '.join(after)})", "    "), "    return _result"]
@@ -197,6 +208,11 @@ def _arguments(
     return [ours.get(name, name) for name in wanted]
 
 
+def _given(stretch: Callable[..., Any], parameters: Parameters) -> list[str]:
+    """The engine's parameters that `Around.stretch` asks for, behind its own three."""
+    return (_arguments(stretch, parameters, dict.fromkeys(_OF_STRETCH, "")) or [])[len(_OF_STRETCH) :]
+
+
 def wrap(original: FunctionType, around: Around, hook: Hook) -> Callable[..., Any]:
     """A function that does what is around the original. It can stand wherever the original did.
 
@@ -216,6 +232,8 @@ def wrap(original: FunctionType, around: Around, hook: Hook) -> Callable[..., An
         "_before": around.before,
         "_after": around.after,
         "_off": around.off,
+        "_stretches": Stretches,
+        "_stretch": around.stretch,
         "_hook": hook,
         "_recorder": hook.recorder,
         "_now": now,

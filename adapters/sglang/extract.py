@@ -21,13 +21,14 @@ _FINISH_BY_TYPE = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish
 _CLIENT_ERROR = 400  # from this HTTP status on an abort is an error that the client is told
 
 
-def instance_of(port_args: Any, dp_rank: int) -> int:
+def instance_of(port_args: Any, dp_rank: int, token: str = "") -> int:
     """The engine instance of a scheduler: the same on all its ranks, another after a restart.
 
     Nothing travels from a scheduler to its ranks, since every rank schedules for itself. What they share is the token
-    of the server's start in PortArgs.instance_id, and their data-parallel rank.
+    of the server's start in PortArgs.instance_id, or on several nodes `token`, and their data-parallel rank.
     """
-    token = getattr(port_args, "instance_id", "") or port_args.tokenizer_ipc_name  # without the token: random too
+    # Without an instance_id: the name of a socket, which is random too.
+    token = token or getattr(port_args, "instance_id", "") or port_args.tokenizer_ipc_name
     return handle(b"", f"sglang {token} {dp_rank}") or 1
 
 
@@ -53,12 +54,14 @@ def composition(
     running: int,
     kv_usage: float,
     preempted: int,
+    per_decode: int = 1,
 ) -> tuple[int, ...]:
     """What is in a batch, in the order of stages.STEP_COMPOSITION.
 
     `chunks` has (q, kv, cached) of every request in prefill: its tokens in the step, its context after it, and the
-    prompt tokens found in a cache when it joined (0 in later chunks). The others are in decode, with one token each;
-    `decode_context` is the sum of their contexts after the step. `kv_usage` is a fraction.
+    prompt tokens found in a cache when it joined (0 in later chunks). The others are in decode, with `per_decode`
+    tokens each: one, and with speculation the drafts to verify; `decode_context` is the sum of their contexts after
+    the step. `kv_usage` is a fraction.
     """
     prefill_tokens = prefill_context = prefill_q_q = prefill_q_kv = cached_tokens = 0
     for q, kv, cached in chunks:
@@ -74,16 +77,16 @@ def composition(
         prefill_context,
         prefill_q_q,
         prefill_q_kv,
-        decode_requests,
+        decode_requests * per_decode,
         decode_context,
-        decode_requests,
-        decode_context,
+        decode_requests * per_decode * per_decode,
+        decode_context * per_decode,
         cached_tokens,
         waiting,
         running,
         int(kv_usage * 1_000_000 + 0.5),
         preempted,
-        0,
+        decode_requests * (per_decode - 1),
     )
 
 
@@ -95,15 +98,32 @@ def kv_usage(scheduler: Any) -> float:
     return 1.0 - float(free) / float(scheduler.max_total_num_tokens)
 
 
-def decode_context(batch: Any) -> int:
+def decode_context(batch: Any, per_decode: int = 1) -> int:
     """Sum of the contexts of a ScheduleBatch in decode, the tokens of this step included; its own column, on the host.
 
-    While speculation has not resolved that, the requests' own lengths.
+    With speculation (`per_decode` > 1) that column is another, and the requests' own lengths are taken: with overlap
+    they lack what the last step gave, which is not known yet.
     """
     lengths = batch.seq_lens_cpu
-    if lengths is None:
-        return sum(len(each.origin_input_ids) + len(each.output_ids) for each in batch.reqs)
+    if lengths is None or per_decode > 1:
+        tokens = sum(len(each.origin_input_ids) + len(each.output_ids) for each in batch.reqs)
+        return tokens + len(batch.reqs) * (per_decode - 1)
     return int(lengths.sum())
+
+
+def per_decode(args: Any) -> int:
+    """Tokens of a request in a decode step, by the ServerArgs: its last one, and with speculation the drafts."""
+    if not getattr(args, "speculative_algorithm", None):
+        return 1
+    return max(1, int(getattr(args, "speculative_num_draft_tokens", None) or 1))
+
+
+def drafted(request: Any, per_decode: int) -> tuple[int, int] | None:
+    """Draft tokens that were verified for a Req, and accepted of them; None where there were none."""
+    steps = int(getattr(request, "spec_verify_ct", 0) or 0)
+    if not steps or per_decode == 1:
+        return None
+    return steps * (per_decode - 1), int(request.spec_num_correct_drafts)
 
 
 def finish_of(reason: Any) -> Finish:
@@ -120,6 +140,15 @@ def output_tokens(request: Any) -> int:
     """Tokens that a Req has generated, those after its stop left out."""
     until_stop = request.finished_len
     return len(request.output_ids) if until_stop is None else int(until_stop)
+
+
+def queued_at(time_stats: Any) -> float:
+    """When a request was taken in, in seconds of SGLang's clock; 0 if it was not.
+
+    A server that only prefills or only decodes takes it into another queue first, until its KV has a place.
+    """
+    names = ("prefill_bootstrap_queue_entry_time", "decode_prealloc_queue_entry_time", "wait_queue_entry_time")
+    return next((float(found) for name in names if (found := getattr(time_stats, name, 0.0))), 0.0)
 
 
 def time_ns(seconds: float) -> int:
@@ -185,7 +214,9 @@ def finish_of_reason(reason: Mapping[str, Any]) -> Finish:
 
 
 def prompt_tokens(request: Any) -> int:
-    """Tokens in a tokenized request's prompt; 0 where it came as embeddings of unknown length."""
+    """Tokens in a tokenized request's prompt; 0 where it is embeddings of unknown length, or goes on in a session."""
+    if getattr(request, "session_params", None) is not None:
+        return 0  # the scheduler has what came before
     tokens = request.input_ids if request.input_ids is not None else getattr(request, "input_embeds", None)
     return 0 if tokens is None else len(tokens)
 

@@ -16,7 +16,7 @@ from stagetrace.instrument.stages import BY_NAME, Finish, Level
 
 from .. import trace_context
 from ..http import EXCHANGE
-from . import extract
+from . import extract, startup
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -205,7 +205,11 @@ def handle_batch_output(hook: Hook) -> Around:
             end_ns = extract.time_ns(request.time_stats.finished_time)
             state(_LAST_OUTPUT, max(end_ns, begin), recorder.handle(rid), 0, 0, *words)
 
-    return Around(before, after, off=waiting.clear)
+    def woke_streams(begin: int, end: int, last: bool, recv_obj: Any) -> None:
+        if recorder.level[0] >= _STEP_LEVEL:
+            recorder.segment(_DETOKENIZE, begin, end, 0, 0, len(recv_obj.rids) if last else 0)
+
+    return Around(before, after, off=waiting.clear, stretch=woke_streams)
 
 
 def handle_abort(hook: Hook) -> Around:
@@ -286,9 +290,13 @@ def detokenize(hook: Hook) -> Around:
 
 
 def _opens(hook: Hook, role: str) -> Around:
-    def after() -> None:
+    def before(begin: int) -> None:
+        startup.begun(hook.recorder, role, begin)
+
+    def after(self: Any) -> None:
         from sglang.version import __version__
 
         hook.recorder.open(role, {"engine": "sglang", "engine_version": __version__})
+        startup.built(hook, role, self)
 
-    return Around(after=after)
+    return Around(before, after)

@@ -13,7 +13,7 @@ from stagetrace.instrument.hooks import HookPoint
 from stagetrace.instrument.stages import Collective, Level
 
 from ..http import HTTP_POINTS
-from . import front_end, layers, scheduler, worker
+from . import front_end, layers, occasions, scheduler, startup, worker
 
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager:TokenizerManager"
 _CONTROLLER = "sglang.srt.managers.data_parallel_controller:DataParallelController"
@@ -283,6 +283,14 @@ _RANK_POINTS = (
     HookPoint(
         f"{_RUNNER}.sample", ("self", "logits_output", "forward_batch"), Level.STEP, _RANK, worker.sample, "sample"
     ),
+    HookPoint(
+        "sglang.srt.speculative.eagle_utils:eagle_sample",
+        ("verify_input", "batch", "logits_output"),
+        Level.STEP,
+        _RANK,
+        worker.verify,
+        "verify",
+    ),
 )
 
 _LAYERS = "sglang.srt.layers"
@@ -407,4 +415,63 @@ _LAYER_POINTS = (
     ),
 )
 
-HOOK_POINTS: tuple[HookPoint, ...] = (*_FRONT_POINTS, *_SCHEDULER_POINTS, *_RANK_POINTS, *_LAYER_POINTS)
+_LOADER = "sglang.srt.model_loader.loader"
+_STARTUP_POINTS = tuple(
+    HookPoint(target, parameters, Level.OFF, process, handler, f"start-up: {stage}")
+    for target, parameters, process, handler, stage in (
+        (
+            "sglang.srt.entrypoints.engine:_wait_for_scheduler_ready",
+            (),
+            _FRONT,
+            startup.schedulers_are_ready,
+            "start_workers, and its end",
+        ),
+        (f"{_RUNNER}.init_torch_distributed", ("self",), _RANK, startup.piece("init_device"), "init_device"),
+        (f"{_RUNNER}.load_model", ("self",), _RANK, startup.piece("model_load"), "model_load"),
+        (f"{_LOADER}:_initialize_model", ("model_config",), _RANK, startup.build_model, "build_model"),
+        *(
+            (f"{_LOADER}:{loader}.load_model", ("self",), _RANK, startup.weights_loaded, "load_weights")
+            for loader in ("DefaultModelLoader", "DummyModelLoader")
+        ),
+        (f"{_RUNNER}.alloc_memory_pool", ("self",), _RANK, startup.piece("allocate_kv_cache"), "allocate_kv_cache"),
+        (f"{_RUNNER}.init_cuda_graphs", ("self",), _RANK, startup.captured, "graph_capture"),
+    )
+)
+
+_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager"
+_HOST_CACHE = "sglang.srt.managers.cache_controller:HiCacheController"
+_OCCASIONS = tuple(
+    HookPoint(target, parameters, level, _RANK, handler, stage)
+    for target, parameters, level, handler, stage in (
+        *(
+            (
+                f"{_UPDATER}.update_weights_from_{source}",
+                ("self", "recv_req"),
+                Level.REQUEST,
+                occasions.occasion("weight_update"),
+                "weight_update",
+            )
+            for source in ("disk", "tensor", "distributed")
+        ),
+        (f"{_UPDATER}.release_memory_occupation", ("self",), Level.REQUEST, occasions.falls_asleep, "sleep"),
+        (f"{_UPDATER}.resume_memory_occupation", ("self",), Level.REQUEST, occasions.wakes_up, "sleep"),
+        (
+            "sglang.srt.eplb.expert_location_updater:ExpertLocationUpdater.update",
+            ("self",),
+            Level.REQUEST,
+            occasions.occasion("eplb_rebalance"),
+            "eplb_rebalance",
+        ),
+        (f"{_HOST_CACHE}.start_loading", ("self",), Level.STEP, occasions.occasion("kv_load"), "kv_load"),
+        (f"{_HOST_CACHE}.start_writing", ("self",), Level.STEP, occasions.occasion("kv_store"), "kv_store"),
+    )
+)
+
+HOOK_POINTS: tuple[HookPoint, ...] = (
+    *_FRONT_POINTS,
+    *_SCHEDULER_POINTS,
+    *_RANK_POINTS,
+    *_OCCASIONS,
+    *_STARTUP_POINTS,
+    *_LAYER_POINTS,
+)

@@ -106,6 +106,12 @@ def blocks(modules: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, int, Any]]
             yield "shared_experts", layer_index(name), module
 
 
+def layer_of(name: str, module: Any) -> int:
+    """The layer that a module is in: as SGLang numbers it, or as its name says where SGLang does not."""
+    layer = getattr(module, "layer_id", None)
+    return layer_index(name) if layer is None else int(layer)
+
+
 def own_rows(rows: int, sizes: Sequence[int] | None, dp_rank: int, tokens: int) -> slice:
     """Which of so many rows that a layer routes are this rank's tokens.
 
@@ -155,14 +161,13 @@ def attach(hook: Hook, runner: Any) -> None:
             seen.add("embed")
         for of in classes & ATTENTION.keys():
             target, tokens = ATTENTION[of]
-            layer, kind = getattr(module, "layer_id", None), int(attention_kind(module, latent))
-            layer = layer_index(name) if layer is None else layer
+            layer, kind = layer_of(name, module), int(attention_kind(module, latent))
             if others[target].on(module, "forward", timed(hook.recorder, RANK, "attention", tokens, layer, kind)):
                 seen.add("attention")
     for stage, layer, module in blocks(modules):
         if _attach_block(others[MODULE], stage, layer, module):
             seen.add(stage)
-    experts = _attach_experts(hook, [module for _, module in modules], runner, seen)
+    experts = _attach_experts(hook, modules, runner, seen)
     targets = {target for target, _ in ATTENTION.values()} | {MODULE, ROUTER, CHOSEN, EXPERTS}
     for target in (*targets, *(door for pair in DOORS.values() for door in pair)):
         others[target].told_objects()
@@ -178,32 +183,32 @@ def _attach_block(hook: Hook, stage: str, layer: int, module: Any) -> bool:
 # Experts
 
 
-def _attach_experts(hook: Hook, modules: list[Any], runner: Any, seen: set[str]) -> dict[str, object]:
+def _attach_experts(hook: Hook, modules: list[tuple[str, Any]], runner: Any, seen: set[str]) -> dict[str, object]:
     """Has a model's routers, dispatchers and experts timed and its tokens counted; what there is to say of them."""
     others = hook.others
-    experts = [module for module in modules if is_moe(module)]
-    routers = [module for module in modules if _classes(module) & {*_ROUTERS}]
+    experts = [(layer_of(name, module), module) for name, module in modules if is_moe(module)]
+    routers = [(layer_of(name, module), module) for name, module in modules if _classes(module) & {*_ROUTERS}]
     if not experts:
         return {}
     from sglang.srt.runtime_context import get_parallel
 
     parallel = get_parallel()
-    for module in experts:
-        if others[EXPERTS].on(module, "run_moe_core", _computing(hook.recorder, module.layer_id)):
+    for layer, module in experts:
+        if others[EXPERTS].on(module, "run_moe_core", _computing(hook.recorder, layer)):
             seen.add("expert_compute")
         for stage, doors in DOORS.items():
             dispatcher = getattr(module, "dispatcher", None)
-            if dispatcher is not None and _listen(others, dispatcher, stage, doors, module.layer_id):
+            if dispatcher is not None and _listen(others, dispatcher, stage, doors, layer):
                 seen.add(stage)
-    counts, told = _counting(hook, experts[0], routers, runner, parallel)
+    counts, told = _counting(hook, experts[0][1], sorted({layer for layer, _ in routers}), runner, parallel)
     per_token = int(told["experts_per_token"])  # type: ignore[call-overload]
     gathered = int(parallel.attn_dp_size) > 1 and isinstance(counts, HostCounts)
-    for router in routers:
-        if others[ROUTER].on(router, "forward", _routing(hook.recorder, router.forward, router.layer_id)):
+    for layer, router in routers:
+        if others[ROUTER].on(router, "forward", _routing(hook.recorder, router.forward, layer)):
             seen.add("moe_route")
         if counts is not None:
             dp_rank = int(parallel.attn_dp_rank) if gathered else None
-            router.forward = counted(others[CHOSEN], router.layer_id, counts, router.forward, per_token, dp_rank)
+            router.forward = counted(others[CHOSEN], layer, counts, router.forward, per_token, dp_rank)
             others[CHOSEN].objects += 1
     return told
 
@@ -296,7 +301,7 @@ def _guards() -> tuple[Callable[[], bool], Callable[[], bool]]:
 
 
 def _counting(
-    hook: Hook, module: Any, routers: list[Any], runner: Any, parallel: Any
+    hook: Hook, module: Any, layers: list[int], runner: Any, parallel: Any
 ) -> tuple[HostCounts | DeviceCounts | None, dict[str, object]]:
     """What counts this rank's choices, None where another rank does or they are not known; what there is to say."""
     from sglang.srt.layers.moe.utils import get_moe_a2a_backend
@@ -324,7 +329,6 @@ def _counting(
         return HostCounts(chosen, RANK, experts), told
     if not apart and parallel.attn_dp_rank:
         return None, told  # the first of the data-parallel ranks counts the tokens of all
-    layers = sorted({int(router.layer_id) for router in routers})
     counts = DeviceCounts(chosen, RANK, layers, experts, runner.device)
     RANK.at_start, RANK.at_end = (contained(chosen, counts.begin),), (contained(chosen, counts.end),)
     return counts, told

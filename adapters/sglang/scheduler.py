@@ -14,13 +14,14 @@ from _thread import get_ident
 from typing import TYPE_CHECKING, Any
 
 from stagetrace.adapters.device import device_info
+from stagetrace.adapters.kernel_window import KernelWindow
 from stagetrace.adapters.members import Members
 from stagetrace.instrument.around import Around
 from stagetrace.instrument.recorder import now
 from stagetrace.instrument.records import HEAD, TAILS, Change, Event, RecordType, header_word
-from stagetrace.instrument.stages import BY_NAME, Finish, IdleReason, Level
+from stagetrace.instrument.stages import BY_NAME, Finish, GraphMode, IdleReason, Level
 
-from . import extract, layers
+from . import extract, layers, nodes, startup
 from .worker import RANK
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 _MOST_IN_FLIGHT = 64  # steps whose result never came are forgotten beyond this
 _STEP_LEVEL = int(Level.STEP)  # looking into an enum costs as much as a clock read
-_pack_head, _pack_tail = HEAD.pack, TAILS[0].pack
+_pack_head, _pack_tail, _pack_result = HEAD.pack, TAILS[0].pack, TAILS[4].pack
 _OF_NO_STEP = _pack_tail(0, 0)
 _NO_WORK = TAILS[1].pack(0, 0, IdleReason.NO_WORK)
 _OTHER_RANK = TAILS[1].pack(0, 0, IdleReason.WAITING_FOR_RANK)
@@ -51,6 +52,7 @@ _PREFILL = header_word(RecordType.STATE, BY_NAME["prefill"].id)
 _DECODE = header_word(RecordType.STATE, BY_NAME["decode"].id)
 _PREEMPTED = header_word(RecordType.STATE, BY_NAME["preempted"].id)
 _FINISHED = header_word(RecordType.EVENT, Event.FINISHED)
+_DRAFTED = header_word(RecordType.EVENT, Event.DRAFTED)
 _CHUNK = header_word(RecordType.MEMBER, Change.CHUNK)
 
 
@@ -60,9 +62,11 @@ class Tracker:
     What it keeps is of live requests and of steps in flight: nothing that grows.
     """
 
-    def __init__(self, recorder: Recorder, instance: int, pipeline: bool = False):
+    def __init__(self, recorder: Recorder, instance: int, pipeline: bool = False, per_decode: int = 1):
         self.recorder = recorder
         self.instance = instance
+        self.per_decode = per_decode  # tokens of a request in a decode step
+        self.verified: dict[int, Any] = {}  # step that verifies drafts -> its GenerationBatchResult
         self.step = 0  # that was run last
         self.pipeline = pipeline  # between its own work it waits for the other stages
         self.live: dict[str, int] = {}  # request -> handle, 0 for a health check, from queue to end
@@ -98,7 +102,7 @@ class Tracker:
         self.live = {each.rid: self._handle(each) for each in (*queued, *begun) if not each.finished()}
         self.waiting = {each.rid for each in queued}
         self.prefilling = {chunked.rid} if chunked else set()
-        self.in_flight = {}
+        self.in_flight, self.verified = {}, {}
         self.batch = []
         self.members.forget()
         self.context = -1
@@ -149,6 +153,9 @@ class Tracker:
                 len(request.origin_input_ids),
                 request.retraction_count,
             )
+            drafts = extract.drafted(request, self.per_decode)
+            if drafts is not None:
+                self.recorder.state(_DRAFTED, time_ns, handle, self.instance, step, *drafts)
 
     # Steps
 
@@ -181,6 +188,7 @@ class Tracker:
         in_flight = self.in_flight
         if len(in_flight) >= _MOST_IN_FLIGHT:
             in_flight.clear()
+            self.verified.clear()
         in_flight[step] = first_tokens
         if not deep:
             self.members.forget()
@@ -195,8 +203,10 @@ class Tracker:
         if not steady or self.members.due(step):
             live = self.live
             self.members.record(step, [h for h in [live.get(each.rid, 0) for each in requests] if h])
+        per_decode = 1 if chunks else self.per_decode
         if context < 0:
-            context = self.context + decodes if steady and self.context >= 0 else extract.decode_context(batch)
+            known = steady and self.context >= 0 and per_decode == 1
+            context = self.context + decodes if known else extract.decode_context(batch, per_decode)
         self.context = -1 if chunks else context
         running = scheduler.running_batch
         words = extract.composition(
@@ -207,6 +217,7 @@ class Tracker:
             len(requests) + (len(running.reqs) if running is not batch else 0),
             extract.kv_usage(scheduler),
             self.preempted,
+            per_decode,
         )
         put = recorder.put
         tail = _pack_tail(self.instance, step)
@@ -293,12 +304,18 @@ class Tracker:
         self.recorder.put(self.execute, begin, end, _pack_tail(self.instance, step))
         self.last_end = end
 
-    def updated(self, batch: Any, begin: int, end: int) -> None:
-        """The result of a step was taken in.
+    def received(self, batch: Any) -> int:
+        """Tokens that the requests of a step that verifies drafts have; 0 for any other, which give one each."""
+        return sum(map(extract.output_tokens, batch.reqs)) if batch.forward_iter in self.verified else 0
+
+    def updated(self, batch: Any, before: int, begin: int, end: int) -> None:
+        """The result of a step was taken in; `before` is what `received` said then.
 
         Outputs are sent from within: a request's moments are SGLang's own, before the front end can have the token.
         """
         step = batch.forward_iter
+        received = self.received(batch) - before
+        outcome = self.verified.pop(step, None)
         first_tokens = self.in_flight.pop(step, None)
         if first_tokens:
             for request in first_tokens:
@@ -320,6 +337,9 @@ class Tracker:
             if self.pipeline and self.last_end:
                 put(self.idling, self.last_end, begin, _OTHER_RANK)
             put(self.update, begin, end, tail)
+            if outcome is not None:
+                accepted = int(outcome.num_correct_drafts)
+                tail = _pack_result(self.instance, step, accepted, received, 0, GraphMode.UNKNOWN)
             put(self.step_end, end, 0, tail)
         if not self.live:
             self.idle = True
@@ -345,22 +365,29 @@ class _Here:
 def opens_recorder(hook: Hook) -> Around:
     """Scheduler.__init__: this process is a rank, and its groups are ready; the first rank is the engine core too."""
 
+    def before(begin: int) -> None:
+        startup.begun(hook.recorder, "scheduler", begin)
+
     def after(self: Any, server_args: Any, port_args: Any) -> None:
         from sglang.srt.runtime_context import get_parallel
         from sglang.version import __version__
 
         parallel = get_parallel()
         dp_rank = int(parallel.dp_rank or 0)
-        RANK.instance, RANK.rank = extract.instance_of(port_args, dp_rank), extract.rank_of(parallel)
+        RANK.instance = extract.instance_of(port_args, dp_rank, nodes.shared_token(server_args))
+        RANK.rank = extract.rank_of(parallel)
+        RANK.per_decode = extract.per_decode(server_args)
+        RANK.window = KernelWindow(hook.recorder)
         info = extract.process_info(server_args, self.model_config, parallel, __version__)
         info["data_parallel_rank"] = dp_rank
         if extract.is_first(parallel):
             hook.recorder.open("engine_core", {**info, "instance": RANK.instance})
-            _Here.tracker = Tracker(hook.recorder, RANK.instance, parallel.pp_size > 1)
+            _Here.tracker = Tracker(hook.recorder, RANK.instance, parallel.pp_size > 1, RANK.per_decode)
         rank = {"rank": RANK.rank, **device_info(str(info["device"])), **layers.model_info()}
         hook.recorder.open("worker", {**info, **rank})
+        startup.ready(hook.recorder, "scheduler")
 
-    return Around(after=after)
+    return Around(before, after)
 
 
 def add_request(hook: Hook) -> Around:
@@ -368,8 +395,9 @@ def add_request(hook: Hook) -> Around:
 
     def after(self: Any, req: Any) -> None:
         tracker = _Here.tracker
-        if tracker is not None and not req.finished() and req.time_stats.wait_queue_entry_time:
-            tracker.queued(req, req.time_stats.wait_queue_entry_time)
+        since = 0.0 if tracker is None or req.finished() else extract.queued_at(req.time_stats)
+        if tracker is not None and since:
+            tracker.queued(req, since)
 
     return Around(after=after)
 
@@ -464,7 +492,10 @@ def run_batch(hook: Hook) -> Around:
         if recorded:
             rank.start(step, _tokens(batch), now())
 
-    def after(end: int) -> None:
+    def after(result: Any, end: int) -> None:
+        tracker, step = _Here.tracker, rank.step
+        if step and tracker is not None and getattr(result, "accept_lens", None) is not None:
+            tracker.verified[step] = result
         _hand_back(recorder, end)
 
     return Around(before, after, off=rank.forget)
@@ -506,17 +537,23 @@ def _hand_back(recorder: Recorder, end: int) -> None:
 
 
 def _tokens(batch: Any) -> int:
-    return int(batch.extend_num_tokens) if batch.forward_mode.is_extend() else len(batch.reqs)
+    if batch.forward_mode.is_extend():
+        return int(batch.extend_num_tokens)
+    return len(batch.reqs) * RANK.per_decode
 
 
 def process_result(hook: Hook) -> Around:
     """Scheduler.process_batch_result: the step ends. On a device the wait for it is in here."""
 
-    def after(batch: Any, begin: int, end: int) -> None:
-        if _Here.tracker is not None:
-            _Here.tracker.updated(batch, begin, end)
+    def before(batch: Any) -> int:
+        tracker = _Here.tracker
+        return tracker.received(batch) if tracker is not None and tracker.verified else 0
 
-    return Around(after=after)
+    def after(batch: Any, noted: int | None, begin: int, end: int) -> None:
+        if _Here.tracker is not None:
+            _Here.tracker.updated(batch, noted or 0, begin, end)
+
+    return Around(before, after)
 
 
 def stream_output(hook: Hook) -> Around:

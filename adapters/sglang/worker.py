@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
     from stagetrace.instrument.hooks import Hook
 
+    from ..kernel_window import KernelWindow
+
 _HEADERS = tuple(
     header_word(RecordType.SEGMENT, BY_NAME[name].id)
-    for name in ("rank_step", "prepare", "forward", "sample", "return", "draft")
+    for name in ("rank_step", "prepare", "forward", "sample", "return", "draft", "verify")
 )
 _pack_head = HEAD.pack
 _pack_tail, _pack_longer_tail = TAILS[1].pack, TAILS[2].pack
@@ -34,9 +36,11 @@ class _Rank:
         self.instance = 0  # of the scheduler; 0: it is not known
         self.step = 0  # 0: none
         self.tokens = 0  # computed in it
+        self.per_decode = 1  # tokens of a request in a decode step: with speculation its last one and the drafts
         self.batch: Any = None  # ForwardBatch of its forward pass
         self.at_start: tuple[Callable[[], None], ...] = ()  # called around every forward pass of the model, on its
         self.at_end: tuple[Callable[[], None], ...] = ()  # stream; they raise nothing
+        self.window: KernelWindow | None = None
         self.begin = 0  # of the rank's step
         self.reached = 0  # end of the last segment in it
         self.of_rank = self.of_tokens = b""  # tails of the step's segments: with the rank; with its tokens as well
@@ -46,7 +50,7 @@ class _Rank:
         """Steps run on this thread: makes the heads of their segments."""
         self.thread = thread
         heads = (_pack_head(header, thread) for header in _HEADERS)
-        self.rank_step, self.prepare, self.forward, self.sample, self.return_, self.draft = heads
+        self.rank_step, self.prepare, self.forward, self.sample, self.return_, self.draft, self.verify = heads
 
     def start(self, step: int, tokens: int, begin: int) -> None:
         """A step begins, on the thread that calls this."""
@@ -57,12 +61,16 @@ class _Rank:
         self.of_rank = _pack_tail(self.instance, step, self.rank)
         self.of_tokens = _pack_longer_tail(self.instance, step, self.rank, tokens)
         self.step, self.tokens = step, tokens
+        if self.window is not None:
+            self.window.step_begins(self.instance, step, self.rank)
 
     def end(self, put: Callable[[bytes, int, int, bytes], None], end: int) -> None:
         """The step is handed back; `put` writes a segment."""
         if self.reached:
             put(self.return_, self.reached, end, self.of_rank)
         put(self.rank_step, self.begin, end, self.of_tokens)
+        if self.window is not None:
+            self.window.step_ends()
         self.step, self.batch = 0, None
 
     def forget(self) -> None:
@@ -107,6 +115,18 @@ def sample(hook: Hook) -> Around:
     def after(begin: int, end: int) -> None:
         if rank.step:
             put(rank.sample, begin, end, rank.of_rank)
+            rank.reached = end
+
+    return Around(after=after)
+
+
+def verify(hook: Hook) -> Around:
+    """eagle_sample: which drafts the model would have sampled, from its logits; then what it samples after them."""
+    put, rank = hook.recorder.put, RANK
+
+    def after(begin: int, end: int) -> None:
+        if rank.step:
+            put(rank.verify, begin, end, rank.of_rank)
             rank.reached = end
 
     return Around(after=after)

@@ -18,6 +18,7 @@ _OUTPUTS = "vllm.v1.engine.output_processor:OutputProcessor"
 _WORKER = "vllm.v1.worker.gpu_worker:Worker"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+_PIPELINE = "vllm.v1.worker.gpu.pp_utils:PPHandler"
 _STEP_TIMING = "vllm.v1.worker.gpu.async_utils:StepTimingCollector"
 _LOADER = "vllm.model_executor.model_loader"
 # The releases that the table is held against (tests/contracts): what docs/compatibility.md says of them is so.
@@ -231,6 +232,24 @@ _LAYER_POINTS = (
         _RANK,
         layers.of_data_parallel(Collective.ALL_REDUCE, "", "cudagraph_manager"),
         "collective: all_reduce of the data-parallel ranks' batch sizes",
+    ),
+    *(
+        HookPoint(
+            target,
+            ("self", *filter(None, (size,))),
+            Level.LAYER,
+            _RANK,
+            layers.of_pipeline(size, "self"),
+            "collective: broadcast of the sampled tokens to the ranks of the pipeline",
+            since,
+            missed=False,
+        )
+        for target, size, since in (
+            (f"{_RUNNER}._pp_broadcast_prev_sampled_token_ids", "sampled_token_ids", ""),
+            (f"{_RUNNER}._pp_receive_prev_sampled_token_ids_to_input_batch", "", ""),
+            (f"{_PIPELINE}.broadcast", "sampled_token_ids", "0.24"),
+            (f"{_PIPELINE}.receive", "", "0.24"),
+        )
     ),
     # The ways in which a CUDA communicator carries out an all_reduce: which one it was.
     *(

@@ -37,6 +37,7 @@ CHOSEN = "vllm.model_executor.layers.fused_moe.router.fused_moe_router:FusedMoER
 
 _MARK = "_stagetrace"  # attribute of vLLM's objects that we keep ours in
 _CHAIN = "_stagetrace_chain"
+_SAMPLED = "_stagetrace_sampled"
 # What vLLM's opaque operators call on a layer that has no `impl`, and the parameters that may have the tokens.
 _CALLED = (
     *("forward_impl", "conv_ssm_forward", "_forward_core", "_forward_core_fused_norm_packed", "_forward_core_rocm"),
@@ -368,6 +369,26 @@ def of_data_parallel(op: Collective, size: str, owner: str) -> Callable[[Hook], 
         return group_of(get_dp_group())
 
     return lambda _: COLLECTIVES.around(op, group, owner, size)
+
+
+def of_pipeline(size: str, owner: str) -> Callable[[Hook], Around]:
+    """A handler of what brings sampled tokens to the other ranks of the pipeline, past their coordinator.
+
+    It has numbers of its own: of what goes from stage to stage a rank in the middle has more than the first and last.
+    """
+
+    def group(_: Any) -> Group:
+        from vllm.distributed.parallel_state import get_pp_group
+
+        coordinator = get_pp_group()
+        known = vars(coordinator)
+        found: Group | None = known.get(_SAMPLED)
+        if found is None:
+            name = f"{coordinator.unique_name} sampled tokens (ranks {ranges(coordinator.ranks)})"
+            found = known[_SAMPLED] = Group(name, coordinator.world_size == 1, algorithm_of(coordinator))
+        return found
+
+    return lambda _: COLLECTIVES.around(Collective.BROADCAST, group, owner, size)
 
 
 def carried_out_by(name: str) -> Callable[[Hook], Around]:

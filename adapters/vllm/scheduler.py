@@ -156,6 +156,8 @@ class Tracker:
 
     def holds_back(self, cause: int, time_ns: int) -> None:
         """From now on this is what holds waiting requests back."""
+        if cause == self.held:
+            return
         if self.held != _WAITS_ITS_TURN:
             self.held_ns = self._held_until(time_ns)
         self.held, self.held_since = cause, time_ns

@@ -15,6 +15,7 @@ from stagetrace.instrument.records import HEAD, TAILS, RecordType, header_word
 from stagetrace.instrument.stages import BY_NAME, IdleReason
 
 from ..device import device_info
+from ..kernel_window import KernelWindow
 from . import extract, scheduler, startup
 from .scheduler import STEP_ATTRIBUTE
 
@@ -47,6 +48,7 @@ class _Rank:
         self.tokens = 0  # scheduled in it
         self.at_start: tuple[Callable[[], None], ...] = ()  # called when a step begins, and when it was launched;
         self.at_end: tuple[Callable[[], None], ...] = ()  # they raise nothing
+        self.window: KernelWindow | None = None
         self.begin = 0  # of the rank's step
         self.ended = 0  # end of the step before, 0 where nothing was recorded
         self.asleep = 0  # since when; 0: it is awake
@@ -77,11 +79,15 @@ class _Rank:
         self.step, self.tokens = step, tokens
         for call in self.at_start:
             call()
+        if self.window is not None:
+            self.window.step_begins(instance, step, self.rank)
 
     def finish(self, end: int) -> None:
         """The step is over."""
         for call in self.at_end:
             call()
+        if self.window is not None:
+            self.window.step_ends()
         self.step, self.ended = 0, end
 
     def forget(self) -> None:
@@ -99,6 +105,7 @@ def opens_recorder(hook: Hook) -> Around:
         from vllm import __version__
 
         RANK.rank = int(vllm_config.parallel_config.rank)
+        RANK.window = KernelWindow(hook.recorder)
         info = extract.process_info(vllm_config, __version__)
         device = device_info(str(info["device"]))
         hook.recorder.open("worker", {**info, **device, **extract.ranks(vllm_config)})

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 MODULE = "stagetrace.analysis.calibration.measure"
 ROUNDS, QUICK_ROUNDS = 5, 3  # over all cases: what disturbs one round is not in all
-SAMPLES = 5  # in a round
+SAMPLES = 10  # in a round
+LONG_CALL_S, LONG_SAMPLES = 0.1, 2  # a call that takes so long is disturbed little, and costs much
+EXCHANGES = 20  # samples of a collective: it waits for other processes, which the system wakes sooner or later
 SAMPLE_S = 0.004  # a sample is as many calls as take so long
 LONGEST_CALL_S = 2.0  # a case that would take longer is left out
 MOST_CALLS = 20_000
@@ -73,13 +75,19 @@ class Clock:
         last.synchronize()
         return float(first.elapsed_time(last)) / 1e3
 
-    def samples(self, run: Callable[[], object], calls: int = 0) -> list[float]:
-        """Seconds a call, SAMPLES times; `calls` to a sample, or as many as take SAMPLE_S."""
+    def samples(self, run: Callable[[], object]) -> list[float]:
+        """Seconds a call, several times, each over as many calls as take SAMPLE_S."""
         once = self.seconds(run, 1)  # warms up, too
         once = min(once, self.seconds(run, 1))
-        calls = calls or max(1, min(MOST_CALLS, round(SAMPLE_S / max(once, 1e-7))))
+        if once > LONG_CALL_S:
+            return [self.seconds(run, 1) for _ in range(LONG_SAMPLES)]
+        calls = max(1, min(MOST_CALLS, round(SAMPLE_S / max(once, 1e-7))))
         self.seconds(run, max(1, calls // 4))
-        return [self.seconds(run, calls) / calls for _ in range(SAMPLES)]
+        return self.fixed(run, calls, SAMPLES)
+
+    def fixed(self, run: Callable[[], object], calls: int, samples: int) -> list[float]:
+        """Seconds a call, `samples` times over so many calls: the same on every rank."""
+        return [self.seconds(run, calls) / calls for _ in range(samples)]
 
 
 @dataclass
@@ -322,7 +330,9 @@ def _take_part(torch: Any, asked: Asked, say: Callable[[dict[str, Any]], None]) 
             def samples(case: Case = case) -> list[float]:
                 run = case.make(torch, device)
                 torch.distributed.barrier()
-                return clock.samples(run, max(2, min(50, 8 * MIB // case.bytes)))  # as many on every rank
+                calls = max(2, min(50, 8 * MIB // case.bytes))
+                clock.seconds(run, calls)  # warms up
+                return clock.fixed(run, calls, EXCHANGES)
 
             bench.measure(case, samples)
     torch.distributed.destroy_process_group()

@@ -84,8 +84,13 @@ class Calibration:
 
     @property
     def drift(self) -> float:
-        """By how much the rounds' best times differ, in the middle of all rows."""
-        spreads = sorted(row.spread for row in self.rows)
+        """By how much the rounds' best times differ, in the middle of all rows.
+
+        Without collectives, as far as there are others: how soon the system wakes their processes differs by as much
+        as 100 % on a quiet machine.
+        """
+        alone = [row for row in self.rows if row.ranks == 1] or self.rows
+        spreads = sorted(row.spread for row in alone)
         return spreads[len(spreads) // 2] if spreads else 0.0
 
     @property
@@ -181,6 +186,17 @@ class Change:
     def ratio(self) -> float:
         """Of the rates, now over before."""
         return self.before.best_s / self.row.best_s
+
+
+def by_chance(now: Calibration, before: Calibration) -> float:
+    """How many rows that both have differ so by chance where nothing changed.
+
+    They do only if all rounds of one were faster than all of the other, which of n and m rounds alike in all happens
+    to 2 of the (n + m)! / (n! m!) orders that they can be in: 1 of 126 with five rounds each, 1 of 10 with three.
+    """
+    known = {row.name: len(row.rounds_s) for row in before.rows}
+    pairs = [(len(row.rounds_s), known[row.name]) for row in now.rows if row.name in known]
+    return sum(2 / math.comb(n + m, n) for n, m in pairs)
 
 
 def changes(now: Calibration, before: Calibration) -> tuple[list[Change], int]:

@@ -8,7 +8,7 @@ from ..sharding import BUS_FACTORS
 from ..show import Grid, duration_text, plain, rate_text, share_text
 from .cases import size_text
 from .ceilings import ceilings_of
-from .results import CalibrationError, changes
+from .results import CalibrationError, by_chance, changes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,7 +47,10 @@ def parts(found: Calibration, before: Calibration | None) -> list[Part]:
         )
     if before is not None:
         beyond, both = changes(found, before)
-        shown.append(f"Against the one before: of {both} measurements {len(beyond)} differ by more than their spread.")
+        shown.append(
+            f"Against the one before: of {both} measurements {len(beyond)} differ by more than their spread"
+            f" (where nothing has changed, about {by_chance(found, before):.0f} do)."
+        )
         for change in beyond[:_MOST_CHANGES]:
             words = " ".join(str(word) for word in change.row.name[:-1] if word)
             shown.append(plain(f"  {words}: {change.ratio:.2f} of its rate before"))

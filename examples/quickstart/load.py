@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from openai import AsyncOpenAI, OpenAIError
+from openai import AsyncOpenAI
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -177,7 +177,7 @@ async def send(client: AsyncOpenAI, model: str, request: Request) -> Result:
                     prompt_tokens, output_tokens = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
         if not output_tokens:
             error = "the stream ended without usage"
-    except OpenAIError as raised:
+    except Exception as raised:  # of the client, or of what is below it in the middle of a stream
         error = f"{type(raised).__name__}: {raised}"
     return Result(
         concurrency=1,

@@ -181,7 +181,9 @@ def request_tables(
 
     instance = lives.instance
     first = {stage: _first(states, who, count, stage) for stage in _SUMS.values()}
-    prompt = np.where(first[_TOKENIZE].there, first[_TOKENIZE][FIRST_ATTRIBUTE], first[_QUEUE][FIRST_ATTRIBUTE])
+    # A front end may not know it: the engine has what came before in a session.
+    told = first[_TOKENIZE].there & ((first[_TOKENIZE][FIRST_ATTRIBUTE] > 0) | ~first[_QUEUE].there)
+    prompt = np.where(told, first[_TOKENIZE][FIRST_ATTRIBUTE], first[_QUEUE][FIRST_ATTRIBUTE])
     most = first[_TOKENIZE][FIRST_ATTRIBUTE + 1]
     output = np.where(front.there, front[FIRST_ATTRIBUTE + 1], engine[FIRST_ATTRIBUTE + 1])
     last_token = np.where(completed, engine_end, last_token)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import socket
 import ssl
 import struct
 import threading
+import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,7 +27,6 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
@@ -37,6 +39,9 @@ _GRPC = {
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     401: grpc.StatusCode.UNAUTHENTICATED,
 }
+
+
+_UNPACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, "gzip": gzip.decompress, "deflate": zlib.decompress}
 
 
 @dataclass
@@ -62,8 +67,9 @@ class Receiver:
     protocol: str
     default_port = 0
 
-    def __init__(self, port: int = 0):
+    def __init__(self, port: int = 0, certificate: tuple[Path, Path] | None = None):
         self.port = port
+        self.certificate = certificate
         self.requests: list[ExportTraceServiceRequest] = []
         self.metrics: list[ExportMetricsServiceRequest] = []
         self.headers: list[dict[str, str]] = []
@@ -77,7 +83,7 @@ class Receiver:
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.certificate else 'http'}://127.0.0.1:{self.port}"
 
     def received(self) -> list[Received]:
         """All spans so far, in the order of arrival."""
@@ -133,7 +139,7 @@ class Receiver:
 
 
 class GrpcReceiver(Receiver):
-    """With gRPC's own limit of 4 MiB a message."""
+    """With gRPC's own limit of 4 MiB a message; over TLS with a certificate and its key (files)."""
 
     protocol = "grpc"
 
@@ -158,7 +164,12 @@ class GrpcReceiver(Receiver):
         self.server = grpc.server(ThreadPoolExecutor(2))
         metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(Metrics(), self.server)
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Service(), self.server)
-        self.port = self.server.add_insecure_port(f"127.0.0.1:{self.port}")
+        if self.certificate:
+            certificate, key = (file.read_bytes() for file in self.certificate)
+            credentials = grpc.ssl_server_credentials([(key, certificate)])
+            self.port = self.server.add_secure_port(f"127.0.0.1:{self.port}", credentials)
+        else:
+            self.port = self.server.add_insecure_port(f"127.0.0.1:{self.port}")
         self.server.start()
 
     def stop(self) -> None:
@@ -170,14 +181,6 @@ class HttpReceiver(Receiver):
 
     protocol = "http/protobuf"
 
-    def __init__(self, port: int = 0, certificate: tuple[Path, Path] | None = None):
-        super().__init__(port)
-        self.certificate = certificate
-
-    @property
-    def endpoint(self) -> str:
-        return super().endpoint.replace("http:", "https:") if self.certificate else super().endpoint
-
     def start(self) -> None:
         receiver = self
 
@@ -188,6 +191,7 @@ class HttpReceiver(Receiver):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 receiver.wait()
                 headers = {key.lower(): value for key, value in self.headers.items()}
+                body = _UNPACK[headers.get("content-encoding", "")](body)
                 if receiver.reset:
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     self.close_connection = True

@@ -27,7 +27,7 @@ class Builder:
         assert not unknown, f"no columns of {table}: {unknown}"
         zeros = {pa.int64(): 0, pa.int32(): 0, pa.int16(): 0, pa.int8(): 0, pa.string(): "", pa.bool_(): False}
         row = {
-            field.name: columns.get(field.name, None if field.nullable else zeros[field.type])
+            field.name: columns.get(field.name, None if field.nullable else zeros.get(field.type))
             for field in TABLES[table]
         }
         self.rows[table].append(row)

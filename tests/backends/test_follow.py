@@ -23,6 +23,7 @@ from stagetrace.exporters.follow import Follower, Taken
 from stagetrace.exporters.otel_settings import destination
 from stagetrace.exporters.otlp import OtlpSink
 from stagetrace.exporters.parts import END
+from stagetrace.exporters.sampling import rules_of
 from stagetrace.exporters.session import TABLES, Manifest, Session
 from stagetrace.instrument.identity import claim_identity
 from stagetrace.instrument.ids import request_span_id, segment_span_id, state_span_id, step_span_id
@@ -71,7 +72,7 @@ def session(tmp_path: Path) -> Session:
 
 
 def follower_of(
-    session: Session, receiver: Receiver | None = None, timeout_s: float = 0.3, enrich: Any = None
+    session: Session, receiver: Receiver | None = None, timeout_s: float = 0.3, enrich: Any = None, rules: Any = None
 ) -> Follower:
     environ = dict(os.environ)
     if receiver is not None:
@@ -81,7 +82,8 @@ def follower_of(
         }
     wanted = destination(environ)
     assert wanted is not None
-    made = Follower(session, OtlpSink.to(wanted, session.identity.key, timeout_s=timeout_s), wanted, enrich=enrich)
+    sink = OtlpSink.to(wanted, session.identity.key, timeout_s=timeout_s, rules=rules)
+    made = Follower(session, sink, wanted, enrich=enrich)
     made.remember()
     return made
 
@@ -310,6 +312,57 @@ def whole_at_once(path: Path, session: Session, whole: Any) -> list[Any]:
         return receiver.received()
 
 
+# Sampling
+
+
+def sampled_session(path: Path, derived: int) -> Session:
+    """Twelve commits of ten steps and a request; the failed one, in the eighth, took part in steps of four commits."""
+    session = Session(path, claim_identity(path))
+    for number in range(1, 13):
+        build = Builder()
+        for step in range(number * 10, number * 10 + 10):
+            build.step(7, step, step * MS, (step + 1) * MS, decode_tokens=1)
+            build.segment("forward", 3, step * MS, (step + 1) * MS, of=(7, step, "decode"), record=step)
+        status = "error" if number == 8 else "finished"
+        begin = number * 10 * MS
+        handle = build.request(f"r{number}", instance=7, status=status, arrival_ns=begin, end_ns=2 * begin)
+        build.add("members", handle=handle, instance=7, first_step=number * 10 - 15, last_step=number * 10 + 14)
+        for name, table in build.tables().items():
+            session.write_table(name, table, number)
+    manifest = Manifest(session=session.identity.session, anchors=[(0, 10**18)], derived=derived)
+    session.write_manifest(manifest)
+    return session
+
+
+def test_live_and_later_sampled_exports_are_the_same(tmp_path: Path) -> None:
+    rules = rules_of({"STAGETRACE_SAMPLE": "rate=0.2,error"})
+    path = tmp_path / "session"
+    session = sampled_session(path, 1)
+    with HttpReceiver() as live, GrpcReceiver() as later:
+        for derived in range(1, 13):  # commit by commit; the exporting process ends in between
+            manifest = session.read_manifest()
+            manifest.derived, manifest.complete = derived, derived == 12
+            session.write_manifest(manifest)
+            follower = follower_of(session, live, rules=rules)
+            follower.follow(lambda derived=derived, follower=follower: follower.state.commit >= derived)
+            follower.close()
+        finish(follower_of(session, later, rules=rules))
+        one, two = (
+            sorted(item.span.SerializeToString(deterministic=True) for item in receiver.received())
+            for receiver in (live, later)
+        )
+        assert one == two and len(set(one)) == len(one)
+        received = later.received()
+    steps = {item.attributes["stagetrace.step"]: item for item in received if item.span.name == "step decode"}
+    assert set(range(65, 95)) <= set(steps), "every step of the one that failed"
+    assert 30 < len(steps) < 80
+    assert sum(item.attributes["stagetrace.sampling.weight"] == 0 for item in steps.values()) > 10
+    (failed,) = [item for item in received if item.attributes.get("stagetrace.sampling.reason") == "error"]
+    assert failed.attributes["stagetrace.sampling.weight"] == 1.0
+    for state in session.read_exports().values():
+        assert state.left_out["steps_sampled_out"] == state.left_out["segments_sampled_out"] == 120 - len(steps)
+
+
 # The commands
 
 
@@ -397,6 +450,20 @@ def test_run_exports_spans_and_what_was_lost_as_metrics(commands: Commands, rece
     assert counts["stagetrace.slots", "detail", "overwritten"] == 0
     assert 0 < counts["stagetrace.spans", "sent"] <= sum(received.values())
     assert counts["stagetrace.records.damaged", "corrupt"] == 0
+    with HttpReceiver() as later:  # the same session to another backend, afterwards
+        command = [sys.executable, "-m", "stagetrace.cli.main", "export", path]
+        variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": later.endpoint, "OTEL_EXPORTER_OTLP_PROTOCOL": later.protocol}
+        exporting = commands.start(*command, env={**commands.environment, **variables})
+        _, err = exporting.communicate(timeout=60)
+        assert exporting.returncode == 0, err
+        one, two = (
+            {
+                (item.span.SerializeToString(deterministic=True), str(sorted(item.resource.items())))
+                for item in of.received()
+            }
+            for of in (receiver, later)
+        )
+    assert one == two and len(two) == len(received), "live and later: to the byte"
 
 
 @pytest.mark.parametrize("kind", [GrpcReceiver, HttpReceiver])

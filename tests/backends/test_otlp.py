@@ -17,9 +17,10 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span as WireSpan
 from opentelemetry.proto.trace.v1.trace_pb2 import SpanFlags
 from opentelemetry.proto.trace.v1.trace_pb2 import Status as WireStatus
 
-from stagetrace.exporters import otlp
+from stagetrace.exporters import span_sink
 from stagetrace.exporters.otel_settings import destination
 from stagetrace.exporters.otlp import OtlpSink
+from stagetrace.exporters.otlp_send import GrpcSender, HttpSender
 from stagetrace.exporters.session import Manifest
 from stagetrace.instrument import ids
 
@@ -49,7 +50,7 @@ def made_sink(environ: Mapping[str, str] = os.environ, **more: Any) -> OtlpSink:
 def export(sink: OtlpSink, tables: dict[str, Any], manifest: Manifest) -> Sent:
     """Makes the spans of the tables and sends each request once."""
     made = sink.spans(tables, manifest)
-    sent = sum(len(batch) for batch in otlp.batches(made.spans) if sink.send(batch))
+    sent = sum(len(batch) for batch in span_sink.batches(made.spans) if sink.send(batch))
     return Sent(sent, len(made.spans) - sent, dict(made.left_out))
 
 
@@ -376,7 +377,7 @@ def test_backend_that_does_not_answer_holds_a_request_no_longer_than_told(receiv
 def test_refused_batch_fails_and_the_others_arrive(receiver: Receiver, sink: OtlpSink) -> None:
     receiver.refuse = 1
     result = export(sink, many_steps(1200).tables(), ANCHORED)
-    assert (result.sent, result.failed) == (1200 - otlp.BATCH_SPANS, otlp.BATCH_SPANS)
+    assert (result.sent, result.failed) == (1200 - span_sink.BATCH_SPANS, span_sink.BATCH_SPANS)
     assert len(receiver.received()) == result.sent
 
 
@@ -425,27 +426,27 @@ def test_environment_that_asks_for_no_traces(environ: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "module"),
+    ("environ", "kind"),
     [
-        ({"OTEL_EXPORTER_OTLP_ENDPOINT": HERE}, "grpc"),
-        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": HERE, "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, "http"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": HERE}, GrpcSender),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": HERE, "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, HttpSender),
         (
             {
                 "OTEL_EXPORTER_OTLP_ENDPOINT": HERE,
                 "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
                 "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "grpc",
             },
-            "grpc",
+            GrpcSender,
         ),
         (
             {"OTEL_EXPORTER_OTLP_ENDPOINT": HERE, "OTEL_TRACES_EXPORTER": "console, otlp", "OTEL_SDK_DISABLED": "no"},
-            "grpc",
+            GrpcSender,
         ),
     ],
 )
-def test_environment_that_asks_for_traces(environ: dict[str, str], module: str) -> None:
+def test_environment_that_asks_for_traces(environ: dict[str, str], kind: type) -> None:
     sink = made_sink(environ)
-    assert type(sink._exporter).__module__ == f"opentelemetry.exporter.otlp.proto.{module}.trace_exporter"
+    assert isinstance(sink._sender, kind)
     sink.shutdown()
 
 
@@ -453,7 +454,7 @@ def test_environment_that_asks_for_traces(environ: dict[str, str], module: str) 
     ("name", "value"), [("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"), ("OTEL_EXPORTER_OTLP_TIMEOUT", "soon")]
 )
 def test_mistake_in_a_variable_is_told(name: str, value: str) -> None:
-    with pytest.raises(otlp.BadSettings, match=value):
+    with pytest.raises(span_sink.BadSettings, match=value):
         made_sink({"OTEL_EXPORTER_OTLP_ENDPOINT": HERE, name: value})
 
 

@@ -1,12 +1,13 @@
 """KV that comes from elsewhere: vLLM's ExampleConnector on a real server, loading in a step and beside the steps.
 
-The local prefix cache is small, so that what a request needs was thrown out of it and is in the store. Requests that
-cannot be taken in at once are recorded as well: the connector does not know yet, the engine is paused.
+There is no local prefix cache, so that all that is found is in the store. Requests that cannot be taken in at once are
+recorded as well: the connector does not know yet, the engine is paused, another LoRA adapter is in use.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +17,20 @@ import httpx2 as httpx
 import pandas as pd
 import pytest
 from engines.recording import Recording, complete, metrics, record
+from engines.server import environment
 
-from stagetrace.instrument.stages import BY_ID, BY_NAME, Level
+from stagetrace.instrument.stages import BY_ID, BY_NAME
 
 if TYPE_CHECKING:
     from engines.server import Server
 
-BLOCK = 32
+BLOCK, LAYERS = 32, 4
+ADAPTERS = ("one", "two")
+MAKE_ADAPTERS = Path(__file__).with_name("lora.py")
 PROMPTS = {name: f"{name} " * 150 for name in ("apple", "berry", "cherry")}
 ARGUMENTS = (
-    "--enforce-eager",
-    "--enable-prompt-tokens-details",
-    "--max-model-len",
-    "1024",
-    "--block-size",
-    str(BLOCK),
-    "--no-enable-prefix-caching",
+    *("--enforce-eager", "--max-model-len", "1024", "--block-size", str(BLOCK), "--no-enable-prefix-caching"),
+    *("--enable-prompt-tokens-details", "--enable-lora", "--max-loras", "1", "--max-lora-rank", "8"),
 )
 
 
@@ -63,18 +62,26 @@ class Recorded:
 
 
 @pytest.fixture(scope="module")
-def recorded(model, tmp_path_factory) -> Recorded:  # type: ignore[no-untyped-def]
+def recorded(dense_model, engine_python, tmp_path_factory) -> Recorded:  # type: ignore[no-untyped-def]
     directory = tmp_path_factory.mktemp("connector")
+    adapters = {name: directory / name for name in ADAPTERS}
+    subprocess.run(
+        [engine_python, MAKE_ADAPTERS, dense_model, *adapters.values()],
+        env=environment(),
+        check=True,
+        capture_output=True,
+    )
     connector = {
         "kv_connector": "StoreConnector",
         "kv_connector_module_path": "kv_store",
         "kv_role": "kv_both",
         "kv_connector_extra_config": {"shared_storage_path": str(directory / "store")},
     }
-    arguments = (*ARGUMENTS, "--kv-transfer-config", json.dumps(connector))
+    arguments = (*ARGUMENTS, "--kv-transfer-config", json.dumps(connector), "--lora-modules")
+    arguments += tuple(f"{name}={path}" for name, path in adapters.items())
     env = {"PYTHONPATH": str(Path(__file__).parent), "VLLM_SERVER_DEV_MODE": "1"}
     answers: dict[str, dict[str, Any]] = {}
-    with record(model, directory, *arguments, env=env, run=("--level", "layer", "--no-report")) as recording:
+    with record(dense_model, directory, *arguments, env=env, run=("--level", "layer", "--no-report")) as recording:
         server = recording.server
         before = metrics(server)
 
@@ -100,6 +107,16 @@ def recorded(model, tmp_path_factory) -> Recorded:  # type: ignore[no-untyped-de
         _told(server, "sleep")
         _told(server, "wake_up")
         ask("awake", "apple")
+
+        def adapted(name: str) -> None:
+            body = {"model": name, "prompt": f"by adapter {name}", "max_tokens": 150, "ignore_eos": True}
+            answers[name] = complete(server, **body)
+
+        threads = [threading.Thread(target=adapted, args=(name,)) for name in ADAPTERS]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     return Recorded(recording, before, after, answers, refused)
 
 
@@ -161,17 +178,27 @@ def test_the_queue_is_told_by_cause(recorded: Recorded) -> None:
             assert pd.isna(row[column]) or 0 < row[column] <= row["queue_ns"]
 
 
+def test_one_adapter_at_a_time(recorded: Recorded) -> None:
+    rows = [recorded.row(name) for name in ADAPTERS]
+    assert [row["lora"] for row in rows] == [*ADAPTERS]
+    assert recorded.requests["lora"].notna().sum() == recorded.requests["lora_limit_ns"].notna().sum() + 1 == 2
+    first, second = sorted(rows, key=lambda row: row["scheduled_ns"])
+    assert pd.isna(first["lora_limit_ns"])
+    assert 0 < second["lora_limit_ns"] <= second["queue_ns"]
+    assert first["last_token_ns"] <= second["scheduled_ns"]
+
+
 def test_what_the_worker_did_for_it(recorded: Recorded) -> None:
     frames = recorded.recording.frames()
     segments, steps = frames["segments"], frames["steps"]
     for stage, outer in (("kv_load", "prepare"), ("kv_store", "forward")):
         rows = segments[segments["stage"] == BY_NAME[stage].id]
         named = {BY_ID[int(parent)].name for parent in rows["parent_stage"].dropna()}
-        assert named and named <= {*BY_NAME[stage].inside, "attention"}, named
+        assert named and named <= {*BY_NAME[stage].inside}, named
         assert outer in named
         assert set(steps["step"]) <= set(rows["step"].dropna()), "a connector is called in every step"
-        inside = rows["parent_stage"].map(lambda parent: BY_ID[int(parent)].level if pd.notna(parent) else None)
-        assert (inside == Level.LAYER).any(), "each layer's own"
+        # One call a step, and one a layer.
+        assert (rows.groupby("step").size() == 1 + LAYERS).all()
     # While the KV came there was nothing to compute: the connector was called without a step.
     alone = segments[(segments["stage"] == BY_NAME["kv_load"].id) & segments["step"].isna()]
     assert len(alone) > 0

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, TYPE_BYTES = 4, 8, 2, 256, 2  # of the tiny model (examples/quickstart/model.py)
 AT_LAYER = ("--level", "layer", "--no-report")
+MENDS = Path(__file__).with_name("mends")
 COUNTING = Path(__file__).with_name("counting.py")
 QUESTIONS = [Request(({"role": "user", "content": f"question {number}"},), max_tokens=12) for number in range(4)]
 # Every hook of the layer level fails, before the engine's function and after it, and so does counting.
@@ -283,6 +284,48 @@ def test_what_ranks_exchange_is_a_part_of_the_gap(parallel: Recorded, calibrated
 def test_one_of_ranks_with_the_same_tokens_counts_experts(parallel: Recorded) -> None:
     experts = parallel.frames["experts"]
     assert set(experts["rank"]) == {0} and len(experts) == LAYERS * len(parallel.frames["steps"])
+
+
+# Expert parallel, with what vLLM's build for the CPU lacks for it mended
+
+
+@pytest.fixture(scope="module")
+def spread(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    arguments = ("--enforce-eager", "--data-parallel-size", "2", "--enable-expert-parallel")
+    directory = tmp_path_factory.mktemp("layers-ep")
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "PYTHONPATH": str(MENDS)}
+    return recorded(model, directory, *arguments, requests=6, **env)
+
+
+@pytest.mark.matrix
+def test_experts_of_other_ranks(moe: Recorded, spread: Recorded) -> None:
+    """Every token is dispatched and combined in every layer, and counted once.
+
+    The answers begin as on one rank: what the ranks add up is rounded once more, so they need not go on like that.
+    """
+    assert_whole(spread)
+    steps = spread.frames["steps"]
+    for stage in ("expert_dispatch", "expert_compute", "expert_combine", "moe_route"):
+        assert (by_step(spread.segments(stage)) == LAYERS).all(), stage
+        assert len(by_step(spread.segments(stage))) == len(steps)
+    collectives = spread.segments("collective")
+    names = names_of(spread.recording.manifest.processes)
+    per_step = collectives.groupby(["instance", "step", "a0"]).size().unstack("a0")
+    for op, stage in ((Collective.DISPATCH, "expert_dispatch"), (Collective.COMBINE, "expert_combine")):
+        rows = collectives[collectives["a0"] == op]
+        assert (per_step[op] == LAYERS).all()
+        assert {names[group] for group in rows["a1"]} == {"ep:0 (ranks 0-1)"}
+        assert set(rows["parent_stage"]) == {BY_NAME[stage].id}
+    assert Collective.ALL_GATHER not in set(collectives["a0"]), "what a dispatch is made of is not counted again"
+    infos = [process.info for process in spread.recording.manifest.processes if "ep_rank" in process.info]
+    assert sorted((info["ep_rank"], info["local_experts"]) for info in infos) == [(0, "0-3"), (1, "4-7")]
+    found = {row.op for row in summarise(spread.recording.session).layers.collectives}
+    assert {"dispatch", "combine"} <= found
+    alike = [
+        ours.text[:3] == theirs.text[:3]
+        for ours, theirs in zip(spread.results, moe.results[: len(QUESTIONS)], strict=False)
+    ]
+    assert sum(alike) >= len(QUESTIONS) - 1, "the mends compute something else"
 
 
 # Against what is not ours

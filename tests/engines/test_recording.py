@@ -15,6 +15,7 @@ import pytest
 from backends.receiver import GrpcReceiver, Received, values
 from engines.lit import MOST, assert_lit
 from engines.recording import Recording, abort_after, ask, complete, metrics, record
+from engines.streaming import Streamed, stream
 from quickstart.load import Request, Result, run_load
 
 from stagetrace.adapters.vllm.hooks import HOOK_POINTS
@@ -47,6 +48,7 @@ class Recorded:
     recording: Recording
     frames: Frames
     results: list[Result]
+    streamed: list[Streamed]
     before: dict[str, float]
     after: dict[str, float]
     spans: list[Received]
@@ -69,6 +71,7 @@ def recorded(model, calibrated, tmp_path_factory) -> Recorded:  # type: ignore[n
         arguments = ("--enforce-eager", "--max-num-batched-tokens", "256", "--enable-logging-iteration-details")
         with record(model, directory, *arguments, env=env) as recording:
             server = recording.server
+            streamed = stream(server, [f"{number} " * 700 for number in range(12)], max_tokens=80)
             before = metrics(server)
             results = asyncio.run(run_load(server.base_url, server.model, requests=42, seed=3))
             after = metrics(server)
@@ -78,7 +81,7 @@ def recorded(model, calibrated, tmp_path_factory) -> Recorded:  # type: ignore[n
             complete(server, prompt="only one token", max_tokens=1)
             time.sleep(0.5)  # the abort of a client that went away is noticed by and by
         spans, sent = receiver.received(), list(receiver.metrics)
-    return Recorded(recording, recording.frames(), results, before, after, spans, sent)
+    return Recorded(recording, recording.frames(), results, streamed, before, after, spans, sent)
 
 
 def by_external_id(recorded: Recorded) -> pd.DataFrame:
@@ -95,7 +98,7 @@ def test_requests_and_tokens_are_the_clients(recorded: Recorded) -> None:
         assert row["finish"] == "length"
         assert not row["partial"]
     # two prompts with two answers each, one request with a single token, and the aborted one
-    assert len(requests) == len(recorded.results) + 4 + 1 + 1
+    assert len(requests) == len(recorded.streamed) + len(recorded.results) + 4 + 1 + 1
     assert requests["status"].value_counts().to_dict() == {"finished": len(requests) - 1, "aborted": 1}
 
 
@@ -108,6 +111,27 @@ def test_times_are_within_what_the_client_saw(recorded: Recorded) -> None:
         last = (row["last_sent_ns"] - row["arrival_ns"]) / 1e9
         assert 0 < first <= result.first_token_s
         assert first <= last <= result.duration_s
+
+
+def test_agrees_with_a_clients_own_times(recorded: Recorded) -> None:
+    """Over long streams, all at once: within 2 %, by which the client's times, with the way there and back, are longer.
+
+    Between two tokens there is no way there: it can be shorter as well.
+    """
+    rows = by_external_id(recorded).loc[[f"{one.id}-0" for one in recorded.streamed]]
+    gaps = (rows["last_output_ns"] - rows["first_output_ns"]) / (rows["output_tokens"] - 1)
+    assert rows["output_tokens"].tolist() == [one.tokens for one in recorded.streamed]
+    for name, ours, theirs in (
+        (
+            "to first token",
+            rows["first_sent_ns"] - rows["arrival_ns"],
+            [one.to_first_token for one in recorded.streamed],
+        ),
+        ("end to end", rows["last_sent_ns"] - rows["arrival_ns"], [one.end_to_end for one in recorded.streamed]),
+    ):
+        assert (ours.to_numpy() <= theirs).all(), name
+        assert ours.sum() == pytest.approx(sum(theirs), rel=0.02), name
+    assert gaps.sum() == pytest.approx(sum(one.between_tokens for one in recorded.streamed), rel=0.02)
 
 
 def test_order_of_a_requests_moments(recorded: Recorded) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import queue
+import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-import httpx2 as httpx
-from openai import AsyncOpenAI, OpenAI, OpenAIError
+from openai import AsyncOpenAI
 from quickstart.load import Request, Result, plan, send
 
 if TYPE_CHECKING:
@@ -81,31 +83,47 @@ def texts(results: list[Result]) -> list[str]:
     return [result.text for result in results]
 
 
+@dataclass
+class LongRequest:
+    """A request that is under way, and the connection that its answer comes over."""
+
+    id: str  # that its client has seen
+    connection: socket.socket
+
+    def hang_up(self) -> None:
+        """The client is gone. A server that is told to end may wait for that."""
+        with suppress(OSError):  # the server has closed it
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+
 @contextmanager
-def long_request(server: Server) -> Iterator[str]:
-    """A request that is under way while the body runs, which gets the id that its client has seen.
+def long_request(server: Server) -> Iterator[LongRequest]:
+    """A request that is under way while the body runs; at its end the client hangs up.
 
     It would take longer than any test waits: the server is to end while it goes on.
     """
+    where = urlsplit(server.base_url)
+    options = {"max_tokens": 3_000, "stream": True, "ignore_eos": True}
+    body = json.dumps({"model": server.model, "prompt": "on and on", **options}).encode()
+    head = f"POST {where.path}/completions HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
     first: queue.Queue[str] = queue.Queue()
 
-    def ask() -> None:
-        try:
-            with OpenAI(base_url=server.base_url, api_key="none", max_retries=0, timeout=TIMEOUT_S) as client:
-                options: dict[str, Any] = {"ignore_eos": True}
-                said = [{"role": "user", "content": "on and on"}]
-                stream = client.chat.completions.create(
-                    model=server.model, messages=said, max_tokens=3_000, stream=True, extra_body=options
-                )
-                for chunk in stream:
-                    first.put(chunk.id)
-        except (OpenAIError, httpx.HTTPError):
-            pass  # as it was meant to be
+    def read(answer: Any) -> None:
+        with suppress(OSError):
+            for line in answer:
+                if line.startswith(b"data: {") and first.empty():
+                    first.put(json.loads(line.removeprefix(b"data: "))["id"])
 
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
-        yield first.get(timeout=TIMEOUT_S)
-    finally:
-        thread.join(TIMEOUT_S)
-        assert not thread.is_alive(), "the request goes on"
+    with socket.create_connection((where.hostname or "", where.port or 0)) as connection:
+        connection.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        with connection.makefile("rb") as answer:
+            thread = threading.Thread(target=read, args=(answer,))
+            thread.start()
+            made = None
+            try:
+                made = LongRequest(first.get(timeout=TIMEOUT_S), connection)
+                yield made
+            finally:
+                (made or LongRequest("", connection)).hang_up()
+                thread.join(TIMEOUT_S)
+                assert not thread.is_alive(), "the request goes on"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from unit.test_speed_of_light import built
 from stagetrace.analysis.calibration import results, show
 from stagetrace.analysis.calibration.cases import size_text
 from stagetrace.analysis.calibration.ceilings import ceilings_of
-from stagetrace.analysis.calibration.results import Calibration, CalibrationError, Row, changes, load, save
+from stagetrace.analysis.calibration.results import Calibration, CalibrationError, Row, by_chance, changes, load, save
 from stagetrace.analysis.report import summarise
 from stagetrace.analysis.speed_of_light import MEASURED
 from stagetrace.cli.main import app
@@ -108,12 +110,39 @@ def test_two_calibrations_differ_where_they_differ_by_more_than_their_spread():
     assert both == 2
     assert [(change.row.size, change.ratio) for change in beyond] == [("2", 2.0)]
     assert changes(now, now) == ([], 3)
+    assert by_chance(now, before) == pytest.approx(2 / 6 + 2 / 6)  # of two rounds each
+
+
+def test_what_repeats_is_within_its_spread():
+    """Of rows whose times vary alike in both, as many differ by more than their spread as chance has it."""
+    chance = random.Random(5)
+    for rounds, rows in ((5, 3000), (3, 1000)):
+
+        def made(rounds: int = rounds, rows: int = rows) -> Calibration:
+            times = [[chance.lognormvariate(0, 0.1) for _ in range(rounds)] for _ in range(rows)]
+            return calibration(*(row(size=str(i), seconds=min(one), rounds=one) for i, one in enumerate(times)))
+
+        now, before = made(), made()
+        beyond, both = changes(now, before)
+        expected = by_chance(now, before)
+        assert both == rows and expected == pytest.approx(rows * 2 / math.comb(2 * rounds, rounds))
+        assert len(beyond) <= expected + 4 * math.sqrt(expected)  # the other's spread is one more condition
+    # Where the machine has become half as fast, nearly all do.
+    slower = calibration(*(replace(each, **scaled(each, 2.0)) for each in now.rows))
+    assert len(changes(slower, now)[0]) > 0.9 * rows
+
+
+def scaled(one: Row, by: float) -> dict[str, Any]:
+    return {"best_s": one.best_s * by, "rounds_s": [each * by for each in one.rounds_s]}
 
 
 def test_a_busy_machine_is_said():
     assert calibration(row()).busy == ""
     assert "1.5 processors" in calibration(row(), other_processors=1.5).busy
     assert "the rounds differ by 40%" in calibration(row(rounds=[1.0, 1.4])).busy
+    exchange = row("collective", "all_reduce", ranks=2, rounds=[1.0, 2.5])
+    assert calibration(row(), exchange, exchange).busy == ""
+    assert "the rounds differ by 150%" in calibration(exchange).busy
     text = "\n".join(
         part for part in show.parts(calibration(row(), other_processors=1.5), None) if isinstance(part, str)
     )

@@ -64,7 +64,7 @@ def test_rows_of_children_come_together(tmp_path: Path) -> None:
     (parent,) = [span for span in spans if span.name == "parent_request"]
     children = [span for span in spans if span.name == "request"]
     assert parent.parent is None
-    assert parent.context.span_id == int.from_bytes(request_span_id(source().key, PARENT))
+    assert parent.context.span_id == request_span_id(source().key, PARENT)
     assert [child.parent.span_id for child in children if child.parent] == [parent.context.span_id] * 2
     assert parent.attributes is not None
     assert parent.attributes["gen_ai.usage.output_tokens"] == 11

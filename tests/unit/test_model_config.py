@@ -67,6 +67,17 @@ def test_parameters_are_those_published(config: dict[str, Any], total: str, acti
     assert active is None or agrees(found.active + embedding * found.embedding, active), found
 
 
+def test_operations_are_those_published():
+    """Insights into DeepSeek-V3, 2025, table 2: 250 GFLOPs a token to train at 4,096 tokens, causal attention counted
+    once. Backward is twice forward, and every token has logits.
+    """
+    model, tokens = describe(DEEPSEEK_V3), 4096
+    assert model.head is not None
+    others = 2 * model.head.inputs * model.head.outputs * (tokens - 1)  # serving has the last token's alone
+    forward = float(step_work(model, Batch.of_requests([(tokens, tokens)])).operations()) + others
+    assert 3 * forward / tokens == pytest.approx(250e9, rel=0.01)
+
+
 def test_checkpoint_is_as_large_as_published():
     """gpt-oss Model Card, 2025, table 1: 60.8 and 12.8 GiB; DeepSeek-V3's model card: 685B with the MTP layer."""
     for config, size in ((GPT_OSS_120B, 60.8), (GPT_OSS_20B, 12.8)):

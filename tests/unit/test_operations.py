@@ -85,6 +85,14 @@ def test_tensor_parallel_ranks_share_what_is_not_replicated(name: str, ranks: in
         assert attention[each.part] == pytest.approx(float(each.operations) / ranks), each.part
 
 
+def test_recorded_experts_are_those_of_one_data_parallel_rank():
+    model = describe(MIXTRAL_8X7B)
+    batch = Batch.of_requests(decode=[(1, 900)] * 2, distinct_experts=4.0)
+    alone, two = (step_work(model, batch, Sharding.vllm(1, 1, data, True)) for data in (1, 2))
+    read = [sum(float(each.weights) for each in work.of("expert_compute")) for work in (alone, two)]
+    assert read[1] / read[0] == pytest.approx((8 * (1 - (1 - 4 / 8) ** 2) / 2) / 4)  # each rank has half of the experts
+
+
 def test_kv_heads_fewer_than_ranks_are_replicated():
     model = describe(QWEN3_235B)  # 4 of them
     read = {

@@ -338,6 +338,13 @@ def test_a_finish_that_the_front_end_does_not_know_is_the_engines():
     assert (row["status"], row["finish"]) == ("error", "error")
 
 
+def test_a_prompt_whose_length_the_front_end_does_not_know_is_the_engines():
+    going_on = Life().enter("request_tokenize", 1_000, 0).enter("queue", 1_030, 40)
+    assert going_on.rows()[0]["prompt_tokens"] == 40
+    assert Life().enter("request_tokenize", 1_000, 7).enter("queue", 1_030, 40).rows()[0]["prompt_tokens"] == 7
+    assert Life().enter("request_tokenize", 1_000, 0).rows()[0]["prompt_tokens"] == 0
+
+
 def test_a_request_that_was_aborted_when_it_had_finished_is_finished():
     row, _ = full().happen(Event.ABORTED, 1_560).rows()
     assert (row["status"], row["finish"]) == ("finished", "length")

@@ -223,7 +223,8 @@ def test_a_request_from_arrival_to_its_end(tmp_path: Path) -> None:
             (handle, Text.EXTERNAL_ID): "r1",
             (handle, Text.TRACE_CONTEXT): f"{PARENT}\na=b",
         }
-        assert at.segments == ["tokenize", "dispatch"]
+        # Of each of three batches of outputs: until it waits, and what comes then.
+        assert at.segments == ["tokenize", "dispatch", *["detokenize"] * 6]
         assert not front_end._Outputs.waiting
 
 
@@ -429,6 +430,8 @@ def test_embeddings_have_no_output_tokens() -> None:
 def test_a_prompt_of_embeddings() -> None:
     assert extract.prompt_tokens(SimpleNamespace(input_ids=None, input_embeds=[[0.0], [0.0]])) == 2
     assert extract.prompt_tokens(SimpleNamespace(input_ids=None)) == 0
+    going_on = SimpleNamespace(input_ids=[1, 2], session_params=SimpleNamespace(id="session"))
+    assert extract.prompt_tokens(going_on) == 0, "the front end has not what came before"
     assert extract.max_tokens(SimpleNamespace(sampling_params=SimpleNamespace(max_new_tokens=None))) == 0
 
 

@@ -130,6 +130,12 @@ def test_the_rows_of_this_rank(
     assert (found.start, found.stop) == own
 
 
+def test_the_layer_of_a_module():
+    assert layers.layer_of("model.layers.3.mlp.topk", made("TopK", layer_id=7)) == 7
+    assert layers.layer_of("model.layers.3.mlp.topk", made("TopK", layer_id=None)) == 3
+    assert layers.layer_of("model.layers.3.mlp.topk", made("TopK")) == 3
+
+
 def test_rows_of_what_experts_compute():
     assert layers.rows_of(Tensor(5, 256)) == 5
     assert layers.rows_of(Tensor(4, 16, 256)) == 64

@@ -122,8 +122,8 @@ class Engine:
         self.tracker.queued(request, request.time_stats.wait_queue_entry_time)
         return request
 
-    def launch(self, batch: Batch) -> Batch:
-        """Schedules and runs a batch; the copy with which its result will come."""
+    def launch(self, batch: Batch, outcome: Any = None) -> Batch:
+        """Schedules and runs a batch, which gives `outcome`; the copy with which its result will come."""
         begin = time.monotonic_ns()
         self.after("schedule", result=SimpleNamespace(batch_to_run=batch), begin=begin, end=time.monotonic_ns())
         run, forward = self.hook["run_batch"], self.hook["forward"]
@@ -135,32 +135,33 @@ class Engine:
         _call(forward.before, {"self": target, "forward_batch": None, "begin": begin})
         _call(forward.after, {"self": target, "begin": begin, "end": time.monotonic_ns()})
         self.after("sample", begin=time.monotonic_ns(), end=time.monotonic_ns())
-        self.after("run_batch", end=time.monotonic_ns())
+        self.after("run_batch", result=outcome, end=time.monotonic_ns())
         return Batch(batch.reqs[:], batch.extend, batch.chunked_req, batch.forward_iter)
 
-    def result(self, batch: Batch, *finished: Req) -> None:
-        """Takes in a result: a token for everybody but a chunk's request, and these end."""
+    def result(self, batch: Batch, *finished: Req, tokens: int = 1, until: int | None = None) -> None:
+        """Takes in a result: so many tokens for everybody but a chunk's request; these end, the rest is cut off."""
         begin = time.monotonic_ns()
+        noted = _call(self.hook["process_result"].before, {"batch": batch})
         for request in batch.reqs:
             if not request.finished() and request is not batch.chunked_req:
-                request.output_ids.append(0)
+                request.output_ids.extend([0] * tokens)
                 if batch.extend:
                     request.time_stats.last_prefill_finished_time = time.perf_counter()
         for request in finished:
-            request.finished_reason = FINISH_LENGTH()
+            request.finished_reason, request.finished_len = FINISH_LENGTH(), until
             request.time_stats.completion_time = time.perf_counter()
             self.after("completed")
-        given = {"batch": batch, "begin": begin, "end": time.monotonic_ns()}
+        given = {"batch": batch, "noted": noted, "begin": begin, "end": time.monotonic_ns()}
         _call(self.hook["process_result"].after, given)
 
     def after(self, name: str, /, **given: Any) -> None:
         _call(self.hook[name].after, given)
 
 
-def _call(function: Any, given: dict[str, Any]) -> None:
+def _call(function: Any, given: dict[str, Any]) -> Any:
     """Calls a handler's function with what it asks for, as its wrapper does."""
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    function(*(given[name] for name in names))
+    return function(*(given[name] for name in names))
 
 
 @pytest.fixture
@@ -234,6 +235,32 @@ def test_overlap(engine: tuple[Engine, RingReader]) -> None:
     }
 
 
+def test_speculation(engine: tuple[Engine, RingReader], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three drafts a step for each of two requests: what is verified, accepted and received, by step and by request."""
+    loop, reader = engine
+    loop.tracker.per_decode = 4
+    monkeypatch.setattr(worker.RANK, "per_decode", 4)
+    both = [loop.add(Req("first", 6)), loop.add(Req("second", 5))]
+    loop.result(loop.launch(Batch(both, [(0, 6), (0, 5)])))
+    outcome = SimpleNamespace(accept_lens=object(), num_correct_drafts=4)  # two of each
+    loop.result(loop.launch(Batch(both), outcome), tokens=3)
+    for request in both:
+        request.spec_verify_ct, request.spec_num_correct_drafts = 2, 5  # type: ignore[attr-defined]
+    outcome = SimpleNamespace(accept_lens=object(), num_correct_drafts=6)
+    loop.result(loop.launch(Batch(both), outcome), *both, tokens=4, until=6)
+    found = tables(loop, reader)
+    _, one, two = sorted(found["steps"], key=lambda row: row["step"])
+    assert (one["decode_requests"], one["decode_tokens"], one["draft_tokens"]) == (2, 8, 6)
+    assert (one["decode_context"], one["decode_q_q"]) == (6 + 1 + 3 + 5 + 1 + 3, 2 * 16)
+    assert one["decode_q_kv"] == 4 * one["decode_context"]
+    assert two["decode_context"] == one["decode_context"] + 6
+    assert [(row["accepted_tokens"], row["output_tokens"]) for row in (one, two)] == [(4, 6), (6, 4)]
+    drafts = [(row["draft_tokens"], row["accepted_tokens"], row["output_tokens"]) for row in found["requests"]]
+    assert drafts == [(6, 5, 6)] * 2
+    tokens = {row["a1"] for row in found["segments"] if row["stage"] == BY_NAME["rank_step"].id and row["step"] > 1}
+    assert tokens == {8}
+
+
 def test_a_request_that_is_retracted_comes_back(engine: tuple[Engine, RingReader]) -> None:
     loop, reader = engine
     one, other = loop.add(Req("one", 4)), loop.add(Req("other", 4))
@@ -304,3 +331,26 @@ def test_a_switch_of_the_level_takes_up_what_the_engine_has(engine: tuple[Engine
     steps = sorted(tables(loop, reader, requests_without_state=1)["steps"], key=lambda row: row["step"])
     assert [row["phase"] for row in steps] == ["decode", "prefill", "decode"]
     assert [row["members"] for row in steps] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("times", "since"),
+    [
+        ({"wait_queue_entry_time": 7.0}, 7.0),
+        ({"wait_queue_entry_time": 0.0}, 0.0),
+        ({"wait_queue_entry_time": 0.0, "prefill_bootstrap_queue_entry_time": 5.0}, 5.0),
+        ({"wait_queue_entry_time": 9.0, "decode_prealloc_queue_entry_time": 6.0}, 6.0),
+    ],
+)
+def test_a_request_is_queued_where_it_is_taken_in_first(times: dict[str, float], since: float) -> None:
+    assert hooks.extract.queued_at(SimpleNamespace(**times)) == since
+
+
+def test_tokens_and_drafts_of_a_decode_step() -> None:
+    extract = hooks.extract
+    plain = SimpleNamespace(speculative_algorithm=None, speculative_num_draft_tokens=8)
+    drafts = SimpleNamespace(speculative_algorithm="EAGLE", speculative_num_draft_tokens=8)
+    assert (extract.per_decode(plain), extract.per_decode(drafts), extract.per_decode(SimpleNamespace())) == (1, 8, 1)
+    request = SimpleNamespace(spec_verify_ct=3, spec_num_correct_drafts=4)
+    assert extract.drafted(request, 8) == (21, 4)
+    assert extract.drafted(request, 1) is None and extract.drafted(SimpleNamespace(spec_verify_ct=0), 8) is None

@@ -10,13 +10,11 @@ import pytest
 from backends.tables import KEY, MS, Builder, serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 
 from stagetrace.exporters import spans as module
 from stagetrace.exporters.session import REQUESTS_SCHEMA, STATES_SCHEMA, Manifest, Process
-from stagetrace.exporters.spans import Clock, Source, Spans, model_of, resource_attributes, spans_of
+from stagetrace.exporters.spans import Clock, Source, Span, Spans, model_of, resource_attributes, spans_of
 from stagetrace.instrument.stages import BY_NAME, STAGES, STEP_COMPOSITION, Kind, Unit
 
 INSTANCE = 77
@@ -24,28 +22,27 @@ SCHEDULER, WORKER = 11, 12
 
 
 def source(anchors: list[tuple[int, int]] | None = None) -> Source:
-    return Source(KEY, Clock(anchors or [(0, 0)]), Resource({}), {})
+    return Source(KEY, Clock(anchors or [(0, 0)]))
 
 
 def made(build: Builder, anchors: list[tuple[int, int]] | None = None, **options: Any) -> Spans:
     return spans_of(build.tables(), source(anchors), **options)
 
 
-def by_name(spans: Spans) -> dict[str, ReadableSpan]:
+def by_name(spans: Spans) -> dict[str, Span]:
     names = {span.name: span for span in spans.spans}
     assert len(names) == len(spans.spans), "a name twice: look spans up otherwise"
     return names
 
 
-def check_tree(spans: list[ReadableSpan]) -> None:
+def check_tree(spans: list[Span]) -> None:
     """One root a trace, every parent there, every child inside its parent, no id twice."""
     by_id = {(span.context.trace_id, span.context.span_id): span for span in spans}
     assert len(by_id) == len(spans)
     assert len({span.context.span_id for span in spans}) == len(spans)
-    roots: Counter[int] = Counter()
+    roots: Counter[bytes] = Counter()
     for span in spans:
-        assert span.context.is_valid
-        assert span.start_time is not None and span.end_time is not None
+        assert any(span.context.trace_id) and any(span.context.span_id)
         if span.parent is None:
             roots[span.context.trace_id] += 1
             continue
@@ -313,7 +310,6 @@ def test_sampling_is_the_callers_choice() -> None:
     assert {span.attributes["stagetrace.request_id"] for span in result.spans if span.name == "request"} == {"r1", "r3"}
     assert len(result.spans) == 4
     assert result.left_out == {"requests_not_sampled": 2}
-    assert {span.context.trace_flags for span in result.spans} == {1, 3}
 
 
 def test_states_without_their_request_are_counted() -> None:
@@ -333,7 +329,7 @@ def test_links_are_the_first_steps_and_the_rest_is_counted(limit: int) -> None:
     build.add("members", handle=handle, instance=INSTANCE, first_step=9, last_step=9)
     build.add("members", handle=handle + 1, instance=INSTANCE, first_step=1, last_step=1)
     (span,) = made(build, link_limit=limit).spans
-    assert [link.attributes["stagetrace.step"] for link in span.links] == [3, 4, 5, 6, 9][:limit]
+    assert [link.step for link in span.links] == [3, 4, 5, 6, 9][:limit]
     assert span.dropped_links == max(5 - limit, 0)
 
 

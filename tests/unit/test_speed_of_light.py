@@ -124,7 +124,7 @@ def test_times_of_stages_are_those_of_one_rank(tmp_path: Path):
         builder.segment("attention", 0, 77_000_000, 4, **at)  # of a step that is not complete
     light = summarise(builder.write()).light
     assert light.stages["attention"].time_ns == 6_000_000 and light.stages["forward"].time_ns == 34_000_000
-    assert light.stages["logits"].time_ns is None
+    assert light.stages["logits"].time_ns is None and light.stages["attention"].count == 2
     assert light.stages["collective"].bus_bytes > 0 and light.stages["collective"].operations == 0
 
 
@@ -146,6 +146,26 @@ def test_times_of_stages_of_several_engines_and_pipeline_stages(tmp_path: Path):
 
     one = share(tmp_path / "a", 1, 1)
     assert one == pytest.approx(share(tmp_path / "b", 2, 1)) == pytest.approx(share(tmp_path / "c", 1, 2))
+
+
+def test_stages_are_of_the_steps_that_have_layers(tmp_path: Path):
+    builder = built(tmp_path / "s", device_name=H100)
+    builder.segment("attention", 210_000_000, 215_000_000, 2)  # and step 3, as long, was recorded at level step
+    builder.segment("forward", 205_000_000, 225_000_000, 2, self_ns=15_000_000)
+    builder.segment("attention", 10_000_000, 15_000_000, 1, partial=True)  # switched on in the middle of it
+    light = summarise(builder.write()).light
+    decode = step_work(describe(MIXTRAL_8X7B), Batch.of_requests(decode=DECODE), Sharding.vllm())
+    attention = light.stages["attention"]
+    assert (attention.count, attention.time_ns) == (1, 5_000_000)
+    assert attention.operations == float(decode.operations("attention"))
+
+
+def test_what_proposes_drafts_is_said_to_be_left_out(tmp_path: Path):
+    builder = built(tmp_path / "s", device_name=H100)
+    assert not any("draft" in note for note in summarise(builder.write()).light.notes)
+    builder = built(tmp_path / "t", device_name=H100)
+    builder.step(5, 900_000_000, 950_000_000, "decode", **sums("decode", DECODE), draft_tokens=3)
+    assert any("what proposes draft tokens is not counted" in note for note in summarise(builder.write()).light.notes)
 
 
 def test_over_time(tmp_path: Path):

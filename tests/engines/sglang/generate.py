@@ -21,17 +21,31 @@ class Answer:
     id: str
     text: str
     meta: dict[str, Any]
+    tokens: list[int]  # that were generated
 
 
-def generate(server: Server, rid: str, text: str, max_new_tokens: int, **sampling: Any) -> Answer:
-    """One request under an id of its own, greedy and to its full length unless `sampling` says otherwise."""
+def generate(
+    server: Server,
+    rid: str,
+    prompt: str | list[int],
+    max_new_tokens: int,
+    session_params: dict[str, Any] | None = None,
+    **sampling: Any,
+) -> Answer:
+    """One request under an id of its own, greedy and to its full length unless `sampling` says otherwise.
+
+    The prompt is a text, or its tokens; `session_params` make it a request of a session.
+    """
     params = {"temperature": 0, "ignore_eos": True, "max_new_tokens": max_new_tokens, **sampling}
-    body = {"rid": rid, "text": text, "sampling_params": params}
+    kind = "text" if isinstance(prompt, str) else "input_ids"
+    body: dict[str, Any] = {"rid": rid, kind: prompt, "sampling_params": params}
+    if session_params is not None:
+        body["session_params"] = session_params
     response = httpx.post(f"{server.root_url}/generate", json=body, timeout=120)
     response.raise_for_status()
     answer = response.json()
     assert answer["meta_info"]["id"] == rid
-    return Answer(rid, answer["text"], answer["meta_info"])
+    return Answer(rid, answer["text"], answer["meta_info"], answer["output_ids"])
 
 
 def generate_together(server: Server, requests: Sequence[tuple[str, str, int]]) -> list[Answer]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from engines.recording import Recording, record
+from engines.server import environment
 from quickstart.load import Result, run_load
-from quickstart.servers import SGLANG
+from quickstart.servers import HOST, SGLANG, free_port
 
 from stagetrace.instrument.ids import handle
 from stagetrace.instrument.stages import BY_NAME
@@ -108,6 +112,31 @@ def test_expert_parallel(model: Path, engine_python: Path, tmp_path: Path) -> No
     assert by_rank(segments, "forward") == {0: numbers(steps), 1: numbers(steps)}
     info = found[0].manifest.processes
     assert {process.info.get("expert_parallel_size") for process in info if "worker" in process.role} == {2}
+
+
+@pytest.mark.matrix
+def test_two_nodes(model: Path, engine_python: Path, tmp_path: Path) -> None:
+    """Two servers of one rank each, as on two machines: one engine instance, whose steps have both ranks' parts."""
+    assert engine_python
+    arguments = ("--tp", "2", "--nnodes", "2", "--dist-init-addr", f"{HOST}:{free_port()}", "--skip-server-warmup")
+    shared = {"STAGETRACE_SESSION": str(tmp_path / "session"), "STAGETRACE_RING_DIR": str(tmp_path / "rings")}
+    command = SGLANG.command(model, free_port(), *arguments, "--node-rank", "1")
+    with (tmp_path / "second.log").open("wb") as log:
+        second = subprocess.Popen(
+            command, env=environment(shared, SGLANG), stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        with record(model, tmp_path, *arguments, "--node-rank", "0", engine=SGLANG) as recording:
+            server = recording.server
+            results = asyncio.run(run_load(server.base_url, server.model, requests=10, seed=5, concurrency=(4,)))
+            os.killpg(second.pid, signal.SIGKILL)  # so that its ring is collected with the rest
+    finally:
+        if second.poll() is None:
+            os.killpg(second.pid, signal.SIGKILL)
+        second.wait(30)
+    steps, segments = whole(recording, results, ranks=2)
+    assert len(set(steps["instance"])) == 1
+    assert by_rank(segments, "forward") == {0: numbers(steps), 1: numbers(steps)}
 
 
 @pytest.mark.matrix

@@ -1,7 +1,8 @@
-"""A plugin of SGLang, for tests alone: what expert parallelism and attention data parallelism lack on the CPU.
+"""A plugin of SGLang, for tests alone: what expert and data parallelism and speculation lack on the CPU.
 
 On its path (PYTHONPATH), its entry point is found. SGLang 0.5.23's experts in plain PyTorch take ids of -1, the experts
-of other ranks, for the last expert; and a collective, two probes and one number exist for devices alone.
+of other ranks, for the last expert; its attention in plain PyTorch verifies no drafts; and a collective, two probes and
+one number exist for devices alone.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ def register() -> None:
     HookRegistry.register("sglang.srt.layers.moe.fused_moe_native.moe_forward_native", local_experts, around)
     HookRegistry.register(
         "sglang.srt.distributed.parallel_state.GroupCoordinator.reduce_scatterv", reduce_scatterv, around
+    )
+    HookRegistry.register(
+        "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend",
+        attention_of_drafts,
+        around,
     )
     backend: Any = TorchNativeAttnBackend  # has no such function, so there is nothing for the registry to go around
     backend.get_cpu_graph_seq_len_fill_value = lambda self: 1
@@ -70,3 +76,37 @@ def reduce_scatterv(
         return mine.contiguous()
     output.copy_(mine)
     return output
+
+
+def attention_of_drafts(
+    original: Callable[..., torch.Tensor],
+    self: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layer: Any,
+    forward_batch: Any,
+    save_kv_cache: bool = True,
+) -> torch.Tensor:
+    """Where drafts are verified: each sees the request's tokens, and of the drafts those before it in the tree."""
+    import torch
+    from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+    from torch.nn.functional import scaled_dot_product_attention
+
+    if not forward_batch.forward_mode.is_target_verify():
+        return original(self, q, k, v, layer, forward_batch, save_kv_cache)
+    pool, slots = self.token_to_kv_pool, forward_batch.out_cache_loc
+    pool.set_kv_buffer(layer, KVWriteLoc(slots, self.swa_out_cache_loc), k, v)
+    keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+    drafts = forward_batch.spec_info.draft_token_num
+    trees = forward_batch.spec_info.custom_mask.view(-1, drafts, drafts).bool()
+    out = torch.empty_like(q).view(-1, drafts, layer.tp_q_head_num, layer.v_head_dim)
+    queries = q.view(-1, drafts, layer.tp_q_head_num, layer.qk_head_dim)
+    rows = zip(forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist(), strict=True)
+    for number, (row, length) in enumerate(rows):
+        at = torch.cat((self.req_to_token_pool.req_to_token[row, :length], slots.view(-1, drafts)[number]))
+        seen = torch.cat((trees.new_ones(drafts, length), trees[number]), dim=1)
+        heads = (each.transpose(0, 1)[None] for each in (queries[number], keys[at], values[at]))
+        found = scaled_dot_product_attention(*heads, attn_mask=seen, scale=layer.scaling, enable_gqa=True)
+        out[number] = found[0].transpose(0, 1)
+    return out.view_as(q)

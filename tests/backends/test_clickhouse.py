@@ -1,0 +1,246 @@
+"""ClickHouse: rows that arrive in otel_traces, and the same answers from it, from DuckDB over Parquet, and from pandas.
+
+ClickHouse is chDB in a process of its own, behind as much of the HTTP interface as the sink uses (chdb_server.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import requests
+from backends.tables import MS, TRACE_ID, Builder, serving
+from unit.commands import commands_in
+
+from stagetrace.analysis.queries import QUERIES, ask, clickhouse_views, quantile, sql
+from stagetrace.exporters.clickhouse import TABLE, ClickHouseSink, Server
+from stagetrace.exporters.follow import Follower
+from stagetrace.exporters.session import Manifest, Session
+from stagetrace.exporters.span_sink import BadSettings
+from stagetrace.instrument import ids
+from stagetrace.instrument.identity import claim_identity
+from stagetrace.instrument.stages import BY_ID
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CHECKOUT = Path(__file__).parents[2]
+PYTHON = CHECKOUT / ".venv-clickhouse" / "bin" / "python"
+
+
+class ClickHouse:
+    """A server over chDB."""
+
+    def __init__(self, directory: Path):
+        assert PYTHON.exists(), "these tests need chDB: make clickhouse-env"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        program = [PYTHON, Path(__file__).with_name("chdb_server.py"), directory]
+        self.process = subprocess.Popen(
+            program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        assert self.process.stdout is not None
+        port = self.process.stdout.readline().strip()
+        assert port, "chDB did not start: its message is above"
+        self.url = f"http://127.0.0.1:{port}/default"
+
+    def query(self, query: str) -> list[dict[str, Any]]:
+        answer = requests.post(self.url.rpartition("/")[0], params={"query": query}, timeout=60)
+        assert answer.ok, answer.text
+        return [json.loads(line) for line in answer.text.splitlines()]
+
+    def stop(self) -> None:
+        self.process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def clickhouse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClickHouse]:
+    running = ClickHouse(tmp_path_factory.mktemp("clickhouse"))
+    running.query(TABLE)
+    for view in clickhouse_views():
+        running.query(view)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(autouse=True)
+def _empty(clickhouse: ClickHouse) -> None:
+    clickhouse.query("TRUNCATE TABLE otel_traces")
+
+
+def written(path: Path, tables: Any, manifest: Manifest) -> Session:
+    session = Session(path, claim_identity(path))
+    for name, table in tables.items():
+        session.write_table(name, table, 1)
+    manifest.derived, manifest.complete, manifest.session = 1, True, session.identity.session
+    session.write_manifest(manifest)
+    return session
+
+
+def sent(session: Session, clickhouse: ClickHouse) -> int:
+    """Exports the session whole; how many spans it has."""
+    server = Server(clickhouse.url)
+    follower = Follower(session, ClickHouseSink(server, session.identity.key), server)
+    follower.restart()
+    follower.follow(lambda: bool(follower.state.trouble))
+    follower.close()
+    assert not follower.state.trouble and follower.done
+    return follower.state.sent
+
+
+def test_rows_say_what_the_spans_say(tmp_path: Path, clickhouse: ClickHouse) -> None:
+    whole = serving()
+    session = written(tmp_path / "session", whole.tables, whole.manifest)
+    count = sent(session, clickhouse)
+    rows = clickhouse.query("SELECT *, toUnixTimestamp64Nano(Timestamp) AS at FROM otel_traces")
+    assert len(rows) == count == len({row["SpanId"] for row in rows})
+    by_id = {row["SpanId"]: row for row in rows}
+    step = by_id[ids.step_span_id(session.identity.key, whole.instance, 1).hex()]
+    assert (step["SpanName"], step["SpanKind"], step["StatusCode"], int(step["Duration"])) == (
+        "step prefill", "Internal", "Unset", 20 * MS,
+    )  # fmt: skip
+    assert int(step["at"]) == whole.wall + 10 * MS
+    assert step["SpanAttributes"]["stagetrace.prefill_tokens"] == "400"
+    assert step["ResourceAttributes"]["process.pid"] == "4001" and step["ServiceName"] == "vllm"
+    request = by_id[ids.request_span_id(session.identity.key, whole.traced).hex()]
+    assert (request["TraceId"], request["SpanKind"]) == (TRACE_ID, "Server")
+    assert request["SpanAttributes"]["gen_ai.response.finish_reasons"] == '["stop"]'
+    assert request["Events.Name"][0] == "stagetrace.first_output" and len(request["Events.Timestamp"]) == 4
+    assert request["Links.SpanId"] == [
+        ids.step_span_id(session.identity.key, whole.instance, number).hex() for number in (1, 2, 3, 4)
+    ]
+    assert request["Links.Attributes"][2] == {"stagetrace.step": "3"}
+    parent = by_id[by_id[ids.step_span_id(session.identity.key, whole.instance, 1).hex()]["SpanId"]]
+    assert parent["ParentSpanId"] == ""
+
+
+def test_what_is_sent_again_is_there_once(tmp_path: Path, clickhouse: ClickHouse) -> None:
+    whole = serving()
+    session = written(tmp_path / "session", whole.tables, whole.manifest)
+    count = sent(session, clickhouse)
+    sent(session, clickhouse)
+    assert clickhouse.query("SELECT count() AS n FROM otel_traces") == [{"n": count}]
+
+
+def big(seed: int = 3) -> Builder:
+    """A few thousand rows with times that repeat, so that percentiles fall between values and on them."""
+    build, chance, at = Builder(), np.random.default_rng(seed), 0
+    for step in range(400):
+        prefill = int(chance.integers(0, 3) == 0)
+        took = int(chance.integers(1, 200)) * 10_000 + int(chance.integers(0, 3))
+        of = (7, step, "prefill" if prefill else "decode")
+        status = "complete" if step % 50 else "incomplete"
+        build.step(7, step, at, at + took, prefill_tokens=prefill * 9, decode_tokens=1 - prefill, status=status,
+                   unattributed_ns=took // 100)  # fmt: skip
+        outer = build.segment("execute", 11, at, at + took, of=of)
+        build.segment("forward", 11, at + 1, at + took - 1, of=of, parent=outer, tokens=4)
+        build.segment("sample", 11, at + took - 1, at + took, of=of, parent=outer)
+        at += took
+    for number in range(150):
+        begin = number * MS
+        first, last = (int(chance.integers(1, 50)) * MS + 7 for _ in range(2))
+        build.request(
+            f"r{number:03d}", arrival_ns=begin, first_output_ns=begin + first, last_output_ns=begin + first + last,
+            end_ns=begin + first + last, status="finished" if number % 10 else "aborted", queue_ns=first // 2,
+            prefill_ns=first // 3, decode_ns=last, output_ns=None if number % 7 else 3, output_tokens=2,
+            trace_flags=int(number % 13 != 0),
+        )  # fmt: skip
+    return build
+
+
+def by_pandas(session: Session, name: str) -> pd.DataFrame:
+    """The same answers, by hand."""
+    tables = {table: session.read_table(table).to_pandas() for table in ("requests", "steps", "segments")}
+    requests_ = tables["requests"][tables["requests"]["trace_flags"] & 1 == 1]
+    finished = requests_[requests_["status"] == "finished"]
+    ttft, e2e = (frame["last_output_ns"] - frame["arrival_ns"] for frame in (finished, requests_))
+    ttft = finished["first_output_ns"] - finished["arrival_ns"]
+    if name == "latencies":
+        whole = finished["last_output_ns"] - finished["arrival_ns"]
+        values = [len(finished), *(each.quantile(p) for each in (ttft, whole) for p in (0.5, 0.99))]
+        return pd.DataFrame([values])
+    if name == "states":
+        return pd.DataFrame([[finished[f"{state}_ns"].mean() for state in ("queue", "prefill", "decode", "output")]])
+    if name == "slowest":
+        top = requests_.assign(e2e_ns=e2e).sort_values(["e2e_ns", "request_id"], ascending=[False, True]).head(10)
+        return top[["trace_id", "request_id", "e2e_ns", "queue_ns", "prefill_ns", "decode_ns"]]
+    if name == "steps":
+        steps = tables["steps"][tables["steps"]["status"] == "complete"]
+        took = (steps["end_ns"] - steps["begin_ns"]).groupby(steps["phase"])
+        frame = pd.DataFrame({"n": took.count(), **{p: took.quantile(p) for p in (0.5, 0.95, 0.99)}})
+        return frame.assign(u=steps.groupby("phase")["unattributed_ns"].sum()).reset_index()
+    segments = tables["segments"].assign(stage=tables["segments"]["stage"].map(lambda number: BY_ID[number].name))
+    if name == "phases":
+        found = segments.groupby(["stage", "phase"])["self_ns"].agg(["count", "sum"]).reset_index()
+        return found.sort_values(["stage", "phase"])
+    own = segments.groupby("stage")["self_ns"]
+    frame = pd.DataFrame({"n": own.count(), "sum": own.sum(), "p50": own.quantile(0.5), "p99": own.quantile(0.99)})
+    return frame.reset_index().sort_values(["sum", "stage"], ascending=[False, True])
+
+
+def test_each_query_has_one_answer(tmp_path: Path, clickhouse: ClickHouse) -> None:
+    session = written(tmp_path / "session", big().tables(), Manifest(anchors=[(0, 10**18)]))
+    sent(session, clickhouse)
+    for name in QUERIES:
+        duck = [tuple(row) for row in ask(session, name).itertuples(index=False)]
+        house = [tuple(row.values()) for row in clickhouse.query(sql(name, "clickhouse"))]
+        panda = [tuple(row) for row in by_pandas(session, name).itertuples(index=False)]
+        assert len(duck) == len(house) == len(panda) > 0, name
+        for rows in zip(duck, house, panda, strict=True):
+            for values in zip(*rows, strict=True):
+                if isinstance(values[0], str):
+                    assert len(set(values)) == 1, (name, values)
+                else:
+                    numbers = [float(value) for value in values]
+                    assert numbers == pytest.approx([numbers[0]] * 3, rel=1e-12), (name, values)
+
+
+def test_an_empty_session_has_empty_answers(tmp_path: Path) -> None:
+    session = written(tmp_path / "session", {}, Manifest(anchors=[(0, 1)]))
+    assert len(ask(session, "steps")) == 0 and len(ask(session, "stages")) == 0
+
+
+def test_quantiles_of_clickhouse_are_the_exact_ones() -> None:
+    assert quantile(99, "x", "clickhouse") == "quantileExactInclusive(0.99)(x)"
+    assert quantile(50, "x", "duckdb") == "quantile_cont(x, 0.5)"
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize("url", ["", "localhost:8123", "tcp://a:9000", "http://"])
+def test_an_address_that_is_none_is_told(url: str) -> None:
+    with pytest.raises(BadSettings, match="8123"):
+        Server(url)
+
+
+def test_a_password_is_not_shown() -> None:
+    server = Server("https://me:geheim@host:8443/traces?secure=1")
+    assert server.target == "https://host:8443/traces (ClickHouse)" and server.database == "traces"
+    assert "geheim" not in server.name
+
+
+def test_the_command_sends_and_says_what_is_wrong(tmp_path: Path, clickhouse: ClickHouse) -> None:
+    whole = serving()
+    session = written(tmp_path / "session", whole.tables, whole.manifest)
+    command = [sys.executable, "-m", "stagetrace.cli.main", "export", session.path, "--to", "clickhouse"]
+    with commands_in(tmp_path) as commands:
+        commands.environment["NO_PROXY"] = "127.0.0.1"
+        wrong = commands.start(*command)
+        assert b"http://127.0.0.1:8123/default" in wrong.communicate(timeout=60)[1] and wrong.returncode == 2
+        commands.environment["STAGETRACE_CLICKHOUSE_URL"] = "http://127.0.0.1:1/default"
+        away = commands.start(*command, "--patience", "0.5")
+        out, err = away.communicate(timeout=60)
+        assert away.returncode == 1 and b"taken nothing" in err and b"1 commits wait" in out
+        commands.environment["STAGETRACE_CLICKHOUSE_URL"] = clickhouse.url
+        done = commands.start(*command)
+        out, err = done.communicate(timeout=60)
+        assert done.returncode == 0, err
+    (row,) = clickhouse.query("SELECT count() AS n FROM otel_traces")
+    assert f"{row['n']} spans sent to {clickhouse.url} (ClickHouse)".encode() in out

@@ -1,0 +1,106 @@
+"""rotel, a real collector written in Rust: takes our OTLP by gRPC and by HTTP, and relays the same spans."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import requests
+import rotel
+from backends.receiver import HttpReceiver, Receiver
+from backends.tables import KEY, serving
+from unit.commands import wait_for
+
+from stagetrace.exporters.otel_settings import destination
+from stagetrace.exporters.otlp import OtlpSink
+from stagetrace.exporters.span_sink import batches
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+AGENT = Path(rotel.__file__).with_name("rotel-agent")
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def sent(environ: dict[str, str]) -> int:
+    """Sends a whole session; how many spans were confirmed."""
+    session = serving()
+    wanted = destination(environ)
+    assert wanted is not None
+    sink = OtlpSink.to(wanted, KEY)
+    made = sink.spans(session.tables, session.manifest).spans
+    count = sum(len(batch) for batch in batches(made) if sink.send(batch))
+    sink.shutdown()
+    assert count == len(made) > 40, sink.why
+    return count
+
+
+def whole(receiver: Receiver) -> list[tuple[bytes, dict[str, object], str]]:
+    """Every span that arrived, to the byte, with its resource and scope; sorted."""
+    return sorted(
+        ((item.span.SerializeToString(deterministic=True), item.resource, item.scope) for item in receiver.received()),
+        key=lambda each: each[0],
+    )
+
+
+@pytest.fixture
+def relay(tmp_path: Path) -> Iterator[tuple[HttpReceiver, dict[str, str]]]:
+    """A rotel that relays to a receiver of ours, which comes with it; the endpoints of rotel by protocol."""
+    grpc, http = free_ports(2)
+    with HttpReceiver() as receiver:
+        options = {
+            "otlp-grpc-endpoint": f"127.0.0.1:{grpc}",
+            "otlp-http-endpoint": f"127.0.0.1:{http}",
+            "exporter": "otlp",
+            "otlp-exporter-endpoint": receiver.endpoint,
+            "otlp-exporter-protocol": "http",
+            "batch-timeout": "50ms",
+        }
+        arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
+        with open(tmp_path / "log", "wb") as log:
+            process = subprocess.Popen([AGENT, "start", *arguments], stdout=log, stderr=log)
+
+        def is_ready() -> bool:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            try:
+                return requests.post(f"http://127.0.0.1:{http}/v1/traces", timeout=1).status_code > 0
+            except requests.ConnectionError:
+                return False
+
+        try:
+            wait_for(is_ready)
+            yield receiver, {"grpc": f"http://127.0.0.1:{grpc}", "http/protobuf": f"http://127.0.0.1:{http}"}
+        finally:
+            process.terminate()
+            process.wait()
+
+
+@pytest.mark.parametrize("compression", ["none", "gzip"])
+@pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
+def test_what_rotel_relays_is_what_was_sent(
+    relay: tuple[HttpReceiver, dict[str, str]], protocol: str, compression: str
+) -> None:
+    receiver, endpoints = relay
+    count = sent(
+        {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": endpoints[protocol],
+            "OTEL_EXPORTER_OTLP_PROTOCOL": protocol,
+            "OTEL_EXPORTER_OTLP_COMPRESSION": compression,
+        }
+    )
+    wait_for(lambda: len(receiver.received()) == count)
+    with HttpReceiver() as direct:
+        sent({"OTEL_EXPORTER_OTLP_ENDPOINT": direct.endpoint, "OTEL_EXPORTER_OTLP_PROTOCOL": direct.protocol})
+        assert whole(receiver) == whole(direct)

@@ -1,0 +1,162 @@
+"""OTLP's connections: TLS, compression, and what a wrong setting is called; with real servers on loopback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from backends.receiver import GrpcReceiver, HttpReceiver, Receiver
+from backends.tables import KEY, MS, Builder
+from unit.commands import commands_in
+
+from stagetrace.exporters.otel_settings import destination
+from stagetrace.exporters.otlp import OtlpSink
+from stagetrace.exporters.session import Manifest, Session
+from stagetrace.exporters.span_sink import BadSettings
+from stagetrace.instrument.identity import claim_identity
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+KINDS = [GrpcReceiver, HttpReceiver]
+ANCHORED = Manifest(session="s", host="h", anchors=[(0, 10**18)])
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate of 127.0.0.1 that signs itself, and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    what = ["-days", "2", "-subj", "/CN=a", "-addext", "subjectAltName=IP:127.0.0.1"]
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, *what]
+    subprocess.run(made, check=True, capture_output=True)
+    return certificate, key
+
+
+def sent(environ: dict[str, str]) -> tuple[bool, str, bool]:
+    """Whether one step arrived, why not, and whether there is hope."""
+    wanted = destination(environ)
+    assert wanted is not None
+    build = Builder()
+    build.step(7, 1, 1 * MS, 2 * MS, decode_tokens=1)
+    sink = OtlpSink.to(wanted, KEY)
+    try:
+        confirmed = sink.send(sink.spans(build.tables(), ANCHORED).spans)
+        return confirmed, sink.why, sink.hopeless
+    finally:
+        sink.shutdown()
+
+
+def variables(receiver: Receiver, **more: str) -> dict[str, str]:
+    names = {f"OTEL_EXPORTER_OTLP_{name}": value for name, value in more.items()}
+    return {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint,
+        "OTEL_EXPORTER_OTLP_PROTOCOL": receiver.protocol,
+        **names,
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tls_needs_the_certificate_that_signs(
+    kind: type[Receiver], certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate[1]))  # the variable of the signal goes before it
+    with kind(certificate=certificate) as receiver:
+        confirmed, why, _ = sent(variables(receiver, CERTIFICATE=str(certificate[0])))
+        assert confirmed, why
+        monkeypatch.delenv("REQUESTS_CA_BUNDLE")
+        confirmed, why, hopeless = sent(variables(receiver))
+        assert not confirmed and hopeless and "CERTIFICATE_VERIFY_FAILED" in why
+        with pytest.raises(BadSettings, match="nowhere"):
+            sent(variables(receiver, CERTIFICATE="/nowhere.pem"))
+
+
+@pytest.mark.parametrize("how", ["gzip", "deflate", "none", "br"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_compression(kind: type[Receiver], how: str) -> None:
+    with kind() as receiver:
+        if how == "br" or (how == "deflate" and kind is GrpcReceiver):
+            with pytest.raises(BadSettings, match="COMPRESSION must be"):
+                sent(variables(receiver, COMPRESSION=how))
+            return
+        confirmed, why, _ = sent(variables(receiver, COMPRESSION=how))
+        assert confirmed, why
+        assert len(receiver.received()) == 1
+        if kind is HttpReceiver:
+            assert receiver.headers[0].get("content-encoding", "none") == how
+
+
+def test_a_wrong_protocol_is_told_and_hopeless() -> None:
+    with HttpReceiver() as receiver:
+        confirmed, why, hopeless = sent(variables(receiver) | {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"})
+        assert not confirmed and hopeless, why
+    with GrpcReceiver() as receiver:
+        confirmed, why, hopeless = sent(variables(receiver) | {"OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"})
+        assert not confirmed and hopeless, why
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "insecure", "secure", "address"),
+    [
+        ("http://a:4317", "false", False, "a:4317"),
+        ("https://a:4317", "true", True, "a:4317"),
+        ("a:4317", "true", False, "a:4317"),
+        ("a:4317", "", True, "a:4317"),
+    ],
+)
+def test_tls_is_by_the_scheme_and_else_by_insecure(endpoint: str, insecure: str, secure: bool, address: str) -> None:
+    wanted = destination({"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_EXPORTER_OTLP_INSECURE": insecure})
+    assert wanted is not None
+    assert (wanted.secure, wanted.address) == (secure, address)
+
+
+def test_secrets_are_not_shown() -> None:
+    wanted = destination({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a:1", "OTEL_EXPORTER_OTLP_HEADERS": "key=geheim"})
+    assert wanted is not None and wanted.headers == {"key": "geheim"}
+    assert "geheim" not in repr(wanted)
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Iterator[Session]:
+    made = Session(tmp_path / "session", claim_identity(tmp_path / "session"))
+    build = Builder()
+    build.step(7, 1, 1 * MS, 2 * MS, decode_tokens=1)
+    for name, table in build.tables().items():
+        made.write_table(name, table, 1)
+    made.write_manifest(Manifest(session=made.identity.session, anchors=[(0, 10**18)], derived=1, complete=True))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("protocol", "options", "status", "says"),
+    [
+        ("grpc", [], 1, b"check the endpoint, its protocol"),
+        ("http/json", [], 2, b"must be grpc or http/protobuf"),
+        ("http/protobuf", ["--to", "zipkin"], 2, b"perfetto"),
+        ("http/protobuf", [], 0, b"1 spans sent"),
+    ],
+)
+def test_export_says_what_is_wrong_and_loses_nothing(
+    session: Session, tmp_path: Path, protocol: str, options: list[str], status: int, says: bytes
+) -> None:
+    with HttpReceiver() as receiver, commands_in(tmp_path) as commands:
+        commands.environment |= variables(receiver) | {"OTEL_EXPORTER_OTLP_PROTOCOL": protocol, "NO_PROXY": "127.0.0.1"}
+        stagetrace = [sys.executable, "-m", "stagetrace.cli.main", "export", session.path]
+        out, err = (running := commands.start(*stagetrace, *options)).communicate(timeout=60)
+        assert running.returncode == status, err
+        assert says in out + err
+        assert len(receiver.received()) == (status == 0)
+
+
+def test_export_gives_up_on_a_backend_that_is_not_there_when_its_patience_ends(
+    session: Session, tmp_path: Path
+) -> None:
+    with commands_in(tmp_path) as commands:
+        commands.environment |= {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
+        command = [sys.executable, "-m", "stagetrace.cli.main", "export", session.path, "--patience", "0.5"]
+        out, err = (running := commands.start(*command)).communicate(timeout=60)
+    assert running.returncode == 1
+    assert b"taken nothing for 0.5 s" in err and b"1 commits wait" in out
