@@ -249,13 +249,14 @@ def distribution(values: pd.Series[int], weights: pd.Series[int] | None = None) 
     if not len(numbers):
         return Distribution()
     if weights is None:
-        return _distribution(numbers)
+        return distribution_of(numbers)
     repeats = np.asarray(weights[known], dtype=np.int64)
     mean = float(np.average(numbers, weights=repeats))
     return Distribution(int(repeats.sum()), mean, *weighted_percentiles(numbers, repeats, PERCENTILES))
 
 
-def _distribution(numbers: npt.NDArray[np.int64]) -> Distribution:
+def distribution_of(numbers: npt.NDArray[np.int64]) -> Distribution:
+    """The distribution of times in ns, of which none is missing."""
     if not len(numbers):
         return Distribution()
     middle = [float(value) for value in np.percentile(numbers, PERCENTILES)]
@@ -450,7 +451,7 @@ def _ranks(rows: Placed, in_complete: Flags) -> list[RankTime]:
         stages, unattributed, _ = _partition(rows, parts, rows.self_ns[envelopes])
         duration = rows.end[envelopes] - rows.begin[envelopes]
         key = int(rows.threads["process"].iloc[int(thread)])
-        found.append(RankTime(key, int(duration.sum()), _distribution(duration), stages, unattributed))
+        found.append(RankTime(key, int(duration.sum()), distribution_of(duration), stages, unattributed))
     return found
 
 
@@ -487,12 +488,12 @@ def _partition(rows: Placed, parts: Times, gaps: Times) -> tuple[list[StageTime]
             count=len(own),
             self_ns=(self_ns := int(rows.self_ns[own].sum())),
             share=self_ns / accounted if accounted else None,
-            duration=_distribution(rows.end[own] - rows.begin[own]),
+            duration=distribution_of(rows.end[own] - rows.begin[own]),
         )
         for stage, own in _by_stage(rows, parts)
     ]
     share = uncovered / accounted if accounted else None
-    return stages, StageTime(UNATTRIBUTED, len(gaps), uncovered, share, _distribution(gaps)), accounted
+    return stages, StageTime(UNATTRIBUTED, len(gaps), uncovered, share, distribution_of(gaps)), accounted
 
 
 def _by_stage(rows: Placed, parts: Times) -> Iterator[tuple[int, Times]]:
@@ -525,7 +526,7 @@ def _outside(rows: Placed, parts: Times, above: Flags) -> list[OutsideTime]:
             count=len(own),
             total_ns=int((duration := rows.end[own] - rows.begin[own]).sum()),
             inside_ns=int(duration[above[own]].sum()),
-            duration=_distribution(duration),
+            duration=distribution_of(duration),
         )
         for stage, own in _by_stage(rows, parts)
     ]
@@ -576,11 +577,11 @@ def hook_troubles(processes: Sequence[Process]) -> list[HookTrouble]:
     """The hooks that are not installed, with the reason, and in how many processes that is so.
 
     A hook that waits for a module is no trouble in a process that has no use for the module, as long as another
-    process has it installed, or another hook that gives the same (engines choose between modules, and have other
-    functions in other releases).
+    process has it installed, or found nothing to put it on, or has another hook that gives the same (engines choose
+    between modules, and have other functions in other releases).
     """
     hooks = [hook for process in processes for hook in process.hooks]
-    given = {_gift(hook) for hook in hooks if hook.get("status") == INSTALLED}
+    given = {_gift(hook) for hook in hooks if hook.get("status") in (INSTALLED, UNUSED)}
     found = Counter(
         (hook.get("name", ""), hook.get("status", ""), hook.get("why", ""))
         for hook in hooks

@@ -291,7 +291,7 @@ DEFINITIONS: tuple[Definition, ...] = (
             "queue_next_step",
             "ns",
             "in the queue until the scheduler's next look at it",
-            "queued until the end of the next `schedule`",
+            "queued until the end of the next `schedule`; where the engine records causes, what no other cause has",
             "a full engine: nobody could have taken it in earlier",
         ),
         (
@@ -305,24 +305,45 @@ DEFINITIONS: tuple[Definition, ...] = (
             "queue_kv_space",
             "ns",
             "left in the queue by steps without room in the KV cache",
-            "from schedule to schedule of steps that preempted, or whose KV usage and a typical prompt are 95 % or"
-            " more",
-            "exact: the engine does not say; it is told from the step's record",
+            "as the engine recorded it, else from schedule to schedule of steps that preempted, or whose KV usage"
+            " and a typical prompt are 95 % or more",
+            "exact where the engine does not record it (vLLM does): then it is told from the step's record",
         ),
         (
             "queue_batch_full",
             "ns",
             "left in the queue by steps with as many requests as allowed",
-            "from schedule to schedule of steps with running >= max_num_seqs",
+            "as the engine recorded it, else from schedule to schedule of steps with running >= max_num_seqs",
             "a full KV cache",
         ),
         (
             "queue_token_budget",
             "ns",
             "left in the queue by steps with as many tokens as allowed",
-            "from schedule to schedule of steps whose tokens reach max_num_batched_tokens (SGLang:"
-            " chunked_prefill_size)",
+            "as the engine recorded it, else from schedule to schedule of steps whose tokens reach"
+            " max_num_batched_tokens (SGLang: chunked_prefill_size)",
             "the batch's number of requests",
+        ),
+        (
+            "queue_lora_limit",
+            "ns",
+            "left in the queue as so many LoRA adapters were in use as may",
+            "as the engine recorded it",
+            "loading an adapter",
+        ),
+        (
+            "queue_remote_kv",
+            "ns",
+            "left in the queue as a connector could not say yet what it has",
+            "as the engine recorded it",
+            "the transfer: see kv_transfer",
+        ),
+        (
+            "queue_paused",
+            "ns",
+            "left in the queue as the engine takes nobody in: asleep, or its weights are replaced",
+            "as the engine recorded it",
+            "a full engine",
         ),
         (
             "queue_other",
@@ -665,6 +686,13 @@ DEFINITIONS: tuple[Definition, ...] = (
             "bytes that were moved",
         ),
         (
+            "begin_ns",
+            "ns",
+            "when a window, a state or a chunk begins",
+            "of windows monotonic, of one request since its arrival",
+            "wall time",
+        ),
+        (
             "host_ns",
             "ns",
             "of a gap: time in which no rank was in the model's work or a collective",
@@ -892,6 +920,78 @@ DEFINITIONS: tuple[Definition, ...] = (
             "cached / prompt tokens",
             "hits: requests with a hit",
         ),
+        ("a", "as its values", "A's value", "of all sessions of the side", "a baseline: A is what B is compared with"),
+        ("b", "as its values", "B's value", "of all sessions of the side", "the better one"),
+        (
+            "change_low",
+            "share",
+            "lower end of the change's interval",
+            "as low, over A's value drawn with it",
+            "certain",
+        ),
+        (
+            "change_high",
+            "share",
+            "upper end of the change's interval",
+            "as high, over A's value drawn with it",
+            "certain",
+        ),
+        (
+            "blocks",
+            "1",
+            "blocks of time that the session is cut into",
+            "as many requests in each, at most 20",
+            "requests",
+        ),
+        (
+            "arrivals_per_s",
+            "1/s",
+            "requests that arrived a second",
+            "between the first and the last arrival",
+            "a setting: a client that waits for answers sends more to a faster server",
+        ),
+        (
+            "concurrency",
+            "1",
+            "requests in flight",
+            "sum of lives / time from the first arrival to the last end",
+            "the batch: requests that wait are in it",
+        ),
+        (
+            "findings",
+            "1",
+            "metrics with a difference",
+            "p_adjusted below 0.05, interval without 0, change of --least or more",
+            "causes: one cause changes many",
+        ),
+        (
+            "tested",
+            "1",
+            "metrics with a p",
+            "what Holm's correction is over",
+            "all metrics: some are on one side alone",
+        ),
+        (
+            "exit_status",
+            "1",
+            "0: no condition holds; 1: one does",
+            "2 for what cannot be read or understood, without JSON",
+            "findings: without --fail-on it is 0",
+        ),
+        (
+            "limit",
+            "as its values",
+            "the condition's number",
+            "a share of a change in %, else in the metric's unit",
+            "what was observed",
+        ),
+        (
+            "value",
+            "as its values",
+            "what was observed of a condition",
+            "the change, the difference, or B's value",
+            "A's value",
+        ),
         (
             "preemptions_per_request",
             "1",
@@ -943,7 +1043,13 @@ def names() -> list[str]:
 
 
 def _defined(name: str) -> list[Definition]:
-    for candidate in (name, name.removesuffix("_ns"), f"{name}_ns", name.removeprefix("stage_")):
+    for candidate in (
+        name,
+        name.removesuffix("_ns"),
+        f"{name}_ns",
+        name.removeprefix("stage_"),
+        name.removeprefix("part_"),
+    ):
         found = [BY_KEY[candidate]] if candidate in BY_KEY else []
         found += [_of_stage(candidate)] if candidate in BY_NAME else []
         if found:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from stagetrace.instrument.stages import BY_NAME, QueueCause
+from stagetrace.instrument.stages import BY_NAME, QUEUE_CAUSES, QueueCause
 
 from .activity import COLUMNS as ACTIVITY
 from .activity import Doing, Steps, activity, split
@@ -28,11 +28,22 @@ if TYPE_CHECKING:
 
 PARTS = (
     *("tokenize", "dispatch", "queue_next_step", "queue_grammar", "queue_kv_space", "queue_batch_full"),
-    *("queue_token_budget", "queue_other", "prefill_own", "prefill_others", "prefill_between", "prefill_unknown"),
+    *(
+        "queue_token_budget",
+        "queue_lora_limit",
+        "queue_remote_kv",
+        "queue_paused",
+        "queue_other",
+        "prefill_own",
+        "prefill_others",
+        "prefill_between",
+        "prefill_unknown",
+    ),
     *("decode_own", "interference", "decode_between", "decode_unknown", "preempted", "recompute", "kv_transfer"),
     *("delivery", "not_recorded"),
 )
 LATENCIES = ("ttft", "tpot", "itl", "e2e")
+_CAUSES = [f"{cause.name.lower()}_ns" for cause in QUEUE_CAUSES]
 AROUND = {50: 2.5, 95: 2.5, 99: 1.0}  # percentile -> how many percent of all on each side of it are around it
 _FEWEST = 2  # on each side, as far as there are any
 EXAMPLES = 3  # requests that are named
@@ -41,7 +52,8 @@ EXAMPLES = 3  # requests that are named
 COLUMNS: dict[str, list[str]] = {
     "requests": [
         *("handle", "request_id", "status", "partial", "instance", "prompt_tokens", "output_tokens", "arrival_ns"),
-        *("first_token_ns", "first_output_ns", "last_token_ns", "last_output_ns"),
+        *("first_token_ns", "first_output_ns", "last_token_ns", "last_output_ns", "grammar_ns"),
+        *_CAUSES,
     ],
     "states": ["handle", "stage", "begin_ns", "end_ns", "instance", "step", "a0", "a1"],
     "steps": list(dict.fromkeys(["status", *ACTIVITY, *QUEUEING])),
@@ -53,6 +65,7 @@ _PLAIN = {"request_tokenize": "tokenize", "request_dispatch": "dispatch"} | {
     name: name for name in ("preempted", "kv_transfer")
 }
 _QUEUE, _PREFILL, _DECODE, _CHUNK = (BY_NAME[name].id for name in ("queue", "prefill", "decode", "prefill_chunk"))
+_QUEUE_PARTS = [place for name, place in _PLACE.items() if name.startswith("queue_")]
 _QUEUED = [_PLACE[f"queue_{wait.name.lower()}"] for wait in Wait]
 
 
@@ -83,11 +96,14 @@ class Engines:
 
     steps: Mapping[int, Steps]
     waits: Mapping[int, Pieces]
+    telling: frozenset[int]  # instances that recorded what requests waited for
 
     @classmethod
-    def of(cls, steps: pd.DataFrame, processes: Sequence[Process], prompt_tokens: float | None) -> Engines:
-        """From the steps and the limits that the processes recorded."""
-        return cls(activity(steps), waits(steps, processes, prompt_tokens))
+    def of(cls, steps: pd.DataFrame, processes: Sequence[Process], requests: pd.DataFrame) -> Engines:
+        """From the steps, the limits that the processes recorded, and what the requests waited for."""
+        said = requests.loc[requests[_CAUSES].notna().any(axis=1), "instance"].dropna()
+        found = waits(steps, processes, typical_prompt(requests))
+        return cls(activity(steps), found, frozenset(int(each) for each in said.unique()))
 
     def doing(self, instance: pd.Series, begin: Times, end: Times) -> Times:
         """What the engine did in each stretch of time, kinds (Doing) x stretches."""
@@ -95,8 +111,10 @@ class Engines:
         return split(pieces, instance, begin, end, len(Doing), Doing.UNKNOWN)
 
     def parts_of(self, request: pd.DataFrame, states: pd.DataFrame) -> dict[str, int]:
-        """The PARTS of one request's states (`request`: handle, first_token_ns, last_token_ns) in ns, without zeros."""
+        """The PARTS of some states of one request, a frame of one row, in ns, without zeros."""
         before, after = _states_split(request, states, self)
+        if (states["stage"] == _QUEUE).all():
+            _as_recorded(request, before, self.telling)
         both = (before + after)[:, 0]
         return {name: int(amount) for name, amount in zip(PARTS, both, strict=True) if amount}
 
@@ -118,7 +136,7 @@ def latency_parts(
 
     The frames have COLUMNS.
     """
-    engines = Engines.of(steps, processes, typical_prompt(requests))
+    engines = Engines.of(steps, processes, requests)
     measured = _measured(requests)
     parts = request_parts(measured, states, engines)
     names = measured["request_id"].fillna("").to_numpy()
@@ -146,6 +164,7 @@ def request_parts(
     intervals.
     """
     before, after = _states_split(requests, states, engines)
+    _as_recorded(requests, before, engines.telling)
     arrival, first, shown, last, over = (
         requests[f"{name}_ns"].to_numpy(dtype=float, na_value=np.nan)
         for name in ("arrival", "first_token", "first_output", "last_token", "last_output")
@@ -165,6 +184,22 @@ def request_parts(
     return found
 
 
+def _as_recorded(requests: pd.DataFrame, parts: Times, telling: frozenset[int]) -> None:
+    """Puts what engines recorded of the queue's causes in place of what steps tell, where an instance recorded any.
+
+    What is left of the queue then was the request's turn: queue_next_step.
+    """
+    chosen = np.flatnonzero(requests["instance"].isin(telling).to_numpy(bool))
+    left = parts[_QUEUE_PARTS][:, chosen].sum(axis=0)
+    for place in _QUEUE_PARTS:
+        parts[place, chosen] = 0
+    for name in ("grammar_ns", *_CAUSES):
+        amounts = np.minimum(requests[name].iloc[chosen].fillna(0).to_numpy(np.int64), left)
+        parts[_PLACE[f"queue_{name.removesuffix('_ns')}"], chosen] = amounts
+        left = left - amounts
+    parts[_PLACE["queue_next_step"], chosen] = left
+
+
 def parts_frame(
     requests: pd.DataFrame, states: pd.DataFrame, steps: pd.DataFrame, processes: Sequence[Process]
 ) -> pd.DataFrame:
@@ -173,7 +208,7 @@ def parts_frame(
     The frames have COLUMNS; requests that are lost, open or partial are left out.
     """
     measured = _measured(requests)
-    found = request_parts(measured, states, Engines.of(steps, processes, typical_prompt(requests)))
+    found = request_parts(measured, states, Engines.of(steps, processes, requests))
     frames = []
     for latency, (values, parts) in found.items():
         own = measured[["handle", "request_id"]].assign(latency=latency, value_ns=values)

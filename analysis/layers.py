@@ -16,16 +16,18 @@ import pandas as pd
 from stagetrace.exporters.session import names_of
 from stagetrace.instrument.stages import BY_NAME, STAGES, AttentionKind, Collective, Level
 
-from .breakdown import Distribution, distribution
+from .breakdown import Distribution, distribution, distribution_of
+from .placed import NOWHERE, step_places
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from stagetrace.exporters.session import Manifest, Process
 
 # The columns that are read beside those of the breakdown.
 SEGMENTS = ["partial", "a0", "a1", "a2", "a3", "a4"]
 EXPERTS = ["instance", "step", "rank", "layer", "tokens", "counts"]
+_MOST_KINDS, _MOST_LAYERS = 1_000, 100_000  # what is beyond is taken for the last
 HOT = 3  # experts named of a layer
 
 _STEP_KEY = ["instance", "step"]
@@ -129,26 +131,19 @@ class Layers:
 
 def layer_breakdown(manifest: Manifest, steps: pd.DataFrame, segments: pd.DataFrame, experts: pd.DataFrame) -> Layers:
     """The layer level of a session; `segments` with SEGMENTS, `experts` with EXPERTS."""
-    complete = steps.loc[steps["status"] == "complete", _STEP_KEY].drop_duplicates()
-    of_layers = segments["stage"].isin(_LAYER_STAGES)
-    whole = segments[of_layers].groupby(_STEP_KEY)["partial"].any()
-    partial = whole[whole.astype(bool)].index
-    complete = complete[~complete.set_index(_STEP_KEY).index.isin(partial)]
-    # A step whose layers were not recorded says nothing of how much of it they took.
-    layered = complete[complete.set_index(_STEP_KEY).index.isin(whole.index)]
-    used = segments["stage"].isin([_FORWARD, _SAMPLE]) | of_layers if of_layers.any() else of_layers
-    rows = segments[used].merge(layered, on=_STEP_KEY)
-    rows = rows.assign(duration=rows["end_ns"] - rows["begin_ns"])
+    complete = steps.loc[steps["status"] == "complete", _STEP_KEY].drop_duplicates().reset_index(drop=True)
+    calls, whole = _calls(segments, complete)
+    collectives = segments.iloc[calls.row[calls.stage == _COLLECTIVE.id]]
+    collectives = collectives.assign(duration=collectives["end_ns"] - collectives["begin_ns"])
     names = names_of(manifest.processes)
     not_visible, not_in_model = invisible(manifest.processes)
-    collectives = rows[rows["stage"] == _COLLECTIVE.id]
     collectives = with_waiting(collectives, names) if len(collectives) else collectives
     return Layers(
-        stages=_stages(rows),
-        by_layer=_by_layer(rows),
+        stages=_stages(calls),
+        by_layer=_by_layer(calls),
         collectives=_collectives(collectives, names),
         ranks=_ranks(collectives),
-        experts=expert_loads(experts.merge(complete, on=_STEP_KEY), experts_by_rank(manifest.processes)),
+        experts=expert_loads(experts.merge(complete[whole], on=_STEP_KEY), experts_by_rank(manifest.processes)),
         not_visible=not_visible,
         not_in_model=not_in_model,
     )
@@ -179,53 +174,99 @@ def _list(value: object) -> list[Any]:
 # Stages
 
 
-def _stages(rows: pd.DataFrame) -> list[LayerStage]:
-    layered = rows[rows["stage"].isin(_LAYER_STAGES)]
-    if not len(layered):
-        return []
-    kinds = layered["a1"].where(layered["stage"] == _ATTENTION.id, 0).fillna(0).astype("int64")
-    forward = int(rows.loc[rows["stage"] == _FORWARD, "duration"].sum())
+@dataclass(frozen=True, eq=False)
+class _Calls:
+    """Segments of layers, and of what they are parts of, one element each."""
+
+    row: npt.NDArray[np.int64]  # of the frame
+    stage: npt.NDArray[np.int16]
+    kind: npt.NDArray[np.int16]  # of attention, 0 for others
+    layer: npt.NDArray[np.int32]  # -1 for none
+    duration: npt.NDArray[np.int64]
+    self_ns: npt.NDArray[np.int64]
+
+    def groups(self) -> Iterator[tuple[int, int, npt.NDArray[np.int64]]]:
+        """Stage, kind and places of each layer stage and kind, in the order of the vocabulary."""
+        for stage in np.unique(self.stage):
+            if int(stage) in _LAYER_STAGES:
+                own = np.flatnonzero(self.stage == stage)
+                kinds = self.kind[own]
+                for kind in np.unique(kinds):
+                    yield int(stage), int(kind), own[kinds == kind]
+
+    def by_layer(self, own: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
+        """Of the calls at these places the layers, each one's number of calls, and sums of self time and duration."""
+        own = own[self.layer[own] >= 0]
+        layer = self.layer[own]
+        counts = np.bincount(layer)
+        layers = np.flatnonzero(counts)
+        sums = (np.bincount(layer, weights=each[own])[layers] for each in (self.self_ns, self.duration))
+        return layers, counts[layers], *(each.astype(np.int64) for each in sums)
+
+
+def _calls(segments: pd.DataFrame, steps: pd.DataFrame) -> tuple[_Calls, npt.NDArray[np.bool_]]:
+    """The segments of steps whose layers were recorded, and which steps are not partial in this.
+
+    A step whose layers were not recorded says nothing of how much of it they took.
+    """
+    stage = segments["stage"].to_numpy(np.int16)
+    of_layers = np.isin(stage, [*_LAYER_STAGES])
+    whole = np.ones(len(steps), bool)
+    chosen = np.zeros(0, np.int64)
+    if of_layers.any():
+        place = step_places(steps, segments["instance"], segments["step"])
+        layered = np.zeros(len(steps), bool)
+        known = of_layers & (place != NOWHERE)
+        layered[place[known]] = True
+        whole[place[known & segments["partial"].to_numpy(bool)]] = False
+        used = (of_layers | np.isin(stage, [_FORWARD, _SAMPLE])) & (place != NOWHERE)
+        chosen = np.flatnonzero(used)
+        chosen = chosen[(layered & whole)[place[chosen]]]
+    stage = stage[chosen]
+    kind = np.zeros(len(chosen), np.int16)
+    attention = np.flatnonzero(stage == _ATTENTION.id)
+    kind[attention] = np.clip(segments["a1"].iloc[chosen[attention]].to_numpy(np.int64, na_value=0), 0, _MOST_KINDS)
+    layer = np.full(len(chosen), -1, np.int32)
+    with_layer = np.flatnonzero(np.isin(stage, [*_WITH_LAYER]))
+    layer[with_layer] = np.clip(
+        segments["a0"].iloc[chosen[with_layer]].to_numpy(np.int64, na_value=-1), -1, _MOST_LAYERS
+    )
+    duration = segments["end_ns"].to_numpy(np.int64)[chosen]
+    duration -= segments["begin_ns"].to_numpy(np.int64)[chosen]
+    return _Calls(chosen, stage, kind, layer, duration, segments["self_ns"].to_numpy(np.int64)[chosen]), whole
+
+
+def _stages(calls: _Calls) -> list[LayerStage]:
+    forward = int(calls.duration[calls.stage == _FORWARD].sum())
     found = []
-    for _, part in layered.assign(kind=kinds).groupby(["stage", "kind"], sort=True):
-        stage, kind = (int(part[column].iloc[0]) for column in ("stage", "kind"))
-        layers = part["a0"] if stage in _WITH_LAYER else None
-        means = part.groupby(layers)["duration"].mean() if layers is not None else pd.Series(dtype="float64")
-        several = len(means) > 1
-        self_ns = int(part["self_ns"].sum())
+    for stage, kind, own in calls.groups():
+        layers, counts, _, durations = calls.by_layer(own)
+        means = durations / counts
+        several = len(layers) > 1
+        self_ns = int(calls.self_ns[own].sum())
         found.append(
             LayerStage(
                 stage=_LAYER_STAGES[stage].name,
                 kind=_text(AttentionKind, kind) if kind else None,
-                layers=len(means) if layers is not None else None,
-                count=len(part),
+                layers=len(layers) if stage in _WITH_LAYER else None,
+                count=len(own),
                 self_ns=self_ns,
                 share=self_ns / forward if forward else None,
-                duration=distribution(part["duration"]),
-                slowest_layer=int(means.index[int(means.argmax())]) if several else None,
+                duration=distribution_of(calls.duration[own]),
+                slowest_layer=int(layers[means.argmax()]) if several else None,
                 slowest_ns=float(means.max()) if several else None,
             )
         )
     return found
 
 
-def _by_layer(rows: pd.DataFrame) -> list[LayerTime]:
-    layered = rows[rows["stage"].isin(_WITH_LAYER) & rows["a0"].notna()]
-    if not len(layered):
-        return []
-    kinds = layered["a1"].where(layered["stage"] == _ATTENTION.id, 0).fillna(0).astype("int64")
-    grouped = layered.assign(kind=kinds).groupby(["a0", "stage", "kind"], sort=True)
-    sums = grouped.agg(count=("stage", "size"), self_ns=("self_ns", "sum"), mean_ns=("duration", "mean")).reset_index()
-    return [
-        LayerTime(
-            stage=_LAYER_STAGES[int(row["stage"])].name,
-            kind=_text(AttentionKind, int(row["kind"])) if row["kind"] else None,
-            layer=int(row["a0"]),
-            count=int(row["count"]),
-            self_ns=int(row["self_ns"]),
-            mean_ns=float(row["mean_ns"]),
-        )
-        for row in sums.to_dict("records")
-    ]
+def _by_layer(calls: _Calls) -> list[LayerTime]:
+    found = []
+    for stage, kind, own in calls.groups():
+        name = _text(AttentionKind, kind) if kind else None
+        for layer, count, self_ns, duration in zip(*(each.tolist() for each in calls.by_layer(own)), strict=True):
+            found.append(LayerTime(_LAYER_STAGES[stage].name, name, layer, count, self_ns, duration / count))
+    return sorted(found, key=lambda each: each.layer)
 
 
 def _text(kinds: type[AttentionKind] | type[Collective], number: int) -> str:

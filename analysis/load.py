@@ -7,8 +7,9 @@ other integer keeps its width; strings that are missing are missing values, not 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,12 +19,7 @@ from stagetrace.exporters.session import TABLES, Manifest, Session
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-_NULLABLE = {
-    pa.int8(): pd.Int8Dtype(),
-    pa.int16(): pd.Int16Dtype(),
-    pa.int32(): pd.Int32Dtype(),
-    pa.int64(): pd.Int64Dtype(),
-}
+_INTEGERS = (pa.int8(), pa.int16(), pa.int32(), pa.int64())  # Int8 to Int64 where a column of these may be null
 _REQUEST_KEY = ["handle", "end_ns"]
 _STEP_KEY = ["instance", "step", "end_ns"]
 _WITH_REQUEST = ("states", "members")
@@ -47,14 +43,60 @@ class Frames:
         return self.tables[name]
 
 
+_Piece = dict[str, Any]  # by column: values and, where it may be null, which are; else a series
+
+
 def frame(table: pa.Table, schema: pa.Schema) -> pd.DataFrame:
     """An Arrow table as a frame whose columns have the types that `schema` promises."""
-    columns = {}
+    names = [field.name for field in schema if field.name in table.column_names]
+    return _joined([_piece(table, schema)], names, schema)
+
+
+def _piece(table: pa.Table, schema: pa.Schema) -> _Piece:
+    """The columns of a part, not bound to Arrow's memory."""
+    found: _Piece = {}
     for field in schema:
-        if field.name in table.column_names:
-            columns[field.name] = table[field.name].to_pandas(types_mapper=_NULLABLE.get if field.nullable else None)
-            table = table.drop_columns([field.name])  # so that no more than one column is held twice
+        if field.name not in table.column_names:
+            continue
+        column = table[field.name]
+        if field.type not in _INTEGERS:
+            found[field.name] = column.to_pandas()
+        elif not field.nullable:
+            found[field.name] = np.array(column)
+        elif column.null_count == len(column):
+            found[field.name] = _nothing(field.type.to_pandas_dtype(), len(column))
+        else:
+            missing = np.array(column.is_null()) if column.null_count else np.zeros(len(column), bool)
+            values = column.fill_null(0) if column.null_count else column
+            found[field.name] = (np.array(values), missing)
+    return found
+
+
+def _joined(pieces: list[_Piece], names: Sequence[str], schema: pa.Schema) -> pd.DataFrame:
+    """The frame of all pieces, which are used up: a column is held twice for as long as it is joined, no longer."""
+    columns: dict[str, Any] = {}
+    for name in names:
+        parts = [piece.pop(name) for piece in pieces]
+        field = schema.field(name)
+        if field.type not in _INTEGERS:
+            parts = parts or [pa.chunked_array([], field.type).to_pandas()]
+            columns[name] = pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]
+        elif not field.nullable:
+            columns[name] = np.concatenate(parts) if parts else np.zeros(0, field.type.to_pandas_dtype())
+        else:
+            columns[name] = pd.arrays.IntegerArray(*_values_and_missing(parts, field.type.to_pandas_dtype()))
     return pd.DataFrame(columns, copy=False)
+
+
+def _values_and_missing(parts: list[Any], dtype: type) -> tuple[Any, Any]:
+    if all(value.strides == (0,) for value, _ in parts):
+        return _nothing(dtype, sum(len(value) for value, _ in parts))
+    return np.concatenate([value for value, _ in parts]), np.concatenate([flags for _, flags in parts])
+
+
+def _nothing(dtype: type, length: int) -> tuple[Any, Any]:
+    """A column that is null throughout, as most attributes are; it takes no memory and cannot be written."""
+    return np.broadcast_to(np.zeros(1, dtype), length), np.broadcast_to(np.ones(1, bool), length)
 
 
 def read(
@@ -68,19 +110,16 @@ def read(
 
     With `stages`, of segments only the rows of these. Raises SessionError when a part of it cannot be read.
     """
-    wanted = stages if name == "segments" else None
-    # No name for the table here: frame() lets go of its columns one by one.
-    return frame(
-        _of_stages(session.read_table(name, None if columns is None else list(columns), committed_ns), wanted),
-        TABLES[name],
-    )
+    schema = TABLES[name]
+    wanted = schema.names if columns is None else list(columns)
+    names = [each for each in schema.names if each in wanted]
 
+    def chosen(part: pa.Table) -> _Piece:
+        if stages is not None and name == "segments":
+            part = part.filter(pc.is_in(part["stage"], pa.array(sorted(stages), schema.field("stage").type)))
+        return _piece(part, schema)
 
-def _of_stages(table: pa.Table, stages: Collection[int] | None) -> pa.Table:
-    if stages is None:
-        return table
-    chosen = pc.is_in(table["stage"], pa.array(sorted(stages), table.schema.field("stage").type))
-    return table if pc.all(chosen).as_py() is not False else table.filter(chosen)
+    return _joined(session.read_pieces(name, chosen, wanted, committed_ns), names, schema)
 
 
 def load(
@@ -96,6 +135,7 @@ def load(
     window needs a few more columns than those named and adds them. With `stages`, of segments only these are there.
     Raises SessionError.
     """
+    _return_memory()
     manifest = session.read_manifest()
     wanted = dict.fromkeys(TABLES) if columns is None else dict(columns)
     if last_s is not None:
@@ -113,6 +153,15 @@ def load(
         return Frames(manifest, tables, rows)
     until = _last_time(manifest, tables)
     return Frames(manifest, windowed(tables, until - window), rows, until - window, until)
+
+
+def _return_memory() -> None:
+    """Has Arrow give back at once what it no longer needs: its default pool keeps as much again as a session takes."""
+    try:
+        pa.jemalloc_set_decay_ms(0)
+        pa.set_memory_pool(pa.jemalloc_memory_pool())
+    except NotImplementedError:  # not in every build of Arrow
+        pa.set_memory_pool(pa.system_memory_pool())
 
 
 def _committed_since(session: Session, manifest: Manifest, names: Iterable[str], window_ns: int) -> int | None:

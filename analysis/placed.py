@@ -94,8 +94,9 @@ def step_places(steps: pd.DataFrame, instance: pd.Series, step: pd.Series) -> Co
     for each in np.unique(owner):
         rows = np.flatnonzero(owner == each).astype(np.int32)
         mine = known & (of == each)
-        chosen = slice(None) if mine.all() else np.flatnonzero(mine)
-        found[chosen] = _look_up(number[rows], rows, numbers[chosen])
+        if mine.all():
+            return _look_up(number[rows], rows, numbers)
+        found[mine] = _look_up(number[rows], rows, numbers[mine])
     return found
 
 
@@ -141,7 +142,8 @@ def _threads(
     """
     process, processes = pd.factorize(segments["process"])
     thread, threads = pd.factorize(segments["thread"])
-    codes, pairs = pd.factorize(process * len(threads) + thread)
+    codes, pairs = pd.factorize(process.astype(np.int32) * np.int32(max(len(threads), 1)) + thread.astype(np.int32))
+    del process, thread
     known = pd.DataFrame(
         {
             "process": np.asarray(processes, np.int64)[pairs // max(len(threads), 1)],
@@ -150,10 +152,11 @@ def _threads(
     )
     code_of = codes.astype(np.int32)
     numbers = np.unique(stage)
-    place = np.searchsorted(numbers, stage)
-    size = len(known) * len(numbers)
-    time = np.bincount(codes * len(numbers) + place, weights=self_ns, minlength=size).reshape(len(known), len(numbers))
-    seen = np.bincount(codes * len(numbers) + place, minlength=size).reshape(len(known), len(numbers)) > 0
+    del codes
+    place = code_of * np.int32(len(numbers)) + np.searchsorted(numbers, stage).astype(np.int32)
+    shape = len(known), len(numbers)
+    time = np.bincount(place, weights=self_ns, minlength=shape[0] * shape[1]).reshape(shape)
+    seen = np.bincount(place, minlength=shape[0] * shape[1]).reshape(shape) > 0
     homes = [_home(int(number)) for number in numbers]
     schedules = steps[_KEY].drop_duplicates().assign(schedules=True)
     scheduling = known.merge(schedules, how="left", on=_KEY)["schedules"].notna().to_numpy(bool)

@@ -1,7 +1,7 @@
 """Why requests waited in the scheduler's queue: what kept each step from taking another request in.
 
-Engines say why a request waits only for a grammar. The rest follows from what each step's record says of its batch, and
-from the limits that the process recorded at its start.
+For engines that do not record it themselves (latency_parts.py takes what is recorded where it is): it follows from what
+each step's record says of its batch, and from the limits that the process recorded at its start.
 """
 
 from __future__ import annotations

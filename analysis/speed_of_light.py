@@ -27,6 +27,7 @@ from .hardware import match
 from .layers import touched_experts
 from .model_config import ConfigError, load_model
 from .operations import StepWork, step_work
+from .placed import NOWHERE, step_places
 from .sharding import Sharding
 
 if TYPE_CHECKING:
@@ -528,15 +529,27 @@ def _stage_times(steps: pd.DataFrame, segments: pd.DataFrame) -> dict[str, int]:
     """
     if not len(steps):
         return {}
-    keys = steps[_STEP_KEY].astype("Int64")
-    own = segments.merge(keys, on=_STEP_KEY)
-    inside = own[own["stage"].isin([*_LAYERS, BY_NAME["forward"].id])]
-    ranks = inside.drop_duplicates(["instance", "process", "thread"]).groupby("instance").size()
-    totals = own.groupby(["stage", "instance"])["self_ns"].sum().reset_index()
-    totals = totals[totals["instance"].isin(ranks.index)]
-    mean = totals["self_ns"] / ranks.reindex(totals["instance"]).to_numpy()
-    found = mean.groupby(totals["stage"]).sum()
-    return {BY_ID[int(str(stage))].name: round(time) for stage, time in found.items()}
+    stage = segments["stage"].to_numpy(np.int16)
+    place = step_places(steps, segments["instance"], segments["step"])
+    of_rank = np.flatnonzero(np.isin(stage, [*_LAYERS, BY_NAME["forward"].id]))
+    if not len(of_rank):
+        return {}
+    threads = segments["process"].to_numpy(np.int64)[of_rank], segments["thread"].to_numpy(np.int64)[of_rank]
+    changes = np.flatnonzero((np.diff(threads[0]) != 0) | (np.diff(threads[1]) != 0) | (np.diff(place[of_rank]) != 0))
+    telling = of_rank[np.concatenate([[0], changes + 1])]  # of neighbours that are alike the first says it all
+    del of_rank, threads, changes
+    self_ns = segments["self_ns"].to_numpy(np.int64)
+    instances, codes = np.unique(steps["instance"].to_numpy(np.int64), return_inverse=True)
+    instance = np.where(place == NOWHERE, np.int16(NOWHERE), codes.astype(np.int16)[place])
+    times: dict[str, float] = {}
+    for each in range(len(instances)):
+        inside = telling[instance[telling] == each]
+        ranks = len(segments[["process", "thread"]].iloc[inside].drop_duplicates())
+        for number in np.unique(stage[instance == each]) if ranks else ():
+            total = int(self_ns[(instance == each) & (stage == number)].sum())
+            name = BY_ID[int(number)].name
+            times[name] = times.get(name, 0.0) + total / ranks
+    return {name: round(time) for name, time in times.items()}
 
 
 def _sum(values: Numbers, chosen: Chosen) -> float:

@@ -16,7 +16,7 @@ from stagetrace.instrument.stages import BY_ID, BY_NAME, Phase, QueueCause
 from .activity import COLUMNS as ACTIVITY
 from .breakdown import time_per_output_token
 from .latency_parts import COLUMNS as PARTS_COLUMNS
-from .latency_parts import PARTS, Engines, request_parts, typical_prompt
+from .latency_parts import PARTS, Engines, request_parts
 from .show import plain
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def story(
 ) -> Story:
     """The story of the request in a row of `requests`; the frames have COLUMNS."""
     request = requests.iloc[row]
-    engines = Engines.of(steps, processes, typical_prompt(requests))
+    engines = Engines.of(steps, processes, requests)
     own_states = states[states["handle"] == request["handle"]].sort_values(["begin_ns", "end_ns"], kind="stable")
     its_life = _between(own_states, request)
     own_states = own_states[its_life]
@@ -181,7 +181,7 @@ def story(
         facts=_facts(request, zero),
         measured=int(_measured(requests).sum()),
         standings=_standings(row, requests, own_states, engines),
-        passages=_passages(request, own_states, joined, steps, engines, zero),
+        passages=_passages(requests.iloc[[row]], own_states, joined, steps, engines, zero),
     )
 
 
@@ -252,12 +252,13 @@ def _joined(members: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
 
 
 def _passages(
-    request: pd.Series, states: pd.DataFrame, joined: pd.DataFrame, steps: pd.DataFrame, engines: Engines, zero: int
+    request: pd.DataFrame, states: pd.DataFrame, joined: pd.DataFrame, steps: pd.DataFrame, engines: Engines, zero: int
 ) -> list[Passage]:
     found: list[Passage] = []
     chunks = states[states["stage"] == _CHUNK]
     last_end = zero
-    alone = pd.DataFrame({"handle": [request["handle"]], "first_token_ns": [pd.NA], "last_token_ns": [pd.NA]})
+    unknown = pd.array([pd.NA], dtype="Int64")
+    alone = request.assign(first_token_ns=unknown, last_token_ns=unknown)  # its states are split one by one
     for state in states[states["stage"] != _CHUNK].to_dict("records"):
         begin, end = int(state["begin_ns"]), int(state["end_ns"])
         if begin > last_end:
@@ -266,9 +267,7 @@ def _passages(
         in_steps = name in ("prefill", "decode")
         within = chunks[(chunks["begin_ns"] >= begin) & (chunks["end_ns"] <= end)] if name == "prefill" else chunks[:0]
         one = states[(states["begin_ns"] == begin) & (states["stage"] == state["stage"])]
-        split = (
-            engines.parts_of(alone.astype("Int64"), pd.concat([one, within])) if name in ("queue", *_IN_STEPS) else {}
-        )
+        split = engines.parts_of(alone, pd.concat([one, within])) if name in ("queue", *_IN_STEPS) else {}
         found.append(
             Passage(
                 state=name.removeprefix("request_"),

@@ -120,8 +120,7 @@ def clean_ranks(chance: random.Random) -> Planned:
 
 
 def kv_cache(chance: random.Random) -> Planned:
-    blocks = chance.randint(12, 18)
-    asks = _asks(chance, 48, (60, 160), (120, 220))
+    blocks = chance.randint(14, 18)  # one more than the longest request needs, and up
     arguments = (EAGER, "--num-gpu-blocks-override", str(blocks), "--block-size", "32", "--max-model-len", "384")
     asks = _asks(chance, 48, (30, 80), (60, 140))
     advised = (EAGER, "--block-size", "32", "--max-model-len", "384")  # as many blocks as the memory has

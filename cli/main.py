@@ -6,6 +6,7 @@ import typer
 
 from .calibrate import calibrate
 from .collect import collect
+from .compare import compare
 from .ctl import ctl
 from .diagnose import diagnose
 from .doctor import doctor
@@ -26,6 +27,7 @@ app = typer.Typer(
 PASS_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 app.command(context_settings=PASS_ON)(run)
 app.command()(report)
+app.command()(compare)
 app.command()(diagnose)
 app.command()(top)
 app.command()(collect)

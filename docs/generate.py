@@ -1,15 +1,20 @@
 """Writes the pages that are made from tables: stages, speed of light, diagnosis, compatibility.
 
+In numbers.md and comparison.md it writes the parts between `<!-- definitions: ... -->` and `<!-- end -->` alone.
+
 python docs/generate.py            writes the pages
 python docs/generate.py --check    exits with 1 when a page is not what would be written
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stagetrace.analysis.comparison.metrics import METRICS, Group
+from stagetrace.analysis.definitions import DEFINITIONS
 from stagetrace.analysis.diagnosis.causes import CAUSES, Cause
 from stagetrace.analysis.diagnosis.causes import Phase as OfRequest
 from stagetrace.analysis.diagnosis.explain import NUMBERS
@@ -395,11 +400,42 @@ def unit(attribute: Attribute) -> str:
     return code(attribute.unit.value)
 
 
+BLOCK = re.compile(r"(<!-- (definitions|metrics): ([^>]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def with_blocks(name: str) -> Callable[[], str]:
+    """A page that is written by hand but for its blocks of definitions."""
+    path = HERE / name
+
+    def page() -> str:
+        written = path.read_text("utf-8") if path.is_file() else ""
+        return BLOCK.sub(lambda found: found[1] + block(found[2], found[3]) + found[5], written)
+
+    return page
+
+
+def block(kind: str, section: str) -> str:
+    """The table of a section's definitions, or of a group's metrics. Raises ValueError for one that there is not."""
+    if kind == "metrics":
+        rows = [
+            [code(each.name), each.unit.value, each.better.value] for each in METRICS if each.group is Group[section]
+        ]
+        return table(("metric", "unit", "better"), rows) + "\n"
+    chosen = [each for each in DEFINITIONS if each.section == section]
+    if not chosen:
+        raise ValueError(f"no definition is in section {section!r}")
+    columns = ("name", "unit", "means", "how it is made", "does not mean")
+    rows = [[code(each.name), each.unit, each.means, each.formula, each.does_not_mean] for each in chosen]
+    return table(columns, rows) + "\n"
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "stages.md": stages_page,
     "speed-of-light.md": speed_of_light_page,
     "diagnosis.md": diagnosis_page,
     "compatibility.md": compatibility_page,
+    "numbers.md": with_blocks("numbers.md"),
+    "comparison.md": with_blocks("comparison.md"),
 }
 
 

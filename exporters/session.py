@@ -34,7 +34,9 @@ from stagetrace.instrument.stages import MAX_ATTRIBUTES, QUEUE_CAUSES, STEP_COMP
 from .parts import BLOCK, END, Part, list_parts, merge_block, read_part, remove_within, write_part
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
+
+_Piece = TypeVar("_Piece")
 
 MANIFEST_VERSION = 2
 ANCHOR_NS = 1_000_000  # by which wall and monotonic clock drift apart before that is noted
@@ -526,10 +528,23 @@ class Session:
         that is read as empty is empty. With `numbers` it is what the commits from the first to the second
         gave. Raises SessionError for a damaged part.
         """
-        schema = TABLES[name]
-        if columns is not None:
-            schema = pa.schema([schema.field(column) for column in columns])
-        tables: list[pa.Table] = []
+        schema = _chosen(name, columns)
+        pieces = self.read_pieces(name, lambda piece: piece, columns, committed_ns, numbers)
+        return pa.concat_tables(pieces) if pieces else schema.empty_table()
+
+    def read_pieces(
+        self,
+        name: str,
+        made: Callable[[pa.Table], _Piece],
+        columns: list[str] | None = None,
+        committed_ns: int | None = None,
+        numbers: tuple[int, int] | None = None,
+    ) -> list[_Piece]:
+        """What `made` makes of each part of a table, in order, so that no more than one part need be held as it is.
+
+        The rest as in read_table. Raises SessionError for a damaged part.
+        """
+        schema = _chosen(name, columns)
         for attempt in range(_ATTEMPTS):  # a part may be merged or removed between looking and reading
             try:
                 parts = list_parts(self._tables(name))
@@ -537,8 +552,7 @@ class Session:
                     parts = _since(parts, committed_ns)
                 first, last = numbers or (0, END)
                 parts = [part for part in parts if part.last >= first and part.first <= last]
-                tables = [read_part(part, first, last, columns) for part in parts]
-                break
+                return [made(self._piece(name, read_part(part, first, last, columns), schema)) for part in parts]
             except FileNotFoundError:
                 if attempt == _ATTEMPTS - 1:
                     raise
@@ -547,10 +561,11 @@ class Session:
                     f"{self.path}: a file under tables/{name} is damaged ({error}):"
                     f" `stagetrace rebuild {self.path}` derives it again"
                 ) from error
-        if not tables:
-            return schema.empty_table()
+        return []
+
+    def _piece(self, name: str, part: pa.Table, schema: pa.Schema) -> pa.Table:
         try:
-            return pa.concat_tables([part.select(schema.names).cast(schema) for part in tables])
+            return part.select(schema.names).cast(schema)
         except (pa.ArrowException, KeyError, ValueError) as error:
             raise SessionError(
                 f"{self.path}: a file under tables/{name} has other columns ({error}):"
@@ -682,6 +697,12 @@ def _commit(data: dict[str, Any]) -> Commit:
     if any(batch.control < 0 or batch.detail < 0 for batch in batches):
         raise ValueError("a batch has fewer than no records")
     return _checked(Commit(**{**data, "batches": batches, "rings": rings}))
+
+
+def _chosen(name: str, columns: list[str] | None) -> pa.Schema:
+    """A table's schema, or that of some of its columns."""
+    schema = TABLES[name]
+    return schema if columns is None else pa.schema([schema.field(column) for column in columns])
 
 
 def _size(part: Part) -> int:

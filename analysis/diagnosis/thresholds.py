@@ -38,9 +38,7 @@ THRESHOLDS: tuple[Threshold, ...] = (
     Threshold("cache_loss", 0.3, "of the cached share", "how much less must be found in a full cache; less is chance"),
     Threshold("again_share", 0.1, "of TTFT", "as a share that a user would notice"),
     Threshold("stall", 2.0, "steps of decode", "what a token must wait longer than usual to be held up by prefill"),
-    Threshold(
-        "stall_share", 0.33, "of TPOT", "batches with prompts of all lengths have up to a quarter, and are well served"
-    ),
+    Threshold("stall_share", 0.25, "of TPOT", "the interval of well served prompts of all lengths begins at a tenth"),
     Threshold("at_roof", 0.6, "of the memory's bandwidth", "what well tuned kernels reach in decode"),
     Threshold("far_below", 0.2, "of the speed of light", "well kept engines are above it, with their host's part"),
     Threshold("far_share", 0.25, "of TTFT or TPOT", "time beyond that; half of a phase is not to be argued about"),

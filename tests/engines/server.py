@@ -172,9 +172,7 @@ class Watch:
         psutil.wait_procs(alive, timeout=10)
         process.wait(10)
         # Python's resource tracker unlinks semaphores, unless it was killed with the rest.
-        new = semaphores() - self.semaphores
-        in_use = {file for pid in psutil.pids() for file in shared_memory(pid)} if new else set()
-        for file in self.files | (new - in_use):
+        for file in self.files | unused(semaphores() - self.semaphores):
             Path(file).unlink(missing_ok=True)
         return left
 
@@ -202,6 +200,20 @@ def shared_memory(pid: int) -> set[str]:
         return set()
     paths = {line[line.index(SHARED_MEMORY) :] for line in lines if SHARED_MEMORY in line}
     return {path for path in paths if not path.endswith(" (deleted)")}
+
+
+def unused(files: set[str]) -> set[str]:
+    """Those that no process has mapped. By inode: a new semaphore is mapped under another name than it then has."""
+    if not files:
+        return set()
+    mapped = set()
+    for pid in psutil.pids():
+        try:
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        except OSError:
+            continue
+        mapped.update(int(line.split()[4]) for line in lines if SHARED_MEMORY in line)
+    return {file for file in files if Path(file).exists() and Path(file).stat().st_ino not in mapped}
 
 
 def show(server: Server) -> None:

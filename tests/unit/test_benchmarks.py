@@ -17,6 +17,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
+import analysis_scale
 import collector
 import measure
 import record_cost
@@ -25,7 +26,9 @@ import soak
 from stream import Seen
 from windows import STOPPED, WITH, WITHOUT, Window, client_figures, cpu_figures, cpu_seconds, difference, differences
 
+from stagetrace.analysis.report import summarise
 from stagetrace.exporters.assembly.assemble import Assembler
+from stagetrace.exporters.session import Session
 from stagetrace.instrument.records import RecordType, header_word
 
 BENCHMARKS = Path(measure.__file__).parent
@@ -121,6 +124,48 @@ def test_collector_prints_tables_and_one_object_last() -> None:
         assert 0 < low <= found[key] <= high, key
     assert found["cpu_pct_at_200_steps"] > 0
     assert found["peak_rss_mb"] > 0
+
+
+def test_analysis_scale_measures_commands_by_the_number_of_records() -> None:
+    done = run("analysis_scale.py", "--quick", "--commands", "report", "--json")
+    assert done.returncode == 0, done.stderr
+    *tables, last = done.stdout.splitlines()
+    assert any("report" in line for line in tables)
+    found = json.loads(last)
+    assert [*found["seconds"]] == [*found["peak_rss_mb"]] and len(found["seconds"]) == 2
+    for command in found["commands"].values():
+        for figures in command.values():
+            assert all(figure > 0 for figure in figures.values())
+    assert found["met"] is None  # of sessions so small nothing is asked
+
+
+def test_a_larger_session_is_the_same_again_later(tmp_path: Path) -> None:
+    found = collector.stream(analysis_scale.CASE, 10_000)
+    count = analysis_scale.write(found, 3 * found.slots, tmp_path / "session")
+    session = Session.open(tmp_path / "session")
+    assert count == 3 * found.slots
+    steps, segments = (session.read_table(name) for name in ("steps", "segments"))
+    one = analysis_scale.tables_of(found)
+    assert steps.num_rows == 3 * one["steps"].num_rows and segments.num_rows == 3 * one["segments"].num_rows
+    numbers = steps["step"].to_numpy()
+    assert len(np.unique(numbers)) == len(numbers)
+    summary = summarise(session)
+    rest = [stage.share for stage in (*summary.stages.timelines[0].stages, summary.stages.timelines[0].unattributed)]
+    assert (
+        sum(share or 0 for share in rest) == pytest.approx(1) and summary.requests.count == 3 * one["requests"].num_rows
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "megabytes", "met"), [((1.0, 10.0), 1500, True), ((1.0, 21.0), 1500, False), ((1.0, 10.0), 2500, False),
+                                      ((0.5, 15.0), 1500, False)]
+)  # fmt: skip
+def test_the_goal_is_seconds_memory_and_a_line(seconds: tuple[float, float], megabytes: float, met: bool) -> None:
+    own = {
+        records: analysis_scale.Measured(taken, taken, megabytes)
+        for records, taken in zip((1_000_000, 10_000_000), seconds, strict=True)
+    }
+    assert analysis_scale.met({"report": own}) is met
 
 
 def test_the_synthetic_engine_writes_what_can_be_assembled() -> None:

@@ -406,8 +406,10 @@ def test_losses_and_hooks(tmp_path: Path):
     missing = {"name": "core", "status": "missing", "why": "no attribute"}
     unused = {"name": "nowhere", "status": "waiting", "why": "not imported"}
     installed = {"name": "worker", "status": "installed", "why": ""}
-    builder.process(hooks=[waiting, missing, unused], errors={"core": 1})
-    builder.process(1, hooks=[installed, missing, unused], errors={"core": 2, "worker": 1})
+    made = {"name": "connector", "status": "unused", "why": "on 0 objects"}
+    builder.process(hooks=[waiting, missing, unused, made], errors={"core": 1})
+    not_made = {**made, "status": "waiting", "why": "it is put on objects"}
+    builder.process(1, hooks=[installed, missing, unused, not_made], errors={"core": 2, "worker": 1})
     found = health(builder.write().read_manifest())
     assert found.lost == {
         "overwritten": 6,

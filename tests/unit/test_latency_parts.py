@@ -148,6 +148,15 @@ def test_preemption_and_what_it_costs(tmp_path: Path):
     }  # fmt: skip
 
 
+def test_causes_that_the_engine_recorded_take_the_place_of_what_steps_tell(tmp_path: Path):
+    builder = told(tmp_path / "s")
+    builder.rows["requests"][0] |= {"grammar_ns": 2 * MS, "kv_space_ns": 15 * MS, "lora_limit_ns": 1 * MS}
+    queued = {name: each for name, each in of(found(builder.write())["ttft"]).items() if name.startswith("queue")}
+    assert queued == {
+        "queue_next_step": 7 * MS, "queue_grammar": 2 * MS, "queue_kv_space": 15 * MS, "queue_lora_limit": 1 * MS,
+    }  # fmt: skip
+
+
 def test_frame_has_a_row_for_each_request_and_latency(tmp_path: Path):
     frames = load(told(tmp_path / "s").write(), None, COLUMNS)
     frame = parts_frame(frames["requests"], frames["states"], frames["steps"], frames.manifest.processes)

@@ -19,7 +19,7 @@ from unit.wheel import (
 )
 
 SETUPTOOLS = project()["tool"]["setuptools"]
-BUILT = {"build", "dist", "stagetrace-sessions"}
+BUILT = {"build", "dist", "stagetrace-sessions", "environments"}  # the last has stand-ins for engines' packages
 
 
 def source_folder(package: str, root: Path = CHECKOUT) -> Path:
