@@ -28,7 +28,8 @@ class Terminal:
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         self.settings = termios.tcgetattr(theirs)
         commands.environment = {**commands.environment, "TERM": "xterm"}
-        commands.environment.pop("COLUMNS", None)
+        for size in ("COLUMNS", "LINES"):  # else these stand for the terminal's
+            commands.environment.pop(size, None)
         streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "start_new_session": True}
         self.process = commands.start(
             sys.executable, "-c", TAKES_THE_TERMINAL, STAGETRACE, "top", *arguments, **streams
