@@ -54,6 +54,7 @@ def rebuild_tables(session: Session, progress: Callable[[int, int], None]) -> Re
         assembler = Assembler(session.identity.key)
         switches = read_switches(session)
         total = parts[-1].last if parts else 0
+        seen_ns = 0 if result.restored else manifest.updated_ns  # until when it was recorded: rebuilding adds nothing
         if parts and parts[0].first > 1:
             for process in manifest.processes:
                 assembler.introduce(process.key, process.info, process.hooks)
@@ -72,6 +73,7 @@ def rebuild_tables(session: Session, progress: Callable[[int, int], None]) -> Re
                         for batch in batches_of(commit, table):
                             assembler.add(batch)
                         write(assembler.take(commit.taken_ns), commit.number)
+                        seen_ns = max(seen_ns, commit.wall_ns)
                         result.commits += 1
                         result.slots += commit.slots
                         progress(commit.number, total)
@@ -84,5 +86,5 @@ def rebuild_tables(session: Session, progress: Callable[[int, int], None]) -> Re
         manifest.counts.update(assembler.counts)
         manifest.derived = max(manifest.derived, total)
         manifest.complete = True
-        session.write_manifest(manifest)
+        session.write_manifest(manifest, seen_ns)
     return result

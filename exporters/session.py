@@ -424,9 +424,9 @@ class Session:
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             raise ManifestDamaged(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}") from error
 
-    def write_manifest(self, manifest: Manifest) -> None:
-        """Replaces the manifest as a whole."""
-        manifest.updated_ns = time.time_ns()
+    def write_manifest(self, manifest: Manifest, updated_ns: int | None = None) -> None:
+        """Replaces the manifest as a whole; what it says is known as of now, or of `updated_ns` (wall)."""
+        manifest.updated_ns = time.time_ns() if updated_ns is None else updated_ns
         text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False)
         replace(self.path / "manifest.json", text.encode("utf-8", "replace"))
 

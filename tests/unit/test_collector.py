@@ -414,7 +414,7 @@ def table_files(session: Session) -> dict[str, bytes]:
 
 def test_tables_rebuilt_from_the_raw_records_are_the_same_to_the_byte(commands: Commands, session: Session):
     recorded(commands, session, 4)
-    before = table_files(session)
+    before, recorded_until = table_files(session), session.read_manifest().updated_ns
     assert len(before) > 10
     shutil.rmtree(session.path / "tables" / "steps")
     (session.path / "tables" / "requests" / "part-00000001.parquet").unlink(missing_ok=True)
@@ -424,6 +424,7 @@ def test_tables_rebuilt_from_the_raw_records_are_the_same_to_the_byte(commands: 
     assert b"records in" in out
     assert table_files(session) == before
     assert session.read_manifest().complete
+    assert session.read_manifest().updated_ns == recorded_until
 
 
 def test_rebuild_of_a_damaged_session_keeps_the_rest_and_names_what_is_lost(commands: Commands, session: Session):
@@ -458,6 +459,7 @@ def test_rebuild_makes_a_manifest_again_that_is_damaged_or_gone(
         process.host = ""
     assert after.processes == before.processes
     assert abs(after.started_ns - before.started_ns) < 60e9
+    assert after.started_ns < after.updated_ns <= before.updated_ns
     assert commands.start(STAGETRACE, "report", session.path).wait(PATIENCE_S) == 0
 
 
