@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import say_meaning
-from .report import seconds
+from .options import say_meaning, seconds
 
 
 class Undecided(StrEnum):

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .report import seconds
+from .options import CalibrationOption, LastOption, ModelConfigOption, SessionArgument, seconds
 
 
 def diagnose(
-    session: Annotated[
-        Path | None, typer.Argument(help="A session's directory. Default: the newest under ./stagetrace-sessions.")
-    ] = None,
-    last: Annotated[
-        str | None, typer.Option(help="Only what ended in the last part of the session, as 90s, 10m or 2h.")
-    ] = None,
-    model_config: Annotated[
-        Path | None,
-        typer.Option(help="The model's config.json or its directory, for the speed of light. Default: as recorded."),
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="A file of `stagetrace calibrate`, to compare with. Default: that of the recorded device."),
-    ] = None,
+    session: SessionArgument = None,
+    last: LastOption = None,
+    model_config: ModelConfigOption = None,
+    calibration: CalibrationOption = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Also the causes that were looked at and do not stand out.")
     ] = False,

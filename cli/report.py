@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .options import say_meaning
-
-_LONGEST_S = 1e9  # 32 years
-_UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-
-
-def seconds(text: str) -> float:
-    """A length of time such as 90, 90s, 10m, 1.5h or 2d, in seconds. Raises typer.BadParameter."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip(), re.ASCII)
-    if found is None or not 0 < float(found[1]) * _UNITS_S[found[2]] <= _LONGEST_S:
-        raise typer.BadParameter(f"{text!r} is not a length of time: write it as 90s, 10m, 1.5h or 2d")
-    return float(found[1]) * _UNITS_S[found[2]]
+from .options import CalibrationOption, LastOption, ModelConfigOption, SessionArgument, say_meaning, seconds
 
 
 def report(
-    session: Annotated[
-        Path | None, typer.Argument(help="A session's directory. Default: the newest under ./stagetrace-sessions.")
-    ] = None,
-    last: Annotated[
-        str | None, typer.Option(help="Only what ended in the last part of the session, as 90s, 10m or 2h.")
-    ] = None,
-    model_config: Annotated[
-        Path | None,
-        typer.Option(help="The model's config.json or its directory, for the speed of light. Default: as recorded."),
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="A file of `stagetrace calibrate`, to compare with. Default: that of the recorded device."),
-    ] = None,
+    session: SessionArgument = None,
+    last: LastOption = None,
+    model_config: ModelConfigOption = None,
+    calibration: CalibrationOption = None,
     request: Annotated[
         str | None,
         typer.Option(

@@ -8,12 +8,11 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from .report import seconds
+from .options import SessionArgument, seconds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,9 +26,7 @@ _SLICE_S = 0.25  # how long a key, or a new size of the terminal, waits at most
 
 
 def top(
-    session: Annotated[
-        Path | None, typer.Argument(help="A session's directory. Default: the newest under ./stagetrace-sessions.")
-    ] = None,
+    session: SessionArgument = None,
     window: Annotated[str, typer.Option(help="What the numbers are of: the last 10s, 1m, ...")] = "10s",
     interval: Annotated[str, typer.Option(help="How often to look.")] = "2s",
     once: Annotated[bool, typer.Option("--once", help="Print what is there now and end.")] = False,
