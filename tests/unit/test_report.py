@@ -15,7 +15,8 @@ from unit.sessions import SessionBuilder
 
 from stagetrace.analysis.report import Summary, as_dict, print_summary, summarise, to_json
 from stagetrace.analysis.show import duration_text, number_text, plain, share_text
-from stagetrace.cli.report import report, seconds
+from stagetrace.cli.options import seconds
+from stagetrace.cli.report import report
 from stagetrace.exporters.session import Session
 
 if TYPE_CHECKING:
