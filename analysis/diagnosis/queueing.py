@@ -76,14 +76,29 @@ def _queued(facts: Facts, cause: Wait) -> tuple[Evidence, ...]:
     )
 
 
-def larger_batch_gain(facts: Facts) -> float:
-    """What twice the requests in a batch would add to tokens per second, 0 to 1, by the steps of decode.
+def decode_line(facts: Facts) -> tuple[float, float] | None:
+    """How long a step of decode takes: ns whatever is in it, and ns for each request; None where that is not known.
 
-    By a line through their durations. It ignores that attention's part grows with context, and steps with prefill.
+    By a line through their durations. It ignores that attention's part grows with context, and steps with prefill. It
+    takes batches of several sizes: those few that a load leaves when it ends are no measure of the others.
     """
-    size = facts.step("decode_requests")
-    fixed, each = line(size[facts.decode_only], facts.own[facts.decode_only])
-    full = float(np.percentile(size[facts.decode_only], 90)) if facts.decode_only.any() else 0.0
+    size, took = facts.step("decode_requests")[facts.decode_only], facts.own[facts.decode_only]
+    return line(size, took) if _smaller_batches(facts) >= limit("smaller_batches") else None
+
+
+def _smaller_batches(facts: Facts) -> float:
+    """The share of decode steps whose batch is a good deal smaller than the usual full one; 0 without any."""
+    size = facts.step("decode_requests")[facts.decode_only]
+    return float((size < 0.75 * np.percentile(size, 90)).mean()) if len(size) else 0.0
+
+
+def larger_batch_gain(facts: Facts) -> float | None:
+    """What twice the requests in a batch would add to tokens per second, 0 to 1, by decode_line; None: not known."""
+    found = decode_line(facts)
+    if found is None:
+        return None
+    fixed, each = found
+    full = float(np.percentile(facts.step("decode_requests")[facts.decode_only], 90))
     now, then = fixed + each * full, fixed + each * 2 * full
     return 2 * now / then - 1 if then > 0 else 0.0
 
@@ -91,12 +106,12 @@ def larger_batch_gain(facts: Facts) -> float:
 def left_of(facts: Facts, queue: Values, flags: Flags) -> float:
     """What of a time in the queue would be saved if all that waited ran: less what their steps would get longer, ns.
 
-    By a line through the steps of decode; prefill is the same work either way.
+    By decode_line, all of it where that is not known; prefill is the same work either way.
     """
-    if not flags.any() or not facts.decode_only.any():
+    found = decode_line(facts)
+    if not flags.any() or found is None:
         return float(queue.sum())
-    size = facts.step("decode_requests")
-    fixed, each = line(size[facts.decode_only], facts.own[facts.decode_only])
+    fixed, each = found
     now = float(facts.step("running")[flags].mean())
     then = now + float(facts.step("waiting")[flags].mean())
     longer = each * (then - now) / (fixed + each * now) if fixed + each * now > 0 else 0.0
@@ -116,15 +131,22 @@ def batch_cap(facts: Facts) -> Answer:
         (of_requests(facts, Phase.TTFT, queue),),
         "queue_share",
         lambda _: left_of(facts, queue, why_waiting(facts, Wait.BATCH_FULL)),
-        also=gain >= limit("larger_batch_gain"),
+        also=gain is None or gain >= limit("larger_batch_gain"),
         evidence=(
             Evidence("requests that may run at once", cap, "requests"),
             *_queued(facts, Wait.BATCH_FULL),
-            Evidence("tokens per second that twice the batch would add, by how long steps take", gain, "share"),
+            _gain_told(facts, gain),
             Evidence("KV cache in use then, at most", _kv(facts, why_waiting(facts, Wait.BATCH_FULL)), "share"),
         ),
         examples=facts.request_examples(queue),
     )
+
+
+def _gain_told(facts: Facts, gain: float | None) -> Evidence:
+    if gain is None:
+        what = "steps of decode with a smaller batch, too few to tell what a larger one would cost"
+        return Evidence(what, _smaller_batches(facts), "share")
+    return Evidence("tokens per second that twice the batch would add, by how long steps take", gain, "share")
 
 
 def _kv(facts: Facts, flags: Flags) -> float:
@@ -155,6 +177,7 @@ def arrival_above_capacity(facts: Facts) -> Answer:
     busy = float(within.sum()) / max((until - since) * max(len(np.unique(facts.step_instance)), 1), 1.0)
     waiting = facts.step("waiting") > 0
     capped = bool(waiting.any() and full_batch(facts)[waiting].mean() > 0.5)
+    gain = larger_batch_gain(facts)
     for_blocks = float(queued_by(facts, Wait.KV_SPACE).sum()) > 0.5 * float(np.nansum(facts.request("queue_ns")[0]))
     # By Little's law a request is in the engine for as long as there are others, over what is finished in that time.
     lost = np.nan_to_num(facts.e2e * np.clip(1 - first / there, 0, None))
@@ -164,7 +187,7 @@ def arrival_above_capacity(facts: Facts) -> Answer:
         also=grows
         and late - early >= limit("backlog")
         and busy >= limit("busy")
-        and not (capped and larger_batch_gain(facts) >= limit("larger_batch_gain"))
+        and not (capped and (gain is None or gain >= limit("larger_batch_gain")))
         and not (for_blocks and waiting.any()),
         evidence=(
             Evidence("requests in the engine, second quarter of the arrivals", early, "requests"),

@@ -30,6 +30,9 @@ THRESHOLDS: tuple[Threshold, ...] = (
     Threshold("backlog", 8, "requests", "a backlog of a few comes and goes with any arrivals"),
     Threshold("busy", 0.9, "of the time", "an engine that pauses has capacity left"),
     Threshold(
+        "smaller_batches", 0.1, "of decode steps", "fewer of a smaller batch do not tell what a larger one would cost"
+    ),
+    Threshold(
         "larger_batch_gain", 0.15, "of tokens per second", "what twice the batch must give for the cap to matter"
     ),
     Threshold("fixed_share", 0.25, "of a step", "where a full step's fixed cost is less, a larger budget gains little"),
