@@ -1,6 +1,7 @@
-"""A client that does nothing but take the time: streamed completions over plain connections, soon one after another.
+"""A client that does nothing but take the time: streamed completions over plain connections, one after another.
 
-All at once they would wait for each other in the server before they arrive, which no figure of the server's own has.
+Several at once would wait for each other where no figure of the server's own has it: before they arrive, and in this
+client, which shares two cores with the engine.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from engines.server import Server
 
 _END = b"data: [DONE]"
-_APART_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,10 @@ def stream(server: Server, prompts: list[str], max_tokens: int) -> list[Streamed
 
     async def talk() -> list[Streamed]:
         where = urlsplit(server.base_url)
-        made = [await asyncio.open_connection(where.hostname, where.port) for _ in prompts]
-        return await asyncio.gather(
-            *(
-                _one(server, *pair, prompt, max_tokens, number * _APART_S)
-                for number, (pair, prompt) in enumerate(zip(made, prompts, strict=True))
-            )
-        )
+        return [
+            await _one(server, *await asyncio.open_connection(where.hostname, where.port), prompt, max_tokens)
+            for prompt in prompts
+        ]
 
     return asyncio.run(talk())
 
@@ -67,14 +64,12 @@ async def _one(
     writer: asyncio.StreamWriter,
     prompt: str,
     max_tokens: int,
-    after_s: float,
 ) -> Streamed:
     options = {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True, "temperature": 0}
     body = json.dumps({"model": server.model, "prompt": prompt, "max_tokens": max_tokens, **options}).encode()
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     )
-    await asyncio.sleep(after_s)
     sent = time.monotonic_ns()
     writer.write(head.encode() + b"\r\n\r\n" + body)
     lines: list[tuple[int, bytes]] = []

@@ -106,7 +106,8 @@ def test_levels_at_run_time(model: Path, tmp_path: Path, monkeypatch: pytest.Mon
     frames = recording.frames()
     requests = frames["requests"].set_index("external_id")
     whole = requests[~requests["partial"]]
-    assert set(whole.index) == {result.id for result in (*before, *after, *shallow)}
+    seen = {result.id for result in (*before, *after, *shallow)}
+    assert set(whole.index) == seen, whole[~whole.index.isin(seen)].T.to_string()
     assert set(whole["status"]) == {"finished"}
     assert set(whole["output_tokens"]) == {SHORT.max_tokens}
     assert not set(requests.index) & {result.id for result in unseen}
