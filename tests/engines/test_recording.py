@@ -114,7 +114,7 @@ def test_times_are_within_what_the_client_saw(recorded: Recorded) -> None:
 
 
 def test_agrees_with_a_clients_own_times(recorded: Recorded) -> None:
-    """Over long streams, one after the other: within 2 %, by which the client's times are longer: the way there and back.
+    """Over long streams, one after the other: within 2 %, by which the client's times are longer by the way.
 
     Between two tokens there is no way there: it can be shorter as well.
     """
