@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from engines.recording import STAGETRACE, Recording, ask, record
+from engines.recording import STAGETRACE, Recording, ask, metrics, record
 from quickstart.load import Request, Result
 from unit.commands import Commands, wait_for
 from unit.terminal import Terminal
@@ -86,7 +86,8 @@ def test_levels_at_run_time(model: Path, tmp_path: Path, monkeypatch: pytest.Mon
         long: list[Result] = []
         thread = threading.Thread(target=lambda: long.extend(ask(server, LONG)))
         thread.start()
-        time.sleep(1.5)
+        wait_for(lambda: metrics(server)["vllm:num_requests_running"])
+        time.sleep(0.5)
         # Not by the command here: on two busy cores it takes seconds to start, and the long request would be over.
         assert len(set_level(recording.session, Level.OFF)) == 3
         disarmed_at = time.monotonic_ns()

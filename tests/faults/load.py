@@ -109,10 +109,12 @@ def long_request(server: Server) -> Iterator[LongRequest]:
     first: queue.Queue[str] = queue.Queue()
 
     def read(answer: Any) -> None:
+        told = False
         with suppress(OSError):
             for line in answer:
-                if line.startswith(b"data: {") and first.empty():
+                if line.startswith(b"data: {") and not told:
                     first.put(json.loads(line.removeprefix(b"data: "))["id"])
+                    told = True  # the last line may be an error, which has no id
 
     with socket.create_connection((where.hostname or "", where.port or 0)) as connection:
         connection.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
