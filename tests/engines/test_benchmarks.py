@@ -29,7 +29,6 @@ def test_step_cost(engine_python: Path) -> None:
     assert isinstance(found["speculation_us_per_request"], float)
 
 
-@pytest.mark.matrix  # engine_overhead runs it as well
 def test_layer_cost(engine_python: Path) -> None:
     found = object_of("layer_cost.py", "--python", str(engine_python))
     own = found["nanoseconds"]
@@ -50,6 +49,7 @@ def test_dense_prefill(engine_python: Path) -> None:
     assert found["gap_of_step"] == pytest.approx(found["gap"]["host"] + found["gap"]["kernel"], abs=1e-3)
 
 
+@pytest.mark.matrix
 @pytest.mark.usefixtures("engine_python")
 def test_engine_overhead() -> None:
     found = object_of("engine_overhead.py", "--collector")

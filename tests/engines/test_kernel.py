@@ -148,6 +148,7 @@ def agrees_with_segments(recording: Recording, engine: Engine) -> None:
     assert all(ratios[stage] > share for stage, share in FILLED[engine.name].items()), ratios
 
 
+@pytest.mark.matrix
 def test_a_server_that_dies_in_the_window(model: Path, tmp_path: Path) -> None:
     with record(model, tmp_path, *SETTINGS["vllm"]) as recording:
         window = start(recording, "--steps", "1000", "--seconds", "600")
