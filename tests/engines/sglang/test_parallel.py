@@ -123,10 +123,10 @@ def test_two_nodes(model: Path, engine_python: Path, tmp_path: Path) -> None:
     command = SGLANG.command(model, free_port(), *arguments, "--node-rank", "1")
     with (tmp_path / "second.log").open("wb") as log:
         second = subprocess.Popen(
-            command, env=environment(shared, SGLANG), stdout=log, stderr=log, start_new_session=True
+            command, env=environment({**shared, **TWO_CORES}, SGLANG), stdout=log, stderr=log, start_new_session=True
         )
     try:
-        with record(model, tmp_path, *arguments, "--node-rank", "0", engine=SGLANG) as recording:
+        with record(model, tmp_path, *arguments, "--node-rank", "0", env=TWO_CORES, engine=SGLANG) as recording:
             server = recording.server
             results = asyncio.run(run_load(server.base_url, server.model, requests=10, seed=5, concurrency=(4,)))
             os.killpg(second.pid, signal.SIGKILL)  # so that its ring is collected with the rest
