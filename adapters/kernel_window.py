@@ -49,13 +49,14 @@ class KernelWindow:
 
     def step_ends(self) -> None:
         """The step is over."""
-        if self._open is None:
+        window = self._open
+        if window is None:
             return
         try:
-            why = self._open.over(self._recorder.level[0] < _KERNEL)
+            why = window.over(self._recorder.level[0] < _KERNEL)
             if why:
-                window, self._open = self._open, None
                 window.close(why)
+                self._open = None
         except Exception as error:
             self._give_up(error)
 
@@ -127,10 +128,12 @@ class _Open:
     def close(self, why: str) -> None:
         """Stops the profiler and writes what it has seen."""
         end = time.monotonic_ns()
-        self._profile.stop()
+        profile, self._profile = self._profile, None
+        profile.stop()
         trace = self._place.with_suffix(".trace.json")
-        self._profile.export_chrome_trace(str(trace))
-        self._profile = None
+        profile.export_chrome_trace(str(trace))
+        if not trace.is_file():  # PyTorch only logs that
+            raise OSError(f"{trace} could not be written")
         held = self._held + time.monotonic_ns() - end
         self._tell(ended=why, begin_ns=self._begin, end_ns=end, held_ns=held)
 

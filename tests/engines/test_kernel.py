@@ -6,12 +6,14 @@ import json
 import subprocess
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx2 as httpx
 import pytest
 from engines.conftest import python_of
 from engines.recording import STAGETRACE, Recording, ask, record
+from engines.server import environment
 from quickstart.load import Request
 from quickstart.servers import SGLANG, VLLM, Engine
 from unit.commands import wait_for
@@ -25,7 +27,6 @@ from stagetrace.instrument.stages import BY_NAME, Level
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 SHORT = Request(({"role": "user", "content": "the same question"},), max_tokens=12)
 STEPS = 10
@@ -146,6 +147,25 @@ def agrees_with_segments(recording: Recording, engine: Engine) -> None:
     print(ratios)
     assert all(ratio <= 1.05 for ratio in ratios.values()), ratios
     assert all(ratios[stage] > share for stage, share in FILLED[engine.name].items()), ratios
+
+
+def test_what_ends_a_window(engine_python: Path, tmp_path: Path) -> None:
+    """Each bound, and each failure: of these nothing is raised, and the next window is as if they had not been."""
+    script = Path(__file__).with_name("kernel_bounds.py")
+    done = subprocess.run(
+        [engine_python, script, tmp_path], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "steps": ["all steps", 3, True],
+        "time": ["time", 2, True],
+        "memory": ["memory", 2, True],
+        "switch": ["level switched", 3, True],
+        "in use": ["profiler in use", 0, False],
+        "no trace": ["failed", 3, False],
+        "no folder": ["nothing was said", 0, False],
+        "after that": ["all steps", 2, True],
+    }
 
 
 @pytest.mark.matrix
