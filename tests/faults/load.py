@@ -89,6 +89,7 @@ class LongRequest:
 
     id: str  # that its client has seen
     connection: socket.socket
+    last: dict[str, Any] = field(default_factory=dict)  # what came last; an error has no id
 
     def hang_up(self) -> None:
         """The client is gone. A server that is told to end may wait for that."""
@@ -107,14 +108,19 @@ def long_request(server: Server) -> Iterator[LongRequest]:
     body = json.dumps({"model": server.model, "prompt": "on and on", **options}).encode()
     head = f"POST {where.path}/completions HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
     first: queue.Queue[str] = queue.Queue()
+    last: dict[str, Any] = {}
 
     def read(answer: Any) -> None:
         told = False
         with suppress(OSError):
             for line in answer:
-                if line.startswith(b"data: {") and not told:
-                    first.put(json.loads(line.removeprefix(b"data: "))["id"])
-                    told = True  # the last line may be an error, which has no id
+                if line.startswith(b"data: {"):
+                    said = json.loads(line.removeprefix(b"data: "))
+                    last.clear()
+                    last.update(said)
+                    if not told:
+                        first.put(said["id"])
+                        told = True
 
     with socket.create_connection((where.hostname or "", where.port or 0)) as connection:
         connection.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
@@ -123,7 +129,7 @@ def long_request(server: Server) -> Iterator[LongRequest]:
             thread.start()
             made = None
             try:
-                made = LongRequest(first.get(timeout=TIMEOUT_S), connection)
+                made = LongRequest(first.get(timeout=TIMEOUT_S), connection, last)
                 yield made
             finally:
                 (made or LongRequest("", connection)).hang_up()

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
@@ -265,6 +265,7 @@ class Ended:
     after: list[Result]  # ended after it
     cut_off: list[Result]  # of these: were under way then
     cut_id: str  # of one that was under way for certain
+    cut_last: dict[str, Any]  # what its client got last
     status: int  # of `stagetrace run`
 
 
@@ -287,7 +288,7 @@ def end_under_load(model: Path, directory: Path, worker_alone: bool) -> Ended:
             status = run.server.process.wait(TIMEOUT_S + PATIENCE_S)
         after = load.ended_since(mark)
         cut_off = [result for result in after if result.started_s < mark]
-    return Ended(run, before, after, cut_off, f"{long.id}-0", status)
+    return Ended(run, before, after, cut_off, f"{long.id}-0", long.last, status)
 
 
 @pytest.fixture(scope="module")
@@ -333,6 +334,7 @@ def test_a_server_that_ends_under_load_is_in_its_session(ended: dict[str, Ended]
 
 def test_clients_see_the_death_of_a_worker(ended: dict[str, Ended]) -> None:
     one = ended["worker killed"]
+    assert "error" in one.cut_last, one.cut_last
     assert any(result.error is not None for result in one.after)
     assert one.status == 0  # as vLLM ends by itself when its engine is dead
 
