@@ -609,7 +609,7 @@ STAGES: tuple[Stage, ...] = (
         Level.LAYER,
         "choosing the experts of every token",
         "the router's matrix product where the engine fuses it elsewhere",
-        ("forward",),
+        ("expert_compute", "forward"),
         (_LAYER, _LAYER_TOKENS),
     ),
     Stage(
@@ -620,7 +620,7 @@ STAGES: tuple[Stage, ...] = (
         Level.LAYER,
         "sending tokens to the ranks of their experts",
         "the experts' computation",
-        ("forward",),
+        ("expert_compute", "forward"),
         (_LAYER, _LAYER_TOKENS, _BYTES),
     ),
     Stage(
@@ -642,7 +642,7 @@ STAGES: tuple[Stage, ...] = (
         Level.LAYER,
         "bringing the experts' results back and adding them up",
         "the tensor-parallel all_reduce after it",
-        ("forward",),
+        ("expert_compute", "forward"),
         (_LAYER, _LAYER_TOKENS, _BYTES),
     ),
     Stage(
