@@ -271,7 +271,14 @@ STAGES: tuple[Stage, ...] = (
         "sent by the front end until the scheduler took it in",
         "network alone: serialising, the socket and the engine's wait until its current step is over are in it",
         ("request",),
-        (_PROMPT,),
+        (
+            _PROMPT,
+            Attribute(
+                "before_arrival",
+                Unit.NANOSECONDS,
+                "from the head of its HTTP request until it arrived: the body read, JSON, validation; 0 without HTTP",
+            ),
+        ),
     ),
     Stage(
         12,
