@@ -102,6 +102,7 @@ def read_perfetto(data: bytes) -> Read:
 
 def read_chrome(data: bytes) -> Read:
     found = Read()
+    begun: dict[int, list[dict[str, Any]]] = defaultdict(list)  # by track: arguments, which the end may add to
 
     def nanoseconds(text: str) -> int:
         micros, _, rest = text.partition(".")
@@ -124,7 +125,13 @@ def read_chrome(data: bytes) -> Read:
         else:
             what = {"B": "B", "E": "E", "i": "I"}[kind]
             name = "" if what == "E" else event["name"]
-            found.events[event["tid"]].append((event["ts"], what, name, event.get("args", {})))
+            args = event.get("args", {})
+            if what == "B":
+                begun[event["tid"]].append(args)
+            elif what == "E":
+                begun[event["tid"]].pop().update(args)
+                args = {}
+            found.events[event["tid"]].append((event["ts"], what, name, args))
     return found
 
 
