@@ -13,7 +13,7 @@ BENCH ?=
 .DEFAULT_GOAL := help
 # The tools and the tests share two cores and one checkout: one at a time, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help quickstart dev engines-env vllm-env sglang-env clickhouse-env phoenix-env test test-all lint format types imports unit contracts releases fuzz fuzz-long backends engines faults bench soak docs clean python prometheus
+.PHONY: help quickstart dev engines-env vllm-env sglang-env clickhouse-env phoenix-env test test-all lint format types imports unit contracts releases fuzz fuzz-long backends engines faults bench recordings soak docs clean python prometheus
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -99,6 +99,9 @@ bench: dev vllm-env ## what recording and collecting cost, in five programs; doc
 	$(DEV) benchmarks/engine_overhead.py $(BENCH)
 	@echo "== collector: records a second, its share of a core (five minutes)"
 	$(DEV) benchmarks/collector.py $(BENCH)
+
+recordings: dev engines-env ## sessions of both engines for the tests of trace backends, anew (two minutes)
+	PYTHONPATH=tests:examples $(DEV) -m backends.recorded.record
 
 soak: dev ## an hour of 1,000 steps a second: is what the collector holds flat?
 	$(DEV) benchmarks/soak.py $(BENCH)
