@@ -151,7 +151,8 @@ def check(read: Read) -> None:
     """Every track nests, and every flow joins two moments, each on a slice of its track."""
     slices = read.slices()
     for ends in read.flows.values():
-        assert len(ends) == 2
+        (_, begin), (_, end) = ends
+        assert begin <= end, "a reader of Chrome's format drops an arrow that ends before it begins"
         for track, time in ends:
             assert any(begin <= time <= end for begin, end, _, _ in slices[track])
 
@@ -192,6 +193,9 @@ def test_a_session_is_drawn_with_its_processes_requests_and_counters(session: Se
     steps = {number: name for number, (_, name) in read.tracks.items() if name == "steps"}
     arrows = [ends for ends in read.flows.values() if any(track in steps for track, _ in ends)]
     assert len(arrows) == len(read.flows) == 5
+    assert all(track not in steps for (track, _), _ in arrows), "from the request to the step"
+    into = Counter(end for _, end in arrows)
+    assert max(into.values()) == 1, "viewers stack what is at the same moment of a track"
 
 
 @pytest.mark.parametrize("form", READERS)
