@@ -267,9 +267,9 @@ class Timelines:
             # One after the other: viewers stack what is at the same moment. An arrow goes from the earlier end.
             arrives = min(max(where.begin + where.arrows, at), where.end)
             where.arrows += 1
-            ends = ((at, track, "in step"), (arrives, where.track, "request in step"))
-            for time, of, name in ends if at <= arrives else reversed(ends):
-                yield Drawn(What.INSTANT, of, time, name, args, self._flows)
+            mine = Drawn(What.INSTANT, track, at, "in step", args, self._flows)
+            its = Drawn(What.INSTANT, where.track, arrives, "request in step", args, self._flows)
+            yield from (mine, its) if at <= arrives else (its, mine)
 
     # Tracks
 
