@@ -2,8 +2,8 @@
 
 Two ways lead into a layer. What is a class of vLLM's own is hooked there, and the layer it works for is the one whose
 MoE is being run. What has a class of each model's own, or is of interest layer by layer, is hooked on the objects of
-the loaded model (`attach`). What is called inside an operator that no compiler looks into is seen under torch.compile as
-well: attention, and on a GPU the MoE and the collectives. The rest of a compiled model is said to be not visible.
+the loaded model (`attach`). What is called inside an operator that no compiler looks into is seen under torch.compile
+as well: attention, and on a GPU the MoE and the collectives. The rest of a compiled model is said to be not visible.
 """
 
 from __future__ import annotations
