@@ -250,6 +250,12 @@ def names_of(processes: Iterable[Process]) -> dict[int, str]:
     return found
 
 
+def not_visible_of(process: Process) -> tuple[str, ...]:
+    """The layer level's stages that a compiler has put into the graphs of a worker, as far as it said."""
+    told = process.info.get("not_visible_under_compile")
+    return tuple(str(name) for name in told) if isinstance(told, list) else ()
+
+
 @dataclass
 class Losses:
     """What of one ring did not reach the session, by reason; in slots, but for `dropped` (records).
