@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.matrix
 PYTHON = Path(__file__).parents[2] / ".venv-phoenix" / "bin" / "python"
 PROJECT = "stagetrace"
-START_S, VISIBLE_S = 180.0, 120.0
+START_S, VISIBLE_S = 180.0, 300.0
 
 
 @pytest.fixture(scope="module")
