@@ -83,6 +83,7 @@ REQUESTS_SCHEMA = pa.schema(
         pa.field("accepted_tokens", _I64),  # of these: accepted
         pa.field("max_tokens", _I64),
         pa.field("preemptions", _I64, nullable=False),
+        pa.field("received_ns", _I64),  # the head of its HTTP request was read; null where it did not come by HTTP
         pa.field("arrival_ns", _I64),  # arrival in the front end
         pa.field("dispatched_ns", _I64),  # sent to the engine
         pa.field("queued_ns", _I64),  # in the scheduler's queue
@@ -247,6 +248,12 @@ def names_of(processes: Iterable[Process]) -> dict[int, str]:
             if str(handle).isdecimal():
                 found[int(handle)] = str(name)
     return found
+
+
+def not_visible_of(process: Process) -> tuple[str, ...]:
+    """The layer level's stages that a compiler has put into the graphs of a worker, as far as it said."""
+    told = process.info.get("not_visible_under_compile")
+    return tuple(str(name) for name in told) if isinstance(told, list) else ()
 
 
 @dataclass

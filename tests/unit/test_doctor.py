@@ -533,6 +533,17 @@ def test_contained_errors(tmp_path: Path):
     assert ["engine_core", "1", "a:b", "3"] in [line.split() for line in doctor(tmp_path).stdout.splitlines()]
 
 
+def test_what_a_compiler_hides_in_a_worker(tmp_path: Path):
+    builder = recorded(tmp_path, hook("a:b", "installed"), info={"not_visible_under_compile": ["embed", "moe_route"]})
+    builder.process(key=PROCESS + 1, pid=2, info={"not_visible_under_compile": "no list"})
+    builder.write()
+    processes = viewed(tmp_path, status=0)["processes"]
+    assert [each["not_visible_under_compile"] for each in processes] == [["embed", "moe_route"], []]
+    lines = [line.split() for line in doctor(tmp_path).stdout.splitlines()]
+    assert ["engine_core", "1", "embed,", "moe_route"] in lines
+    assert "Not visible under compile" in doctor(tmp_path).stdout
+
+
 def test_strings_from_outside_cannot_steer_the_terminal(tmp_path: Path):
     info = {"engine": EVIL, "engine_version": EVIL}
     recorded(tmp_path, hook(EVIL, "missing", EVIL), errors={EVIL: 1}, role=EVIL, host=EVIL, info=info).write()
