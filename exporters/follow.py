@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from typing import IO, TYPE_CHECKING, Protocol
 import pyarrow as pa
 
 from .metrics import MetricsSink
+from .otel_settings import reading
 from .otlp import OtlpSink
 from .parts import END
 from .session import TABLES, Export, Manifest, Session, SessionError
-from .span_sink import REQUEST_S, BadSettings, batches
+from .span_sink import BadSettings, batches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -339,7 +341,7 @@ def follow_session(
     """
     sink = OtlpSink.to(destination, session.identity.key, rules=rules)
     try:
-        counts = None if metrics is None else MetricsSink(metrics, REQUEST_S, session.identity.key)
+        counts = None if metrics is None else MetricsSink(metrics, session.identity.key, reading(os.environ))
         follower = Follower(session, sink, destination, counts, enrich)
     except Taken as error:
         log.error("%s", error)

@@ -35,8 +35,6 @@ log = logging.getLogger(__name__)
 BATCH_SPANS = 512
 BATCH_LINKS = 16384
 
-REQUEST_S = 3.0  # that one request may take
-
 
 class BadSettings(Exception):
     """What a destination was given cannot be followed; the message says what and why."""
