@@ -96,6 +96,8 @@ def export(
         _fail("set OTEL_EXPORTER_OTLP_ENDPOINT to where the spans should go, http://127.0.0.1:4317 for example")
     try:
         opened = Session.newest() if session is None else Session.open(session)
+        if to is not To.PROMETHEUS:  # it may wait for the first records
+            opened.check_tables()
     except SessionError as error:
         _fail(str(error))
     try:

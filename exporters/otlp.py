@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class OtlpSink(SpanSink):
     """Sends spans as OTLP."""
 
+    usual = "Check that it runs, and that OTEL_EXPORTER_OTLP_PROTOCOL (grpc or http/protobuf) is the one of its port"
+
     def __init__(self, connection: Sender, key: bytes, link_limit: int = LINK_LIMIT, rules: Rules | None = None):
         super().__init__(connection, key, link_limit, rules)
         self._encoder = Encoder()

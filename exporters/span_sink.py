@@ -43,6 +43,8 @@ class BadSettings(Exception):
 class SpanSink(ABC):
     """Makes spans and sends them. `key` is the session's (Identity.key). Used by one thread."""
 
+    usual: str  # what to look at when nothing arrives and it is not known why
+
     def __init__(self, connection: Sender, key: bytes, link_limit: int = LINK_LIMIT, rules: Rules | None = None):
         self._sender = connection
         self._key = key
