@@ -128,7 +128,7 @@ def _send(session: Session, sink: SpanSink, wanted: Target, again: bool, patienc
         follower = Follower(session, sink, wanted, enrich=with_light(session))
     except (SessionError, Taken, OSError) as error:
         _fail(str(error))
-    told = stop_at_signal()
+    told = stop_at_signal(interrupted=True)
     why = ""
     try:
         if again:
@@ -199,7 +199,7 @@ def _write(session: Session, to: To, output: Path | None, console: Console) -> N
 
     encoder, ending = FORMATS[to]
     path = output or Path(session.path.resolve().name + ending)
-    told = stop_at_signal()
+    told = stop_at_signal(interrupted=True)
     try:
         with console.status(f"writing {path}") as status:
 

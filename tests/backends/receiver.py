@@ -83,6 +83,7 @@ class Receiver:
         self.reset = False  # connections are reset in the middle of a request
         self.delay_s = 0.0  # before each answer
         self.stuck = threading.Event()  # while it is set no request is answered
+        self.waits = 0  # requests that have come, answered or not
 
     @property
     def endpoint(self) -> str:
@@ -121,6 +122,7 @@ class Receiver:
         return True
 
     def wait(self) -> None:
+        self.waits += 1
         self._over.wait(self.delay_s)
         while self.stuck.is_set() and not self._over.wait(0.01):
             pass
