@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagetrace.exporters.session import Losses
+from stagetrace.exporters.session import Losses, not_visible_of
 from stagetrace.instrument import records, ring
 from stagetrace.instrument.identity import read_identity
 from stagetrace.instrument.levels import maximum_level
@@ -318,6 +318,7 @@ def _process_view(
             if (hook.get("name", ""), hook.get("status", ""), hook.get("why", "")) in troubles
         ],
         "errors": dict(sorted(process.errors.items())),
+        "not_visible_under_compile": list(not_visible_of(process)),
         "rings": [
             _ring_view(losses, slots.get(losses.ring) or losses.slots or None, seconds)
             for losses in manifest.losses
@@ -383,6 +384,13 @@ def session_parts(view: Mapping[str, Any]) -> list[Part]:
     rows = [_safe(*_names(each), name, count) for each in processes for name, count in each["errors"].items()]
     if rows:
         shown.append(Grid("Errors of stagetrace's own, contained", ("process", "pid", "hook", "errors"), rows, True))
+    rows = [
+        _safe(*_names(each), ", ".join(each["not_visible_under_compile"]))
+        for each in processes
+        if each["not_visible_under_compile"]
+    ]
+    if rows:
+        shown.append(Grid("Not visible under compile", ("process", "pid", "stages"), rows, text=True))
     rows = [_safe(*_names(each), *_ring_cells(one)) for each in processes for one in each["rings"]]
     ring_columns = ("process", "pid", "ring", "slots", "MiB", "holds", "slots read", "losses")
     shown.append(

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
+from stagetrace.exporters.session import not_visible_of
 from stagetrace.instrument.stages import BY_NAME
 
 from .layers import with_waiting
@@ -256,7 +257,7 @@ def _exchange_told(
     infos = [each.info for each in processes]
     sizes = ("tensor_parallel", "pipeline_parallel", "data_parallel", "attention_data_parallel")
     alone = not several and all(info.get(name, 1) in (0, 1) for info in infos for name in sizes)
-    hidden = any("collective" in _list(info.get("not_visible_under_compile")) for info in infos)
+    hidden = any("collective" in not_visible_of(each) for each in processes)
     own_clock = all(_synchronous(each) for each in processes)  # a GPU's collectives are launched on the host's
     return alone or (0 < len(steps) == len(_of(steps, collectives)) and not hidden and own_clock)
 
@@ -264,10 +265,6 @@ def _exchange_told(
 def _of(steps: pd.DataFrame, segments: pd.DataFrame) -> pd.DataFrame:
     """The keys of the steps that have some of these segments."""
     return steps[_STEP_KEY].merge(segments[_STEP_KEY].dropna().drop_duplicates().astype("int64"), on=_STEP_KEY)
-
-
-def _list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def _turns(segments: pd.DataFrame) -> pd.DataFrame:

@@ -7,13 +7,13 @@ docs/numbers.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from stagetrace.exporters.session import names_of
+from stagetrace.exporters.session import names_of, not_visible_of
 from stagetrace.instrument.stages import BY_NAME, STAGES, AttentionKind, Collective, Level
 
 from .breakdown import Distribution, distribution, distribution_of
@@ -149,8 +149,8 @@ def layer_breakdown(manifest: Manifest, steps: pd.DataFrame, segments: pd.DataFr
     )
 
 
-def _workers(processes: Iterable[Process]) -> list[dict[str, Any]]:
-    return [process.info for process in processes if isinstance(process.info.get("visible"), list)]
+def _workers(processes: Iterable[Process]) -> list[Process]:
+    return [process for process in processes if isinstance(process.info.get("visible"), list)]
 
 
 def invisible(processes: Iterable[Process]) -> tuple[list[str], list[str]]:
@@ -158,17 +158,13 @@ def invisible(processes: Iterable[Process]) -> tuple[list[str], list[str]]:
     workers = _workers(processes)
     if not workers:
         return [], []
-    visible = {str(name) for info in workers for name in info["visible"]}
-    hidden = {str(name) for info in workers for name in _list(info.get("not_visible_under_compile"))} - visible
+    visible = {str(name) for worker in workers for name in worker.info["visible"]}
+    hidden = {name for worker in workers for name in not_visible_of(worker)} - visible
     has = visible | hidden | {"logits"}
-    if any(info.get("world_size") != 1 or info.get("data_parallel") != 1 for info in workers):
+    if any(worker.info.get("world_size") != 1 or worker.info.get("data_parallel") != 1 for worker in workers):
         has.add("collective")
     named = [stage.name for stage in _LAYER_STAGES.values()]
     return [name for name in named if name in hidden], [name for name in named if name not in has]
-
-
-def _list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 # Stages
@@ -347,7 +343,7 @@ def experts_by_rank(processes: Iterable[Process]) -> list[list[int]] | None:
     """The experts on each expert-parallel rank; None where every rank has all of them, or that is not known."""
     found: dict[int, list[int]] = {}
     size = 0
-    for info in _workers(processes):
+    for info in (worker.info for worker in _workers(processes)):
         size, rank = info.get("expert_parallel_size", 0), info.get("expert_parallel_rank")
         local = numbers(info.get("local_experts"))
         if not isinstance(size, int) or not isinstance(rank, int) or size < 2 or not local:

@@ -94,6 +94,8 @@ REQUESTS_SCHEMA = pa.schema(
         pa.field("last_token_ns", _I64),  # the engine had the last token
         pa.field("last_output_ns", _I64),  # the front end had it and saw that the request is finished
         pa.field("last_sent_ns", _I64),  # the last byte was handed to the client's socket
+        pa.field("response_bytes", _I64),  # of the HTTP response's body
+        pa.field("unsent_bytes", _I64),  # at last_sent_ns: those that the client's kernel had not acknowledged
         pa.field("end_ns", _I64, nullable=False),  # the last time known of the request
         pa.field("tokenize_ns", _I64),
         pa.field("dispatch_ns", _I64),
@@ -248,6 +250,12 @@ def names_of(processes: Iterable[Process]) -> dict[int, str]:
             if str(handle).isdecimal():
                 found[int(handle)] = str(name)
     return found
+
+
+def not_visible_of(process: Process) -> tuple[str, ...]:
+    """The layer level's stages that a compiler has put into the graphs of a worker, as far as it said."""
+    told = process.info.get("not_visible_under_compile")
+    return tuple(str(name) for name in told) if isinstance(told, list) else ()
 
 
 @dataclass

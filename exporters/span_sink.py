@@ -16,7 +16,7 @@ from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from .gather import Gather
 from .otlp_send import Answer
 from .sampling import Sampler
-from .session import names_of
+from .session import names_of, not_visible_of
 from .spans import LINK_LIMIT, Clock, Source, Spans, model_of, resource_attributes, rows_of, spans_of_rows
 
 if TYPE_CHECKING:
@@ -139,6 +139,7 @@ class SpanSink(ABC):
             {process.key for process in manifest.processes},
             model_of(manifest),
             names_of(manifest.processes),
+            {process.key: not_visible_of(process) for process in manifest.processes},
         )
 
     def _resource(self, attributes: dict[str, str | int]) -> Mapping[str, Any]:

@@ -94,7 +94,7 @@ _MOMENTS = tuple(
 RANKS = ("rank", "tp_rank", "pp_rank", "dp_rank", "ep_rank")  # of a worker, as its process says them
 _OF_REQUESTS = (
     *("status", "partial", "preemptions", "priority", "lora", "child", "children"),
-    *("external_tokens", "draft_tokens", "accepted_tokens"),
+    *("external_tokens", "draft_tokens", "accepted_tokens", "response_bytes", "unsent_bytes"),
     *_QUEUE_SUMS,
 )
 
@@ -182,6 +182,8 @@ class Source:
     processes: Collection[int] = ()  # keys of those that are known; spans of others are the engine's as a whole
     model: str | None = None
     names: Mapping[int, str] = field(default_factory=dict)  # what handles in segments stand for
+    # Stages that a compiler has put into the graphs of a process: they have no spans, their time is that of forward's.
+    not_visible: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     def known(self, process: int) -> int | None:
         """The process whose spans these are; None when nothing is known of it."""
@@ -347,6 +349,8 @@ def _segment_span(row: Row, root: Row, trace: _Trace, known: _Segments, source: 
     attributes["thread.id"] = row["thread"]
     if row["partial"]:
         attributes["stagetrace.partial"] = True
+    if stage.id == _FORWARD and (hidden := source.not_visible.get(row["process"])):
+        attributes["stagetrace.not_visible_under_compile"] = hidden
     attributes.update(words_of(row, source.names))
     begin = row["begin_ns"] + trace.offset
     return Span(
@@ -365,6 +369,7 @@ def _says_phase(stage: Stage) -> bool:
     return stage.timeline is Timeline.DEVICE or any(attribute.name == "tokens" for attribute in stage.attributes)
 
 
+_FORWARD = BY_NAME["forward"].id
 _SAYS_PHASE = {stage.id for stage in STAGES if _says_phase(stage)}
 
 

@@ -2,8 +2,8 @@
 
 Two ways lead into a layer. What is a class of vLLM's own is hooked there, and the layer it works for is the one whose
 MoE is being run. What has a class of each model's own, or is of interest layer by layer, is hooked on the objects of
-the loaded model (`attach`). Attention is called inside an operator that no compiler looks into, so it is seen under
-torch.compile as well, and on a GPU so are the MoE and the collectives.
+the loaded model (`attach`). What is called inside an operator that no compiler looks into is seen under torch.compile
+as well: attention, and on a GPU the MoE and the collectives. The rest of a compiled model is said to be not visible.
 """
 
 from __future__ import annotations
@@ -121,7 +121,21 @@ def blocks(modules: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, int, Any]]
 
 def compiled_within(modules: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
     """The names of the modules that are compiled, each with a dot: what begins with one is in their graphs."""
-    return tuple(f"{name}." if name else "" for name, each in modules if getattr(each, "do_not_compile", True) is False)
+    return tuple(f"{name}." if name else "" for name, each in modules if _is_compiled(each))
+
+
+def _is_compiled(module: Any) -> bool:
+    """By vLLM's decorator, or as a whole by PyTorch's `Module.compile` (its mode STOCK_TORCH_COMPILE)."""
+    by_decorator = getattr(module, "do_not_compile", True) is False
+    return by_decorator or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def is_opaque(runner: Any) -> bool:
+    """Whether a MoE runner enters its experts through an operator, which no compiler looks into.
+
+    The way in is chosen when the runner is made: on a GPU it is the operator, on the CPU the function in it.
+    """
+    return type(getattr(runner, "_forward_entry", None)).__module__ == "torch._ops"
 
 
 # On the loaded model
@@ -153,28 +167,27 @@ def attach(hook: Hook, runner: Any) -> None:
     found: dict[str, int] = {}
     unseen: dict[str, int] = {}
 
-    def seen(stage: str, visible: bool = True) -> None:
+    def seen(stage: str, visible: bool) -> None:
         into = found if visible else unseen
         into[stage] = into.get(stage, 0) + 1
 
-    _attach_attention(hook.others[ATTENTION], compilation.static_forward_context, seen)
+    _attach_attention(hook.others[ATTENTION], compilation.static_forward_context, bool(compiled), seen)
+    opaque = not compiled or all(is_opaque(module) for _, module in modules if is_moe(module))
     for stage, layer, module, name in _with_names(modules):
-        inside = bool(compiled) and name.startswith(compiled)
+        inside = bool(compiled) and name.startswith(compiled) and not (stage == "shared_experts" and opaque)
         if not inside:
             _attach_block(hook.others[MODULE], stage, layer, module)
         seen(stage, not inside)
     for _ in (module for _, module in modules if type(module).__name__ == "VocabParallelEmbedding"):
         seen("embed", not compiled)
-    on_host = _on_host(runner)
-    opaque = not (compiled and on_host)  # on the CPU vLLM has the compiler look into the MoE, and into collectives
-    experts = _attach_experts(hook.others[CHOSEN], modules, runner, opaque, on_host)
+    experts = _attach_experts(hook.others[CHOSEN], modules, runner, opaque)
     for stage in ("moe_route", "expert_dispatch", "expert_compute", "expert_combine"):
         if experts:
             seen(stage, opaque)
     for target in (ATTENTION, MODULE, CHOSEN):
         hook.others[target].told_objects()
     invisible = unseen.keys() - found.keys()
-    if not opaque and runner.parallel_config.tensor_parallel_size > 1:
+    if compiled and _traced_collectives(experts, opaque):
         invisible |= {"collective"}
     info = {"visible": sorted(found), "not_visible_under_compile": sorted(invisible), **experts}
     hook.recorder.text(0, Text.PROCESS, json.dumps({"role": "worker", **info}))
@@ -190,15 +203,27 @@ def _on_host(runner: Any) -> bool:
     return str(getattr(runner.device, "type", runner.device)) == "cpu"
 
 
-def _attach_attention(hook: Hook, layers: Mapping[str, Any], seen: Callable[[str], None]) -> None:
+def _traced_collectives(experts: Mapping[str, object], opaque: bool) -> bool:
+    """Whether a compiler that traces the model goes through its ranks' collectives, where there are several ranks."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    tensor_parallel = get_tp_group()
+    in_model = tensor_parallel.world_size > 1 and not tensor_parallel.use_custom_op_call
+    return in_model or (not opaque and experts.get("expert_parallel_size", 1) != 1)
+
+
+def _attach_attention(hook: Hook, layers: Mapping[str, Any], compiled: bool, seen: Callable[[str, bool], None]) -> None:
     for name, layer in layers.items():
         if is_moe(layer):
+            continue
+        if compiled and getattr(layer, "use_direct_call", False):  # this platform has no operator for it
+            seen("attention", False)
             continue
         kind = int(attention_kind(layer))
         for owner, method, tokens in attention_calls(layer):
             around = timed(hook.recorder, RANK, "attention", tokens, layer_index(name), kind)
             if hook.on(owner, method, around):
-                seen("attention")
+                seen("attention", True)
 
 
 def _attach_block(hook: Hook, stage: str, layer: int, module: Any) -> None:
@@ -209,9 +234,7 @@ def _attach_block(hook: Hook, stage: str, layer: int, module: Any) -> None:
             hook.on(module, "forward", timed(hook.recorder, RANK, stage, parameters[0], layer))
 
 
-def _attach_experts(
-    hook: Hook, modules: list[tuple[str, Any]], runner: Any, visible: bool, on_host: bool
-) -> dict[str, object]:
+def _attach_experts(hook: Hook, modules: list[tuple[str, Any]], runner: Any, visible: bool) -> dict[str, object]:
     """Has every layer's choice of experts counted; what there is to say of the experts."""
     runners = [(layer_index(module.layer_name), module) for _, module in modules if is_moe(module)]
     if not runners:
@@ -237,7 +260,7 @@ def _attach_experts(
     if not (visible and alone) or hook.status == "left out":
         return told
     counts: HostCounts | DeviceCounts
-    if on_host:
+    if _on_host(runner):
         counts = _OnCpu.counts = HostCounts(hook, RANK, experts)
     else:
         layers = sorted({layer for layer, _ in runners})

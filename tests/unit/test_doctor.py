@@ -41,10 +41,12 @@ EVIL = "\x1b]0;owned\x07\u202ered[bold]not bold[/bold]"
 class FakeEngine:
     """Packages that have every function that is hooked in the version, as the table says, and nothing else."""
 
-    def __init__(self, root: Path):
-        self.root, self.version = root, VERSION
+    def __init__(self, root: Path, version: str = VERSION):
+        self.root, self.version = root, version
         modules: dict[str, dict[str, list[str]]] = {}
-        for point in POINTS:
+        for point in HOOK_POINTS:
+            if not in_range(point, release_of(version)):
+                continue
             owner, _, name = point.target.partition(":")[2].rpartition(".")
             parameters = ", ".join((*point.parameters, "*more"))
             functions = modules.setdefault(point.module, {}).setdefault(owner, [])
@@ -220,9 +222,8 @@ def test_a_version_that_the_table_was_not_held_against_is_said_to_be_so(engine: 
 
 
 def test_what_an_older_version_has_not_is_lost_and_not_missing(engine: FakeEngine):
-    engine.version = "0.24.0"
-    engine.start("")
     engine.path(STEP_TIMING).unlink()
+    FakeEngine(engine.root, "0.24.0")
     view = viewed(status=0)
     (found,) = view["inspection"]["engines"]
     assert found["known"]
@@ -531,6 +532,17 @@ def test_contained_errors(tmp_path: Path):
     recorded(tmp_path, hook("a:b", "installed"), errors={"a:b": 3, "a:a": 1}).write()
     assert viewed(tmp_path, status=0)["processes"][0]["errors"] == {"a:a": 1, "a:b": 3}
     assert ["engine_core", "1", "a:b", "3"] in [line.split() for line in doctor(tmp_path).stdout.splitlines()]
+
+
+def test_what_a_compiler_hides_in_a_worker(tmp_path: Path):
+    builder = recorded(tmp_path, hook("a:b", "installed"), info={"not_visible_under_compile": ["embed", "moe_route"]})
+    builder.process(key=PROCESS + 1, pid=2, info={"not_visible_under_compile": "no list"})
+    builder.write()
+    processes = viewed(tmp_path, status=0)["processes"]
+    assert [each["not_visible_under_compile"] for each in processes] == [["embed", "moe_route"], []]
+    lines = [line.split() for line in doctor(tmp_path).stdout.splitlines()]
+    assert ["engine_core", "1", "embed,", "moe_route"] in lines
+    assert "Not visible under compile" in doctor(tmp_path).stdout
 
 
 def test_strings_from_outside_cannot_steer_the_terminal(tmp_path: Path):

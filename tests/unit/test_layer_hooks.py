@@ -390,8 +390,20 @@ def test_dense_blocks_and_shared_experts():
         ("lm_head.mlp", made("MLP")),
     ]
     assert [*layers.blocks(modules)] == [("mlp", 0, dense), ("shared_experts", 1, shared)]
-    compiled = [("", made("A", do_not_compile=True)), ("model", made("B", do_not_compile=False)), ("x", made("C"))]
-    assert layers.compiled_within(compiled) == ("model.",)
+
+
+def test_what_is_compiled():
+    by_decorator = [("", made("A", do_not_compile=True)), ("model", made("B", do_not_compile=False)), ("x", made("C"))]
+    assert layers.compiled_within(by_decorator) == ("model.",)
+    as_a_whole = [("", made("A", _compiled_call_impl=print)), ("model", made("B", _compiled_call_impl=None))]
+    assert layers.compiled_within(as_a_whole) == ("",)
+
+
+def test_experts_behind_an_operator_are_opaque():
+    operator = type("OpOverloadPacket", (), {"__module__": "torch._ops"})()
+    assert layers.is_opaque(made("MoERunner", _forward_entry=operator))
+    assert not layers.is_opaque(made("MoERunner", _forward_entry=lambda hidden_states: None))
+    assert not layers.is_opaque(made("MoERunner")), "the way in is not known"
 
 
 def test_a_groups_name_has_its_ranks():

@@ -459,7 +459,9 @@ def test_the_wait_for_a_grammar_is_a_part_of_the_queue():
     )
     life.enter("prefill", 1_060, 16, 0, 4, step=3).enter("decode", 1_200, 1, step=4)
     life.happen(Event.DRAFTED, 1_500, 12, 5).happen(Event.FINISHED, 1_500, Finish.STOP, 8, 40, 0, step=11)
-    row, states = life.happen(Event.LAST_OUTPUT, 1_520, Finish.STOP, 8, 40, 16).happen(Event.LAST_SENT, 1_550).rows()
+    life.happen(Event.LAST_OUTPUT, 1_520, Finish.STOP, 8, 40, 16).happen(Event.LAST_SENT, 1_550, 3_000, 0, 1)
+    row, states = life.rows()
+    assert (row["response_bytes"], row["unsent_bytes"]) == (3_000, 0)
     assert (row["queued_ns"], row["queue_ns"], row["grammar_ns"]) == (1_030, 30, 10)
     assert (row["draft_tokens"], row["accepted_tokens"], row["external_tokens"]) == (12, 5, 4)
     causes = [state["a1"] for state in states if state["stage"] == BY_NAME["queue"].id]

@@ -355,6 +355,18 @@ def test_words_of_a_state_are_there_under_their_names() -> None:
         assert STATES_SCHEMA.get_field_index(f"a{len(given_words)}") >= 0 or len(given_words) == 8
 
 
+def test_a_forward_pass_says_what_the_compiler_has_put_into_it() -> None:
+    build = Builder()
+    build.step(INSTANCE, 1, 0, 100, decode_tokens=1)
+    for process in (1, 2):
+        build.segment("forward", process, 10, 60, of=(INSTANCE, 1, "decode"))
+    hidden = ("moe_route", "expert_compute")
+    known = Source(KEY, Clock([(0, 0)]), not_visible={1: hidden, 2: ()})
+    spans = spans_of(build.tables(), known).spans
+    found = [span.attributes.get("stagetrace.not_visible_under_compile") for span in spans]
+    assert len(found) == 3 and [*filter(None, found)] == [hidden]
+
+
 # The clock
 
 
