@@ -9,11 +9,13 @@ SELECT ?= -m "not matrix"
 ENGINE ?= vllm
 # Options for the benchmarks: make bench BENCH=--quick
 BENCH ?=
+SPEEDSCOPE := 1.25.0
+VIEWER := .venv-speedscope-$(SPEEDSCOPE)
 
 .DEFAULT_GOAL := help
 # The tools and the tests share two cores and one checkout: one at a time, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help quickstart dev engines-env vllm-env sglang-env clickhouse-env phoenix-env test test-all lint format types imports unit contracts releases fuzz fuzz-long backends engines faults bench soak docs clean python prometheus
+.PHONY: help quickstart dev engines-env vllm-env sglang-env clickhouse-env phoenix-env test test-all lint format types imports unit contracts releases fuzz fuzz-long backends engines faults bench recordings soak docs clean python prometheus browser
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,7 +81,7 @@ fuzz: dev ## every parser of outside input: inputs that once failed, and some th
 fuzz-long: dev ## the same guided by coverage, 110,000 inputs (an hour); INPUTS=N for another number
 	$(DEV) tests/fuzz/campaign.py $(if $(INPUTS),--inputs $(INPUTS))
 
-backends: dev prometheus clickhouse-env ## tests against real trace stores
+backends: dev prometheus browser clickhouse-env ## tests against real trace stores
 	$(call pytest,backends)
 
 engines: dev engines-env ## tests against a real vLLM and a real SGLang
@@ -100,6 +102,9 @@ bench: dev vllm-env ## what recording and collecting cost, in five programs; doc
 	@echo "== collector: records a second, its share of a core (five minutes)"
 	$(DEV) benchmarks/collector.py $(BENCH)
 
+recordings: dev engines-env ## sessions of both engines for the tests of trace backends, anew (two minutes)
+	PYTHONPATH=tests:examples $(DEV) -m backends.recorded.record
+
 soak: dev ## an hour of 1,000 steps a second: is what the collector holds flat?
 	$(DEV) benchmarks/soak.py $(BENCH)
 
@@ -115,6 +120,15 @@ prometheus:
 	@command -v prometheus >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus >/dev/null; } || \
 	  echo "Prometheus is not installed and could not be: its tests will fail" >&2
+
+# Debian's headless browser, and speedscope as npm has it (its pages alone): timelines are loaded into it.
+browser:
+	@command -v chromium-headless-shell >/dev/null || command -v chromium >/dev/null || { test "$$(id -u)" = 0 && \
+	  command -v apt-get >/dev/null && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+	  --no-install-recommends chromium-headless-shell >/dev/null; } || \
+	  echo "A headless Chromium is not installed and could not be: the tests of viewers will fail" >&2
+	@test -d $(VIEWER)/package || { mkdir -p $(VIEWER) && cd $(VIEWER) && npm pack --silent speedscope@$(SPEEDSCOPE) && \
+	  tar xzf speedscope-$(SPEEDSCOPE).tgz; } || echo "speedscope could not be had from npm: its test will fail" >&2
 
 python:
 	@command -v $(PYTHON) >/dev/null || { \

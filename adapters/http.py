@@ -57,6 +57,10 @@ class Exchange:
         self.status = 0  # of the response
         self.sent = False
 
+    def before(self, arrival_ns: int) -> int:
+        """From its head to the arrival of a request that came of it, in ns."""
+        return max(arrival_ns - self.begin, 0)
+
 
 EXCHANGE: ContextVar[Exchange | None] = ContextVar("stagetrace_exchange", default=None)
 
@@ -75,7 +79,7 @@ def send(hook: Hook) -> Around:
     """uvicorn's RequestResponseCycle.send: a part of the response was handed to the socket."""
     state = hook.recorder.state
 
-    def after(self: Any, message: Any) -> None:
+    def after(self: Any, message: Any, begin: int) -> None:
         exchange: Exchange | None = getattr(self, "_stagetrace", None)
         if exchange is None or self.disconnected:
             return
@@ -93,9 +97,9 @@ def send(hook: Hook) -> Around:
         if first:
             exchange.sent = True
         for handle in exchange.handles:
-            if first:
-                state(_FIRST_SENT, time_ns, handle)
-            if last:
+            if first:  # nothing was ahead of it; who waits for it may have taken this thread's processor since
+                state(_FIRST_SENT, begin, handle)
+            if last:  # a slow client has been waited for
                 state(_LAST_SENT, time_ns, handle)
 
     return Around(after=after)

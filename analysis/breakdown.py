@@ -34,9 +34,9 @@ LOSS_REASONS = tuple(name for name in FATES if name != "read")
 # A request's latencies as the difference of two times of it: name, from, to.
 _BETWEEN = (
     ("ttft", "arrival_ns", "first_output_ns"),
-    ("ttft_client", "arrival_ns", "first_sent_ns"),
+    ("ttft_client", "received_ns", "first_sent_ns"),
     ("e2e", "arrival_ns", "last_output_ns"),
-    ("e2e_client", "arrival_ns", "last_sent_ns"),
+    ("e2e_client", "received_ns", "last_sent_ns"),
 )
 STATES = tuple(
     name
@@ -57,7 +57,8 @@ OBSERVED = "observed time"
 # The columns that the breakdown reads, by table: what to ask of load().
 COLUMNS: dict[str, list[str] | None] = {
     "requests": [
-        *("status", "partial", "prompt_tokens", "output_tokens", "cached_tokens", "preemptions", *_BEGINNINGS),
+        *("status", "partial", "prompt_tokens", "output_tokens", "cached_tokens", "preemptions", "received_ns"),
+        *_BEGINNINGS,
         *("first_token_ns", "first_output_ns", "first_sent_ns", "last_token_ns", "last_output_ns", "last_sent_ns"),
         *("end_ns", *(f"{name}_ns" for name in STATES)),
     ],

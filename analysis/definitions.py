@@ -207,8 +207,8 @@ DEFINITIONS: tuple[Definition, ...] = (
         (
             "ttft_client",
             "ns",
-            "from arrival until the first bytes of the answer were handed to the client's socket",
-            "first_sent_ns - arrival_ns",
+            "from the head of the HTTP request until the first bytes of the answer were handed to the client's socket",
+            "first_sent_ns - received_ns",
             "the first token of what is not streamed: there it is the whole answer. No value for what did not come"
             " by HTTP; the network is outside",
         ),
@@ -222,8 +222,8 @@ DEFINITIONS: tuple[Definition, ...] = (
         (
             "e2e_client",
             "ns",
-            "from arrival until the last byte was handed to the client's socket",
-            "last_sent_ns - arrival_ns",
+            "from the head of the HTTP request until the last byte was handed to the client's socket",
+            "last_sent_ns - received_ns",
             "time on the network, or the client's reading",
         ),
         (

@@ -448,8 +448,8 @@ def _by_stage(
 
     Where only some steps have layers (the level was switched), all of it is of these.
     """
-    layered = _with_layers(steps, segments)
-    recorded = _stage_times(steps[layered], segments)
+    layered, place = _with_layers(steps, segments)
+    recorded = _stage_times(steps, segments, place)
     every = layered if layered.any() else np.ones(len(steps), dtype=bool)
     return {
         stage: Done(
@@ -514,23 +514,26 @@ def _of_requests(found: Served, requests: pd.DataFrame, ceilings: Ceilings) -> R
     )
 
 
-def _with_layers(steps: pd.DataFrame, segments: pd.DataFrame) -> Chosen:
-    """Which steps have segments of layers, and all of them: the level was not switched meanwhile."""
-    inside = segments[segments["stage"].isin(_LAYERS) & segments["step"].notna()]
-    cut = inside.groupby(_STEP_KEY)["partial"].any().reset_index()
-    found = cut.loc[~cut["partial"].astype(bool), _STEP_KEY].astype("int64")
-    keys = steps[_STEP_KEY].astype("int64")
-    return (keys.merge(found, how="left", on=_STEP_KEY, indicator="there")["there"] == "both").to_numpy(dtype=bool)
+def _with_layers(steps: pd.DataFrame, segments: pd.DataFrame) -> tuple[Chosen, npt.NDArray[np.int32]]:
+    """Which steps have segments of layers, and all of them: the level was not switched meanwhile.
 
-
-def _stage_times(steps: pd.DataFrame, segments: pd.DataFrame) -> dict[str, int]:
-    """Self time of layer-level stages in these steps, on average over the ranks of an engine instance, of all instances
-    together; nothing where no layers were recorded.
+    And of each segment the row of `steps` that it is in, NOWHERE if it is of none of these.
     """
-    if not len(steps):
+    place = step_places(steps, segments["instance"], segments["step"])
+    inside = np.isin(segments["stage"].to_numpy(np.int16), _LAYERS) & (place != NOWHERE)
+    layered = np.zeros(len(steps), dtype=bool)
+    layered[place[inside]] = True
+    layered[place[inside & segments["partial"].to_numpy(bool)]] = False
+    return layered, np.where(np.append(layered, False)[place], place, np.int32(NOWHERE))
+
+
+def _stage_times(steps: pd.DataFrame, segments: pd.DataFrame, place: npt.NDArray[np.int32]) -> dict[str, int]:
+    """Self time of layer-level stages in these steps, on average over the ranks of an engine instance, of all instances
+    together; nothing where no layers were recorded. `place`: as _with_layers finds it.
+    """
+    if not (place != NOWHERE).any():
         return {}
     stage = segments["stage"].to_numpy(np.int16)
-    place = step_places(steps, segments["instance"], segments["step"])
     of_rank = np.flatnonzero(np.isin(stage, [*_LAYERS, BY_NAME["forward"].id]))
     if not len(of_rank):
         return {}

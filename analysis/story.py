@@ -38,9 +38,9 @@ MOST_NAMED = 10  # of requests that an ambiguous id could mean
 _CHUNK, _PREEMPTED = BY_NAME["prefill_chunk"].id, BY_NAME["preempted"].id
 _LATENCIES = (
     ("ttft", "arrival_ns", "first_output_ns"),
-    ("ttft_client", "arrival_ns", "first_sent_ns"),
+    ("ttft_client", "received_ns", "first_sent_ns"),
     ("e2e", "arrival_ns", "last_output_ns"),
-    ("e2e_client", "arrival_ns", "last_sent_ns"),
+    ("e2e_client", "received_ns", "last_sent_ns"),
 )
 _IDS = ("request_id", "external_id", "trace_id")
 

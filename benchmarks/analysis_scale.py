@@ -188,17 +188,25 @@ print(json.dumps([os.waitstatus_to_exitcode(status), took, cpu, usage.ru_maxrss 
 """
 
 
-def measured(command: str, path: Path) -> Measured:
-    """A command's time and memory. Raises RuntimeError when it fails."""
-    words = [sys.executable, "-m", "stagetrace.cli.main", command, str(path), "--json"]
+def started(words: Sequence[str]) -> tuple[Measured, bytes]:
+    """A command's time and memory, and what it printed. Raises RuntimeError when it fails."""
     with tempfile.NamedTemporaryFile() as out:
         starter = [sys.executable, "-S", "-c", _STARTER, out.name, *words]
         done = subprocess.run(starter, stdout=subprocess.PIPE, check=True)
         status, *figures = json.loads(done.stdout)
-        said = json.loads(out.read() or b"{}")
+        said = out.read()
     if status or not said:
         raise RuntimeError(f"`{' '.join(words)}` ended with status {status}")
-    return Measured(*figures)
+    return Measured(*figures), said
+
+
+def measured(command: str, path: Path) -> Measured:
+    """The same of a command that prints a JSON object of a session."""
+    words = [sys.executable, "-m", "stagetrace.cli.main", command, str(path), "--json"]
+    found, said = started(words)
+    if not json.loads(said):
+        raise RuntimeError(f"`{' '.join(words)}` found nothing")
+    return found
 
 
 def run(

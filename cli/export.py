@@ -141,7 +141,8 @@ def _send(session: Session, sink: SpanSink, wanted: Target, again: bool, patienc
             if state.sent != moved_to:
                 moved_s, moved_to = time.monotonic(), state.sent
             if state.trouble and state.sent == before and follower.sink.hopeless:
-                why = "it will not without a change: check the endpoint, its protocol, and the credentials"
+                usual = "it will not without a change: check the endpoint, its protocol, and the credentials"
+                why = follower.sink.remedy or usual
             elif state.trouble and patience_s and time.monotonic() - moved_s > patience_s:
                 why = f"it has taken nothing for {patience_s:g} s (--patience)"
             return bool(why) or told() or _at_end(follower)

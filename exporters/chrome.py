@@ -1,7 +1,9 @@
 """Chrome's JSON trace, for speedscope and chrome://tracing: the encoder of a timeline's items (timeline.py). Pure.
 
 The format is Google's "Trace Event Format": begin and end events (B, E), counters (C), instants (i) and flows (s, f).
-It is written as a stream, one event a line. Its times are microseconds; three decimals keep the nanoseconds.
+It is written as a stream, one event a line. Its times are microseconds; three decimals keep the nanoseconds. Arguments
+of a slice are at its end event, whose arguments viewers add to those of its begin: speedscope makes the begin's a part
+of the name, and would take each call for a function of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ class ChromeEncoder:
 
     def __init__(self) -> None:
         self._tracks: dict[int, Track] = {}
-        self._open: dict[int, list[str]] = {}  # of each track the names of what has begun
+        self._open: dict[int, list[tuple[str, dict[str, Any]]]] = {}  # by track, what has begun: name and arguments
         self._flows: set[int] = set()  # that have begun
 
     def begin(self, anchors: Iterable[tuple[int, int]]) -> bytes:
@@ -56,14 +58,15 @@ class ChromeEncoder:
         if event.what is What.VALUE:
             value = {track.unit or "value": event.value}
             return _line(phase, track.group, None, event.time_ns, name=track.name, args=value)
-        names = self._open.setdefault(track.id, [])
-        if event.what is What.END:
-            return _line(phase, track.group, track.id, event.time_ns, name=names.pop())
+        begun = self._open.setdefault(track.id, [])
         more: dict[str, Any] = {"args": event.args} if event.args else {}
+        if event.what is What.END:
+            name, more = begun.pop()
+            return _line(phase, track.group, track.id, event.time_ns, name=name, **more)
         if event.what is What.BEGIN:
-            names.append(event.name)
-        else:
-            more["s"] = "t"
+            begun.append((event.name, more))
+            return _line(phase, track.group, track.id, event.time_ns, name=event.name)
+        more["s"] = "t"
         found = _line(phase, track.group, track.id, event.time_ns, name=event.name, **more)
         if event.flow:
             ends = event.flow in self._flows

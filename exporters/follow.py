@@ -42,6 +42,7 @@ _MOST_QUEUED = 64  # requests
 _MOST_REMEMBERED = 2_000  # commits whose states and members are looked up again for requests that are not over
 _MOST_DECIDED = 64  # commits for which it is decided again what is sampled: their requests' steps may come later
 _SAVE_S = 1.0
+_USUAL = "Check that it runs, and that OTEL_EXPORTER_OTLP_PROTOCOL (grpc or http/protobuf) is the one of its port"
 
 
 class Taken(Exception):
@@ -288,10 +289,10 @@ class Follower:
         if not self.state.trouble:
             self.state.trouble = self.sink.why or "no answer"
             log.warning(
-                "spans do not reach %s (%s). They stay in the session and are sent when it takes them. Check that it"
-                " runs, and that OTEL_EXPORTER_OTLP_PROTOCOL (grpc or http/protobuf) is the one of its port",
+                "spans do not reach %s (%s). They stay in the session and are sent when it takes them. %s",
                 self.state.target,
                 self.state.trouble,
+                self.sink.remedy or _USUAL,
             )
         first, longest = PAUSE_S
         self._pause_s = min(max(self._pause_s * 2, first), longest)

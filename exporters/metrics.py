@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import requests
 from opentelemetry.sdk.metrics.export import (
     AggregationTemporality,
     Gauge,
@@ -27,6 +28,7 @@ from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from .light_metrics import LightMetrics
+from .otlp_send import check, grpc_compression, grpc_credentials
 from .session import FATES, names_of
 from .spans import SCOPE_NAME, SCOPE_VERSION, Clock, resource_attributes
 from .stage_metrics import StageMetrics
@@ -156,10 +158,38 @@ class MetricsSink:
 
 
 def _exporter(destination: Destination, timeout: float) -> MetricExporter:
+    """The SDK's exporter. What it would read from the environment by itself it is told, so that both signals agree."""
+    check(destination)
     if destination.protocol == "grpc":
         from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcExporter
 
-        return GrpcExporter(endpoint=destination.endpoint, timeout=timeout)
+        return GrpcExporter(
+            endpoint=destination.endpoint,
+            insecure=not destination.secure,
+            credentials=grpc_credentials(destination) if destination.secure else None,
+            headers=dict(destination.headers),
+            timeout=timeout,
+            compression=grpc_compression(destination),
+        )
+    from opentelemetry.exporter.otlp.proto.http import Compression as HttpCompression
     from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpExporter
 
-    return HttpExporter(endpoint=destination.endpoint, timeout=timeout)
+    return HttpExporter(
+        endpoint=destination.endpoint,
+        certificate_file=destination.certificate or None,
+        client_key_file=destination.client_key or None,
+        client_certificate_file=destination.client_certificate or None,
+        headers=dict(destination.headers),
+        timeout=timeout,
+        compression=HttpCompression(destination.compression or "none"),
+        session=_Session(),
+    )
+
+
+class _Session(requests.Session):
+    """One whose own authority, the file of OTEL_EXPORTER_OTLP_CERTIFICATE, goes before REQUESTS_CA_BUNDLE."""
+
+    def merge_environment_settings(self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> Any:
+        """As in requests."""
+        own = self.verify if verify is None else verify
+        return super().merge_environment_settings(url, proxies, stream, own, cert)

@@ -10,12 +10,15 @@ from __future__ import annotations
 import gzip
 import logging
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import grpc
 import requests
+
+from .remedies import remedy
+from .tls import check_files
 
 if TYPE_CHECKING:
     from .otel_settings import Destination
@@ -40,6 +43,7 @@ class Answer:
     confirmed: bool
     why: str = ""  # it was not
     hopeless: bool = False  # it will not be until somebody changes a setting
+    remedy: str = ""  # what is the matter then, and what to change, where that is known
 
 
 class Sender(Protocol):
@@ -53,33 +57,36 @@ class Sender(Protocol):
 
 
 def sender(destination: Destination, timeout_s: float) -> Sender:
-    """The sender for a destination. Raises ValueError or OSError for settings that cannot be followed."""
-    if destination.protocol == "grpc":
-        return GrpcSender(destination, timeout_s)
-    if destination.protocol == "http/protobuf":
-        return HttpSender(destination, timeout_s)
-    raise ValueError(f"OTEL_EXPORTER_OTLP_PROTOCOL must be grpc or http/protobuf, not {destination.protocol}")
+    """The sender for a destination. Raises ValueError for settings that cannot be followed."""
+    check(destination)
+    return (GrpcSender if destination.protocol == "grpc" else HttpSender)(destination, timeout_s)
+
+
+def check(destination: Destination) -> None:
+    """Raises ValueError for settings that cannot be followed: it names the variable and what it can be."""
+    if destination.protocol not in ("grpc", "http/protobuf"):
+        raise ValueError(f"OTEL_EXPORTER_OTLP_PROTOCOL must be grpc or http/protobuf, not {destination.protocol}")
+    kinds = ("gzip", "none") if destination.protocol == "grpc" else tuple(_COMPRESS)
+    if destination.compression not in ("", *kinds):
+        known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+        raise ValueError(f"OTEL_EXPORTER_OTLP_COMPRESSION must be {known}, not {destination.compression}")
+    if destination.protocol == "http/protobuf" and not destination.endpoint.startswith(("http://", "https://")):
+        raise ValueError(f"{destination.target}: an endpoint of http/protobuf begins with http:// or https://")
+    check_files(destination)
 
 
 class GrpcSender:
     """OTLP by gRPC."""
 
     def __init__(self, destination: Destination, timeout_s: float):
-        kinds = {"": grpc.Compression.NoCompression, "none": grpc.Compression.NoCompression,
-                 "gzip": grpc.Compression.Gzip}  # fmt: skip
-        if destination.compression not in kinds:
-            raise ValueError(f"OTEL_EXPORTER_OTLP_COMPRESSION must be gzip or none, not {destination.compression}")
-        compression = kinds[destination.compression]
+        compression = grpc_compression(destination)
         target = destination.address
         if destination.secure:
-            root, key, chain = (
-                Path(name).read_bytes() if name else None
-                for name in (destination.certificate, destination.client_key, destination.client_certificate)
-            )
-            credentials = grpc.ssl_channel_credentials(root, key, chain)
+            credentials = grpc_credentials(destination)
             self._channel = grpc.secure_channel(target, credentials, options=_CHANNEL, compression=compression)
         else:
             self._channel = grpc.insecure_channel(target, options=_CHANNEL, compression=compression)
+        self._destination = destination
         self._timeout_s = timeout_s
         self._metadata = tuple(destination.headers.items())
         self._call = self._channel.unary_unary(_TRACES)  # no serializer: bytes as they are
@@ -89,8 +96,7 @@ class GrpcSender:
         try:
             self._call(body, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
-            details = (error.details() or "")[:_LONGEST_WHY]
-            return Answer(False, f"{error.code().name}: {details}", _hopeless_grpc(error.code(), details))
+            return _failed(f"{error.code().name}: {error.details() or ''}", self._destination)
         except ValueError as error:  # a header that gRPC does not send, a channel that is closed
             return Answer(False, str(error), True)
         return Answer(True)
@@ -100,34 +106,40 @@ class GrpcSender:
         self._channel.close()
 
 
-def _hopeless_grpc(code: grpc.StatusCode, details: str) -> bool:
-    if code is grpc.StatusCode.UNAVAILABLE:  # also what is no gRPC, or no TLS, at the other end
-        signs = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER", "Failed parsing HTTP/2", "http1.x server")
-        return any(sign in details for sign in signs)
-    return code in (
-        grpc.StatusCode.UNIMPLEMENTED,
-        grpc.StatusCode.UNAUTHENTICATED,
-        grpc.StatusCode.PERMISSION_DENIED,
+def grpc_compression(destination: Destination) -> grpc.Compression:
+    """The compression as gRPC names it."""
+    return grpc.Compression.Gzip if destination.compression == "gzip" else grpc.Compression.NoCompression
+
+
+def grpc_credentials(destination: Destination) -> grpc.ChannelCredentials:
+    """The files of TLS as gRPC takes them. A client's certificate and its key may be in one file."""
+    root, key, chain = (
+        Path(name).read_bytes() if name else None
+        for name in (
+            destination.certificate,
+            destination.client_key or destination.client_certificate,
+            destination.client_certificate,
+        )
     )
+    return grpc.ssl_channel_credentials(root, key, chain)
+
+
+def _failed(why: str, destination: Destination) -> Answer:
+    found = remedy(why, destination)
+    return Answer(False, why[:_LONGEST_WHY], bool(found), found)
+
+
+_COMPRESS = {"gzip": gzip.compress, "deflate": zlib.compress, "none": None}
 
 
 class HttpSender:
     """OTLP by HTTP with protobuf bodies."""
 
     def __init__(self, destination: Destination, timeout_s: float):
-        kinds = {"": None, "none": None, "gzip": gzip.compress, "deflate": zlib.compress}
-        if destination.compression not in kinds:
-            raise ValueError(
-                f"OTEL_EXPORTER_OTLP_COMPRESSION must be gzip, deflate or none, not {destination.compression}"
-            )
-        if not destination.endpoint.startswith(("http://", "https://")):
-            raise ValueError(f"{destination.target}: an endpoint of http/protobuf begins with http:// or https://")
-        for name in (destination.certificate, destination.client_key, destination.client_certificate):
-            if name:
-                Path(name).read_bytes()
+        self._destination = destination
         self._url = destination.endpoint
         self._timeout_s = timeout_s
-        self._compress = kinds[destination.compression]
+        self._compress = _COMPRESS.get(destination.compression)
         # Given with each request: on a session REQUESTS_CA_BUNDLE would go before it.
         self._verify: str | None = destination.certificate or None
         self._cert = (destination.client_certificate, destination.client_key)
@@ -145,13 +157,10 @@ class HttpSender:
             body = self._compress(body)
         try:
             answer = self._post(body)
-        except requests.exceptions.SSLError as error:
-            return Answer(False, str(error)[:_LONGEST_WHY], True)
         except requests.exceptions.Timeout:
             return Answer(False, f"no answer within {self._timeout_s:g} s")
-        except requests.exceptions.ConnectionError as error:
-            # What a gRPC server says to a client that speaks HTTP/1.1.
-            return Answer(False, str(error)[:_LONGEST_WHY], "BadStatusLine" in str(error))
+        except requests.exceptions.ConnectionError as error:  # those of TLS among them
+            return _failed(str(error), self._destination)
         except (requests.RequestException, OSError, ValueError) as error:
             return Answer(False, str(error)[:_LONGEST_WHY], True)
         if answer.ok and not answer.is_redirect:
@@ -160,7 +169,8 @@ class HttpSender:
             (line.strip()[:_LONGEST_WHY] for line in answer.text.splitlines() if line.strip().isprintable()), ""
         )
         why = f"it answers {answer.status_code} {answer.reason}" + (f": {said}" if said else "")
-        return Answer(False, why, answer.status_code in _HOPELESS or answer.is_redirect)
+        found = _failed(why, self._destination)
+        return replace(found, hopeless=found.hopeless or answer.is_redirect)
 
     def _post(self, body: bytes) -> requests.Response:
         """Once more where the backend has closed a connection that was kept open."""
@@ -184,6 +194,3 @@ class HttpSender:
     def close(self) -> None:
         """As Sender.close."""
         self._session.close()
-
-
-_HOPELESS = (401, 403, 404, 405, 415, 501)

@@ -83,6 +83,7 @@ REQUESTS_SCHEMA = pa.schema(
         pa.field("accepted_tokens", _I64),  # of these: accepted
         pa.field("max_tokens", _I64),
         pa.field("preemptions", _I64, nullable=False),
+        pa.field("received_ns", _I64),  # the head of its HTTP request was read; null where it did not come by HTTP
         pa.field("arrival_ns", _I64),  # arrival in the front end
         pa.field("dispatched_ns", _I64),  # sent to the engine
         pa.field("queued_ns", _I64),  # in the scheduler's queue

@@ -124,6 +124,11 @@ class SpanSink(ABC):
         """Whether the last request will not be taken until somebody changes a setting."""
         return self._answer.hopeless
 
+    @property
+    def remedy(self) -> str:
+        """What is the matter with the last request, and what to change; empty where that is not known."""
+        return self._answer.remedy
+
     def _source(self, manifest: Manifest) -> Source:
         self._of[None] = self._resource(resource_attributes(manifest))
         for process in manifest.processes:

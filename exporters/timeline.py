@@ -101,6 +101,16 @@ class _Slice:
     args: Mapping[str, Any]
 
 
+@dataclass(slots=True)
+class _Step:
+    """Where a step was drawn, and how many arrows lead to it."""
+
+    track: int
+    begin: int
+    end: int
+    arrows: int = 0
+
+
 class _Lanes:
     """Tracks that hold one interval at a time: of those that are free the one that was so last."""
 
@@ -125,7 +135,7 @@ class Timelines:
         self._tracks: dict[tuple[Any, ...], int] = {}
         self._lanes: dict[tuple[Any, ...], _Lanes] = defaultdict(_Lanes)
         self._reached: dict[int, int] = {}  # track -> end of the last outermost slice
-        self._steps: OrderedDict[tuple[int, int], tuple[int, int]] = OrderedDict()  # -> track, begin
+        self._steps: OrderedDict[tuple[int, int], _Step] = OrderedDict()
         self._flows = 0
 
     def add(self, tables: Mapping[str, pa.Table], manifest: Manifest) -> Iterator[Item]:
@@ -151,7 +161,7 @@ class Timelines:
             args["engine_instance"] = hex_instance(row["instance"])
             yield Drawn(What.BEGIN, track, row["begin_ns"], f"step {row['phase']}", args)
             yield Drawn(What.END, track, end)
-            self._steps[row["instance"], row["step"]] = track, row["begin_ns"]
+            self._steps[row["instance"], row["step"]] = _Step(track, row["begin_ns"], end)
             for counter, (unit, columns) in _COUNTERS.items():
                 line = yield from self._track(process, (process, counter), counter, processes, unit)
                 value = sum(row[column] for column in columns)
@@ -253,9 +263,13 @@ class Timelines:
                 continue
             self._flows += 1
             args = {"request_id": request["request_id"] or "", "step": step}
-            at = min(max(where[1], begin), end)
-            yield Drawn(What.INSTANT, where[0], where[1], "request in step", args, self._flows)
-            yield Drawn(What.INSTANT, track, at, "in step", args, self._flows)
+            at = min(max(where.begin, begin), end)
+            # One after the other: viewers stack what is at the same moment. An arrow goes from the earlier end.
+            arrives = min(max(where.begin + where.arrows, at), where.end)
+            where.arrows += 1
+            mine = Drawn(What.INSTANT, track, at, "in step", args, self._flows)
+            its = Drawn(What.INSTANT, where.track, arrives, "request in step", args, self._flows)
+            yield from (mine, its) if at <= arrives else (its, mine)
 
     # Tracks
 
@@ -285,7 +299,11 @@ def _group(number: int, key: int | None, processes: Mapping[int, Process]) -> Gr
     process = processes.get(key)
     if process is None:
         return Group(number, f"process {key:016x}", None, 1 << 20)
-    ranks = [f"{name.replace('_', ' ')} {process.info[name]}" for name in RANKS if name in process.info]
+    # Where all are rank 0 in a dimension there is no parallelism in it.
+    of_more = {name for each in processes.values() for name in RANKS if each.info.get(name)} | {"rank"}
+    ranks = [
+        f"{name.replace('_', ' ')} {process.info[name]}" for name in RANKS if name in process.info and name in of_more
+    ]
     name = ", ".join([process.role.replace("_", " "), *ranks])
     rank = process.info.get("rank")
     return Group(number, f"{name} on {process.host}", process.pid, rank + 1 if isinstance(rank, int) else 0)

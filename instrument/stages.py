@@ -271,7 +271,14 @@ STAGES: tuple[Stage, ...] = (
         "sent by the front end until the scheduler took it in",
         "network alone: serialising, the socket and the engine's wait until its current step is over are in it",
         ("request",),
-        (_PROMPT,),
+        (
+            _PROMPT,
+            Attribute(
+                "before_arrival",
+                Unit.NANOSECONDS,
+                "from the head of its HTTP request until it arrived: the body read, JSON, validation; 0 without HTTP",
+            ),
+        ),
     ),
     Stage(
         12,
@@ -609,7 +616,7 @@ STAGES: tuple[Stage, ...] = (
         Level.LAYER,
         "choosing the experts of every token",
         "the router's matrix product where the engine fuses it elsewhere",
-        ("forward",),
+        ("expert_compute", "forward"),
         (_LAYER, _LAYER_TOKENS),
     ),
     Stage(
@@ -620,7 +627,7 @@ STAGES: tuple[Stage, ...] = (
         Level.LAYER,
         "sending tokens to the ranks of their experts",
         "the experts' computation",
-        ("forward",),
+        ("expert_compute", "forward"),
         (_LAYER, _LAYER_TOKENS, _BYTES),
     ),
     Stage(
@@ -642,7 +649,7 @@ STAGES: tuple[Stage, ...] = (
         Level.LAYER,
         "bringing the experts' results back and adding them up",
         "the tensor-parallel all_reduce after it",
-        ("forward",),
+        ("expert_compute", "forward"),
         (_LAYER, _LAYER_TOKENS, _BYTES),
     ),
     Stage(

@@ -58,8 +58,13 @@ def opens_recorder(hook: Hook) -> Around:
     return _opens(hook, "front_end")
 
 
-def _arrived(recorder: Recorder, state: Any, rid: str, prompt: int, most: int, time_ns: int, by_client: bool) -> int:
-    """Writes what a request is and where it came from, and that it was tokenized until now; its handle."""
+def _arrived(
+    recorder: Recorder, state: Any, rid: str, prompt: int, most: int, time_ns: int, by_client: bool
+) -> tuple[int, int]:
+    """Writes what a request is and where it came from, and that it was tokenized until now.
+
+    Gives its handle, and the ns between the head of its HTTP request and its arrival.
+    """
     handle, request = recorder.handle(rid), state.obj
     recorder.text(handle, Text.REQUEST_ID, rid, _MAX_ID)
     recorder.text(handle, Text.EXTERNAL_ID, getattr(request, PARENT_ATTRIBUTE, rid), _MAX_ID)
@@ -75,13 +80,14 @@ def _arrived(recorder: Recorder, state: Any, rid: str, prompt: int, most: int, t
     lora = extract.lora_name(request)
     if lora:
         recorder.text(handle, Text.LORA, lora, _MAX_ID)
+    arrival_ns, before = min(extract.time_ns(state.time_stats.created_time), time_ns), 0
     by_http = exchange is not None and by_client
     if by_http and exchange is not None:
         exchange.handles.append(handle)
-    arrival_ns = min(extract.time_ns(state.time_stats.created_time), time_ns)
+        before = exchange.before(arrival_ns)
     priority = extract.priority(request)
     recorder.state(_REQUEST_TOKENIZE, arrival_ns, handle, 0, 0, prompt, most, int(by_http), priority)
-    return handle
+    return handle, before
 
 
 def _sent(recorder: Recorder, manager: Any, requests: Sequence[Any]) -> None:
@@ -95,12 +101,12 @@ def _sent(recorder: Recorder, manager: Any, requests: Sequence[Any]) -> None:
         # With n > 1 SGLang first fills its cache with the prompt: by a request of its own, with the first one's times,
         # of which the client is sent nothing.
         by_client = request.time_stats is state.time_stats
-        handle = _arrived(recorder, state, rid, prompt, extract.max_tokens(request), time_ns, by_client)
+        handle, before = _arrived(recorder, state, rid, prompt, extract.max_tokens(request), time_ns, by_client)
         parent = getattr(state.obj, PARENT_ATTRIBUTE, None)
         if parent is not None and by_client:
             index, count = _next_sample(parent, extract.samples(state.obj))
             recorder.state(_CHILD, time_ns, handle, 0, 0, recorder.handle(parent), index, count)
-        recorder.state(_REQUEST_DISPATCH, time_ns, handle, 0, 0, prompt)
+        recorder.state(_REQUEST_DISPATCH, time_ns, handle, 0, 0, prompt, before)
         _Outputs.waiting[rid] = handle
 
 
@@ -257,7 +263,7 @@ def request_failed(hook: Hook) -> Around:
     def before(self: Any, request_states: Any) -> None:
         time_ns = now()
         for rid in extract.refused(request_states, self.rid_to_state):
-            handle = _arrived(recorder, request_states[rid], rid, 0, 0, time_ns, True)
+            handle, _ = _arrived(recorder, request_states[rid], rid, 0, 0, time_ns, True)
             recorder.state(_LAST_OUTPUT, time_ns, handle, 0, 0, Finish.ERROR)
             recorder.state(_FINISHED, time_ns, handle, 0, 0, Finish.ERROR)
 

@@ -84,13 +84,15 @@ def add_request(hook: Hook) -> Around:
                 else trace_context.of_our_own(recorder, handle, parent or handle)
             )
         by_http = int(exchange is not None)
+        arrival_ns = time_ns - max(age_ns, 0)
         most, priority = extract.max_tokens(request), int(request.priority)
-        recorder.state(_TOKENIZE, time_ns - max(age_ns, 0), handle, 0, 0, prompt, most, by_http, priority)
+        recorder.state(_TOKENIZE, arrival_ns, handle, 0, 0, prompt, most, by_http, priority)
         if parent_req is not None:
             recorder.state(_CHILD, time_ns, handle, 0, 0, parent, request_index, parent_req.n)
         if request.lora_request is not None:
             recorder.text(handle, Text.LORA, request.lora_request.lora_name, _MAX_ID)
-        recorder.state(_DISPATCH, time_ns, handle, 0, 0, prompt)
+        before_arrival = 0 if exchange is None else exchange.before(arrival_ns)
+        recorder.state(_DISPATCH, time_ns, handle, 0, 0, prompt, before_arrival)
         _Outputs.waiting[request.request_id] = handle
 
     return Around(before, after)

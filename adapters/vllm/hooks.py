@@ -187,6 +187,38 @@ _LAYER_POINTS = (
         "expert_compute",
         "expert_compute, of kernels that route as well",
     ),
+    # In such a kernel: how it moves tokens, and the choice of experts on the CPU, where most leave it to a router from
+    # 0.30 on.
+    *(
+        _in_a_layer(f"{_MOE}.prepare_finalize.{owner}.{function}", ("self", tensor), stage)
+        for owner in (
+            "no_dp_ep:MoEPrepareAndFinalizeNoDPEPMonolithic",
+            "naive_dp_ep:MoEPrepareAndFinalizeNaiveDPEPMonolithic",
+        )
+        for function, tensor, stage in (
+            ("prepare", "a1", "expert_dispatch"),
+            ("finalize", "fused_expert_output", "expert_combine"),
+        )
+    ),
+    *(
+        HookPoint(
+            f"{_MOE}.{module}:select_experts",
+            ("hidden_states",),
+            Level.LAYER,
+            _RANK,
+            layers.chosen_on_cpu,
+            "moe_route and tokens by expert, of the CPU's kernels that route as well",
+            since,
+            before,
+            stands_for=f"{_MOE}.router.cpu_router:select_experts",
+            compiled=True,
+        )
+        for module, since, before in (
+            ("cpu_fused_moe", "", "0.28"),
+            ("experts.cpu_moe", "0.28", "0.30"),
+            ("router.cpu_router", "0.30", ""),
+        )
+    ),
     *(
         _of_a_group(function, ("self", tensor), op, tensor, *since)
         for function, tensor, op, *since in (

@@ -47,8 +47,16 @@ _TOKENS = ("query", "q", "hidden_states", "projected_states", "mixed_qkv", "mixe
 
 _ENCODE = header_word(RecordType.SEGMENT, BY_NAME["encode"].id)
 
+_ROUTE = header_word(RecordType.SEGMENT, BY_NAME["moe_route"].id)
+
 WITHIN = Within()
 COLLECTIVES = Collectives(RECORDER, RANK)
+
+
+class _OnCpu:
+    """What counts the experts that are chosen past a router: of the CPU's kernels that route as well."""
+
+    counts: HostCounts | None = None
 
 
 # What is in the model. Pure
@@ -253,7 +261,7 @@ def _attach_experts(hook: Hook, modules: list[tuple[str, Any]], runner: Any, vis
         return told
     counts: HostCounts | DeviceCounts
     if _on_host(runner):
-        counts = HostCounts(hook, RANK, experts)
+        counts = _OnCpu.counts = HostCounts(hook, RANK, experts)
     else:
         layers = sorted({layer for layer, _ in runners})
         counts = DeviceCounts(hook, RANK, layers, experts, runner.device)
@@ -326,6 +334,23 @@ def moe_begins(_: Hook) -> Around:
 def of_layer(stage: str, tensor: str) -> Callable[[Hook], Around]:
     """A handler of a stage of the layer that is being run."""
     return lambda hook: timed_within(hook.recorder, RANK, WITHIN, stage, tensor)
+
+
+def chosen_on_cpu(hook: Hook) -> Around:
+    """The CPU's select_experts: the layer's choice where no router is asked."""
+    segment, layer_of = hook.recorder.segment, WITHIN.by_thread.get
+
+    def after(hidden_states: Any, result: Any, begin: int, end: int) -> None:
+        step = RANK.step
+        if not step:
+            return
+        layer, tokens = layer_of(get_ident(), -1), hidden_states.shape[0]
+        segment(_ROUTE, begin, end, RANK.instance, step, layer, tokens)
+        counts = _OnCpu.counts
+        if counts is not None:
+            counts.count(layer, result[1], padding_of(tokens))
+
+    return Around(after=after)
 
 
 def encoder(hook: Hook) -> Around:

@@ -402,7 +402,7 @@ class Tracker:
         if output.scheduled_spec_decode_tokens and self.recorder.level[0] >= _STEP_LEVEL:
             received = extract.sampled_tokens(output, given, self.dropped_requests)
         if first_tokens:
-            self._first_tokens(first_tokens, finished or (), end, instance, step)
+            self._first_tokens(scheduler, first_tokens, finished or (), end, instance, step)
         if finished:
             for request_id, handle, words in finished:
                 self._ended(end, step or self.step, request_id, handle, words)
@@ -425,15 +425,20 @@ class Tracker:
         self.last_end = end
 
     def _first_tokens(
-        self, requests: Sequence[str], finished: Sequence[_Ended], end: int, instance: int, step: int
+        self, scheduler: Any, requests: Sequence[str], finished: Sequence[_Ended], end: int, instance: int, step: int
     ) -> None:
-        """Records who leaves prefill with the step."""
+        """Records who leaves prefill with the step: those that have a token now."""
         for request_id in requests:
             handle = self.handles.get(request_id)
             if handle is None:
                 handle = self.recorder.handle(request_id)
-                if not any(handle == ended for _, ended, _ in finished):
-                    continue  # it was aborted while the step ran: no token
+                if not any(handle == ended and words[1] for _, ended, words in finished):
+                    continue  # it was aborted while the step ran, or failed
+            else:
+                request = scheduler.requests.get(request_id)
+                if request is not None and not request.num_output_tokens:  # its KV could not be loaded: once more
+                    self.prefilling[request_id] = request.num_tokens
+                    continue
             self.recorder.state(_DECODE, end, handle, instance, step, 1)
 
 

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 _LATENCIES = (
     ("ttft", "arrival_ns", "first_output_ns"),
-    ("ttft_client", "arrival_ns", "first_sent_ns"),
+    ("ttft_client", "received_ns", "first_sent_ns"),
     ("e2e", "arrival_ns", "last_output_ns"),
-    ("e2e_client", "arrival_ns", "last_sent_ns"),
+    ("e2e_client", "received_ns", "last_sent_ns"),
 )
 _SETTINGS = (
     *("engine", "engine_version", "model", "dtype", "kv_cache_dtype", "device", "device_name", "enforce_eager"),

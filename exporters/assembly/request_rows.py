@@ -185,6 +185,7 @@ def request_tables(
     told = first[_TOKENIZE].there & ((first[_TOKENIZE][FIRST_ATTRIBUTE] > 0) | ~first[_QUEUE].there)
     prompt = np.where(told, first[_TOKENIZE][FIRST_ATTRIBUTE], first[_QUEUE][FIRST_ATTRIBUTE])
     most = first[_TOKENIZE][FIRST_ATTRIBUTE + 1]
+    by_http = first[_TOKENIZE][FIRST_ATTRIBUTE + 2] != 0
     output = np.where(front.there, front[FIRST_ATTRIBUTE + 1], engine[FIRST_ATTRIBUTE + 1])
     last_token = np.where(completed, engine_end, last_token)
     child, drafted = events.rows(Event.CHILD), events.rows(Event.DRAFTED)
@@ -221,6 +222,7 @@ def request_tables(
         accepted_tokens=drafted.column(FIRST_ATTRIBUTE + 1),
         max_tokens=column(most, most == 0),
         preemptions=np.bincount(who[_preempted(states)], minlength=count),
+        received_ns=column(first[_TOKENIZE][NS] - first[_DISPATCH][FIRST_ATTRIBUTE + 1], ~by_http),
         arrival_ns=first[_TOKENIZE].column(NS),
         dispatched_ns=first[_DISPATCH].column(NS),
         queued_ns=first[_QUEUE].column(NS),

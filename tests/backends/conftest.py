@@ -1,4 +1,4 @@
-"""Trace backends for the tests: our own receivers, in an environment without OTEL_* variables of the machine's."""
+"""For the tests of trace backends: receivers of our own, sessions of real engines, no OTEL_* variables but theirs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from backends.receiver import GrpcReceiver, HttpReceiver, Receiver
+from backends.recorded.keep import ENGINES, rebuilt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from stagetrace.exporters.session import Session
 
 
 @pytest.fixture(autouse=True)
@@ -28,3 +31,16 @@ def receiver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", running.endpoint)
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", running.protocol)
         yield running
+
+
+@pytest.fixture(scope="session")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Session]:
+    """A session of each real engine (recorded/record.py), by its name."""
+    directory = tmp_path_factory.mktemp("recordings")
+    return {engine: rebuilt(engine, directory) for engine in ENGINES}
+
+
+@pytest.fixture(params=ENGINES)
+def recording(request: pytest.FixtureRequest, recordings: dict[str, Session]) -> Session:
+    """A session of either real engine."""
+    return recordings[request.param]

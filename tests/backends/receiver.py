@@ -67,9 +67,11 @@ class Receiver:
     protocol: str
     default_port = 0
 
-    def __init__(self, port: int = 0, certificate: tuple[Path, Path] | None = None):
+    def __init__(self, port: int = 0, certificate: tuple[Path, Path] | None = None, clients: Path | None = None):
+        """Over TLS with a certificate and its key (files); then only for clients that `clients` has signed."""
         self.port = port
         self.certificate = certificate
+        self.clients = clients
         self.requests: list[ExportTraceServiceRequest] = []
         self.metrics: list[ExportMetricsServiceRequest] = []
         self.headers: list[dict[str, str]] = []
@@ -139,7 +141,7 @@ class Receiver:
 
 
 class GrpcReceiver(Receiver):
-    """With gRPC's own limit of 4 MiB a message; over TLS with a certificate and its key (files)."""
+    """With gRPC's own limit of 4 MiB a message."""
 
     protocol = "grpc"
 
@@ -166,7 +168,8 @@ class GrpcReceiver(Receiver):
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Service(), self.server)
         if self.certificate:
             certificate, key = (file.read_bytes() for file in self.certificate)
-            credentials = grpc.ssl_server_credentials([(key, certificate)])
+            clients = self.clients.read_bytes() if self.clients else None
+            credentials = grpc.ssl_server_credentials([(key, certificate)], clients, clients is not None)
             self.port = self.server.add_secure_port(f"127.0.0.1:{self.port}", credentials)
         else:
             self.port = self.server.add_insecure_port(f"127.0.0.1:{self.port}")
@@ -177,7 +180,7 @@ class GrpcReceiver(Receiver):
 
 
 class HttpReceiver(Receiver):
-    """Protobuf over HTTP, on any path; over TLS with a certificate and its key (files)."""
+    """Protobuf over HTTP, on any path."""
 
     protocol = "http/protobuf"
 
@@ -220,6 +223,9 @@ class HttpReceiver(Receiver):
         if self.certificate:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(*self.certificate)
+            if self.clients:
+                context.load_verify_locations(self.clients)
+                context.verify_mode = ssl.CERT_REQUIRED
             self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
         self.port = self.server.server_address[1]
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})

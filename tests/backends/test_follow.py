@@ -147,7 +147,7 @@ def test_a_backend_in_trouble_gets_everything_when_it_is_well_again(
     assert set(steps_of(receiver)) == ALL_STEPS
     told = [record.getMessage() for record in caplog.records if record.name == follow.__name__]
     assert len(told) == 2, "once when it began and once when it was over"
-    assert "OTEL_EXPORTER_OTLP_PROTOCOL" in told[0] and "again" in told[1]
+    assert "OTEL_EXPORTER_OTLP_" in told[0] and "again" in told[1]
 
 
 def test_connections_that_are_reset(session: Session) -> None:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from stagetrace.exporters.spans import Clock
 from stagetrace.exporters.stage_metrics import MOST_VALUES, StageMetrics
 from stagetrace.instrument.identity import claim_identity
 from stagetrace.instrument.ids import request_span_id
+from stagetrace.instrument.stages import BY_ID, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,22 +96,31 @@ def growing(tmp_path: Path) -> Growing:
     return made
 
 
-@pytest.fixture
-def port(growing: Growing) -> Iterator[int]:
-    """The endpoint of the session while it grows."""
+@contextmanager
+def served(session: Session, enrich: Any = None) -> Iterator[int]:
+    """The port of a session's endpoint."""
     over, ports = threading.Event(), []
     ready = threading.Event()
 
-    def served(port: int) -> None:
+    def told(port: int) -> None:
         ports.append(port)
         ready.set()
 
-    thread = threading.Thread(target=serve, args=(growing.session, ("127.0.0.1", 0), over.is_set, light, served))
+    thread = threading.Thread(target=serve, args=(session, ("127.0.0.1", 0), over.is_set, enrich, told))
     thread.start()
-    assert ready.wait(20)
-    yield ports[0]
-    over.set()
-    thread.join()
+    try:
+        assert ready.wait(20)
+        yield ports[0]
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.fixture
+def port(growing: Growing) -> Iterator[int]:
+    """The endpoint of the session while it grows."""
+    with served(growing.session, light) as port:
+        yield port
 
 
 def test_both_formats_can_be_read_and_exemplars_lead_to_traces(growing: Growing, port: int) -> None:
@@ -186,6 +197,13 @@ def test_address_is_loopback_unless_asked() -> None:
 @pytest.fixture
 def prometheus(port: int, tmp_path: Path) -> Iterator[str]:
     """A Prometheus that scrapes the endpoint."""
+    with scraping(tmp_path, stagetrace=port) as url:
+        yield url
+
+
+@contextmanager
+def scraping(tmp_path: Path, **ports: int) -> Iterator[str]:
+    """A Prometheus that scrapes these jobs."""
     program = shutil.which("prometheus")
     assert program, "these tests need Prometheus: apt-get install prometheus (make backends does it for root)"
     config = tmp_path / "prometheus.yml"
@@ -193,7 +211,10 @@ def prometheus(port: int, tmp_path: Path) -> Iterator[str]:
         json.dumps(
             {
                 "global": {"scrape_interval": "250ms", "scrape_timeout": "250ms"},
-                "scrape_configs": [{"job_name": "stagetrace", "static_configs": [{"targets": [f"127.0.0.1:{port}"]}]}],
+                "scrape_configs": [
+                    {"job_name": name, "static_configs": [{"targets": [f"127.0.0.1:{port}"]}]}
+                    for name, port in ports.items()
+                ],
             }
         )
     )
@@ -228,6 +249,42 @@ def asked(url: str, query: str) -> list[Any]:
     answer = requests.get(f"{url}/api/v1/query", params={"query": query}, timeout=10).json()
     assert answer["status"] == "success", (query, answer)
     return list(answer["data"]["result"])
+
+
+def test_a_prometheus_has_the_figures_of_real_engines_sessions(recordings: dict[str, Session], tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        ports = {engine: stack.enter_context(served(session)) for engine, session in recordings.items()}
+        url = stack.enter_context(scraping(tmp_path, **ports))
+        for engine, session in recordings.items():
+            tables = {name: session.read_table(name).to_pandas() for name in ("requests", "steps", "segments")}
+            whole = f"sum(stagetrace_requests_total{{job='{engine}'}}) == {len(tables['requests'])}"
+            wait_for(lambda whole=whole: asked(url, whole))
+            series = [
+                (each["metric"], float(each["value"][1])) for each in asked(url, f'{{job="{engine}",__name__=~".+"}}')
+            ]
+
+            def value(name: str, series: list[Any] = series, **labels: str) -> float:
+                wanted = {"__name__": name, **labels}.items()
+                return float(sum(number for metric, number in series if wanted <= metric.items()))
+
+            for status, count in tables["requests"]["status"].value_counts().items():
+                assert value("stagetrace_requests_total", status=status) == count
+            complete = tables["steps"][tables["steps"]["status"] == "complete"]
+            for phase, took in (complete["end_ns"] - complete["begin_ns"]).groupby(complete["phase"]):
+                assert value("stagetrace_step_duration_seconds_count", phase=phase) == len(took)
+                assert value("stagetrace_step_duration_seconds_sum", phase=phase) == pytest.approx(took.sum() / 1e9)
+                below = value("stagetrace_step_duration_seconds_bucket", phase=phase, le="0.005")
+                assert below == (took <= 5_000_000).sum()
+            stages = tables["segments"].groupby("stage")["self_ns"].agg(["sum", "count"])
+            assert len(stages) > 10
+            for number, row in stages.iterrows():
+                stage = BY_ID[number]
+                assert value("stagetrace_stage_calls_total", stage=stage.name) == row["count"]
+                own = 0 if stage.kind is Kind.ENVELOPE else row["sum"] / 1e9  # envelopes hold the others
+                assert value("stagetrace_stage_self_time_seconds_total", stage=stage.name) == pytest.approx(own)
+            experts = session.read_table("experts").to_pandas()
+            for layer, tokens in experts["counts"].map(sum).groupby(experts["layer"]).sum().items():
+                assert value("stagetrace_expert_tokens_total", layer=str(layer)) == tokens
 
 
 def test_every_query_of_the_dashboard_finds_something(growing: Growing, prometheus: str) -> None:

@@ -1,4 +1,4 @@
-"""rotel, a real collector written in Rust: takes our OTLP by gRPC and by HTTP, and relays the same spans."""
+"""rotel, a real collector written in Rust: takes the sessions of real engines by gRPC and by HTTP, and relays them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING
 import pytest
 import requests
 import rotel
+from backends.exported import export_otlp
 from backends.receiver import HttpReceiver, Receiver
-from backends.tables import KEY, serving
 from unit.commands import wait_for
-
-from stagetrace.exporters.otel_settings import destination
-from stagetrace.exporters.otlp import OtlpSink
-from stagetrace.exporters.span_sink import batches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from stagetrace.exporters.session import Session
 
 AGENT = Path(rotel.__file__).with_name("rotel-agent")
 
@@ -34,19 +32,6 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def sent(environ: dict[str, str]) -> int:
-    """Sends a whole session; how many spans were confirmed."""
-    session = serving()
-    wanted = destination(environ)
-    assert wanted is not None
-    sink = OtlpSink.to(wanted, KEY)
-    made = sink.spans(session.tables, session.manifest).spans
-    count = sum(len(batch) for batch in batches(made) if sink.send(batch))
-    sink.shutdown()
-    assert count == len(made) > 40, sink.why
-    return count
-
-
 def whole(receiver: Receiver) -> list[tuple[bytes, dict[str, object], str]]:
     """Every span that arrived, to the byte, with its resource and scope; sorted."""
     return sorted(
@@ -55,10 +40,11 @@ def whole(receiver: Receiver) -> list[tuple[bytes, dict[str, object], str]]:
     )
 
 
-@pytest.fixture
-def relay(tmp_path: Path) -> Iterator[tuple[HttpReceiver, dict[str, str]]]:
+@pytest.fixture(scope="module")
+def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HttpReceiver, dict[str, str]]]:
     """A rotel that relays to a receiver of ours, which comes with it; the endpoints of rotel by protocol."""
     grpc, http = free_ports(2)
+    log = tmp_path_factory.mktemp("rotel") / "log"
     with HttpReceiver() as receiver:
         options = {
             "otlp-grpc-endpoint": f"127.0.0.1:{grpc}",
@@ -69,11 +55,11 @@ def relay(tmp_path: Path) -> Iterator[tuple[HttpReceiver, dict[str, str]]]:
             "batch-timeout": "50ms",
         }
         arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
-        with open(tmp_path / "log", "wb") as log:
-            process = subprocess.Popen([AGENT, "start", *arguments], stdout=log, stderr=log)
+        with open(log, "wb") as output:
+            process = subprocess.Popen([AGENT, "start", *arguments], stdout=output, stderr=output)
 
         def is_ready() -> bool:
-            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert process.poll() is None, log.read_text()
             try:
                 return requests.post(f"http://127.0.0.1:{http}/v1/traces", timeout=1).status_code > 0
             except requests.ConnectionError:
@@ -90,17 +76,16 @@ def relay(tmp_path: Path) -> Iterator[tuple[HttpReceiver, dict[str, str]]]:
 @pytest.mark.parametrize("compression", ["none", "gzip"])
 @pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
 def test_what_rotel_relays_is_what_was_sent(
-    relay: tuple[HttpReceiver, dict[str, str]], protocol: str, compression: str
+    relay: tuple[HttpReceiver, dict[str, str]], recording: Session, protocol: str, compression: str
 ) -> None:
     receiver, endpoints = relay
-    count = sent(
-        {
-            "OTEL_EXPORTER_OTLP_ENDPOINT": endpoints[protocol],
-            "OTEL_EXPORTER_OTLP_PROTOCOL": protocol,
-            "OTEL_EXPORTER_OTLP_COMPRESSION": compression,
-        }
-    )
-    wait_for(lambda: len(receiver.received()) == count)
+    receiver.requests.clear()
+    variables = {"OTEL_EXPORTER_OTLP_PROTOCOL": protocol, "OTEL_EXPORTER_OTLP_COMPRESSION": compression}
+    spans = export_otlp(recording, {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoints[protocol], **variables})
+    wait_for(lambda: len(receiver.received()) == len(spans))
     with HttpReceiver() as direct:
-        sent({"OTEL_EXPORTER_OTLP_ENDPOINT": direct.endpoint, "OTEL_EXPORTER_OTLP_PROTOCOL": direct.protocol})
+        export_otlp(
+            recording,
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": direct.endpoint, "OTEL_EXPORTER_OTLP_PROTOCOL": direct.protocol},
+        )
         assert whole(receiver) == whole(direct)

@@ -1,8 +1,7 @@
-"""OTLP's connections: TLS, compression, and what a wrong setting is called; with real servers on loopback."""
+"""OTLP's connections: compression, and what a wrong setting is called; with real servers (TLS: test_tls.py)."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from typing import TYPE_CHECKING
 
@@ -25,19 +24,8 @@ KINDS = [GrpcReceiver, HttpReceiver]
 ANCHORED = Manifest(session="s", host="h", anchors=[(0, 10**18)])
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A certificate of 127.0.0.1 that signs itself, and its key."""
-    folder = tmp_path_factory.mktemp("tls")
-    certificate, key = folder / "certificate.pem", folder / "key.pem"
-    what = ["-days", "2", "-subj", "/CN=a", "-addext", "subjectAltName=IP:127.0.0.1"]
-    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, *what]
-    subprocess.run(made, check=True, capture_output=True)
-    return certificate, key
-
-
-def sent(environ: dict[str, str]) -> tuple[bool, str, bool]:
-    """Whether one step arrived, why not, and whether there is hope."""
+def sent(environ: dict[str, str]) -> tuple[bool, str, bool, str]:
+    """Whether one step arrived, why not, whether it never will, and what to do."""
     wanted = destination(environ)
     assert wanted is not None
     build = Builder()
@@ -45,7 +33,7 @@ def sent(environ: dict[str, str]) -> tuple[bool, str, bool]:
     sink = OtlpSink.to(wanted, KEY)
     try:
         confirmed = sink.send(sink.spans(build.tables(), ANCHORED).spans)
-        return confirmed, sink.why, sink.hopeless
+        return confirmed, sink.why, sink.hopeless, sink.remedy
     finally:
         sink.shutdown()
 
@@ -59,21 +47,6 @@ def variables(receiver: Receiver, **more: str) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_tls_needs_the_certificate_that_signs(
-    kind: type[Receiver], certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate[1]))  # the variable of the signal goes before it
-    with kind(certificate=certificate) as receiver:
-        confirmed, why, _ = sent(variables(receiver, CERTIFICATE=str(certificate[0])))
-        assert confirmed, why
-        monkeypatch.delenv("REQUESTS_CA_BUNDLE")
-        confirmed, why, hopeless = sent(variables(receiver))
-        assert not confirmed and hopeless and "CERTIFICATE_VERIFY_FAILED" in why
-        with pytest.raises(BadSettings, match="nowhere"):
-            sent(variables(receiver, CERTIFICATE="/nowhere.pem"))
-
-
 @pytest.mark.parametrize("how", ["gzip", "deflate", "none", "br"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_compression(kind: type[Receiver], how: str) -> None:
@@ -82,7 +55,7 @@ def test_compression(kind: type[Receiver], how: str) -> None:
             with pytest.raises(BadSettings, match="COMPRESSION must be"):
                 sent(variables(receiver, COMPRESSION=how))
             return
-        confirmed, why, _ = sent(variables(receiver, COMPRESSION=how))
+        confirmed, why, _, _ = sent(variables(receiver, COMPRESSION=how))
         assert confirmed, why
         assert len(receiver.received()) == 1
         if kind is HttpReceiver:
@@ -91,11 +64,13 @@ def test_compression(kind: type[Receiver], how: str) -> None:
 
 def test_a_wrong_protocol_is_told_and_hopeless() -> None:
     with HttpReceiver() as receiver:
-        confirmed, why, hopeless = sent(variables(receiver) | {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"})
+        confirmed, why, hopeless, remedy = sent(variables(receiver) | {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"})
         assert not confirmed and hopeless, why
+        assert "PROTOCOL=http/protobuf" in remedy
     with GrpcReceiver() as receiver:
-        confirmed, why, hopeless = sent(variables(receiver) | {"OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"})
+        confirmed, why, hopeless, remedy = sent(variables(receiver) | {"OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"})
         assert not confirmed and hopeless, why
+        assert "PROTOCOL=grpc" in remedy
 
 
 @pytest.mark.parametrize(
@@ -133,7 +108,7 @@ def session(tmp_path: Path) -> Iterator[Session]:
 @pytest.mark.parametrize(
     ("protocol", "options", "status", "says"),
     [
-        ("grpc", [], 1, b"check the endpoint, its protocol"),
+        ("grpc", [], 1, b"set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf"),
         ("http/json", [], 2, b"must be grpc or http/protobuf"),
         ("http/protobuf", ["--to", "zipkin"], 2, b"perfetto"),
         ("http/protobuf", [], 0, b"1 spans sent"),

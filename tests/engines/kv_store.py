@@ -1,7 +1,8 @@
 """A KV connector for tests: vLLM's own ExampleConnector, which can also load beside the steps, as remote stores do.
 
 A request asks for that with `kv_transfer_params: {"beside": true}`; another that is to be fetched is loaded in the step
-that needs it. With `{"undecided": n}` the connector says n times that it does not know yet what it has.
+that needs it. With `{"undecided": n}` the connector says n times that it does not know yet what it has; with
+`{"lost": true}` it says that it has what the worker then cannot load, and vLLM ends the request with an error.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Metadata(ExampleConnectorMetadata):
     """What the worker is to do, with the loads that are beside the steps."""
 
     beside: dict[str, ReqMeta] = field(default_factory=dict)
+    lost: set[int] = field(default_factory=set)  # blocks that cannot be loaded
 
 
 class StoreConnector(ExampleConnector):
@@ -39,6 +41,7 @@ class StoreConnector(ExampleConnector):
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self._beside: dict[str, ReqMeta] = {}  # to be given to the worker
+        self._lost: set[int] = set()  # to be given to the worker; there: to be told
         self._asked: dict[str, int] = {}
         self._loading: dict[str, Future[None]] = {}  # in the worker
         self._threads = ThreadPoolExecutor(2)
@@ -54,7 +57,10 @@ class StoreConnector(ExampleConnector):
         return max(tokens or 0, 0), bool(wanted.get("beside"))
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        if num_external_tokens and (request.kv_transfer_params or {}).get("beside"):
+        wanted = request.kv_transfer_params or {}
+        if num_external_tokens and wanted.get("lost"):
+            self._lost.update(blocks.get_block_ids()[0])
+        if num_external_tokens and wanted.get("beside"):
             self._beside[request.request_id] = ReqMeta.make_meta(
                 list(request.prompt_token_ids or []), blocks.get_block_ids()[0], self._block_size, False, []
             )
@@ -64,7 +70,8 @@ class StoreConnector(ExampleConnector):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Metadata:
         made = super().build_connector_meta(scheduler_output)
         beside, self._beside = self._beside, {}
-        return Metadata(made.requests, beside)
+        lost, self._lost = self._lost, set()
+        return Metadata(made.requests, beside, lost)
 
     # In the worker
 
@@ -72,6 +79,7 @@ class StoreConnector(ExampleConnector):
         metadata: Any = self._get_connector_metadata()
         for name, request in metadata.beside.items():
             self._loading[name] = self._threads.submit(self._load, forward_context.no_compile_layers, request)
+        self._lost = metadata.lost
         super().start_load_kv(forward_context, **kwargs)
 
     def _load(self, layers: dict[str, Any], request: ReqMeta) -> None:
@@ -82,6 +90,10 @@ class StoreConnector(ExampleConnector):
             if cache is not None:
                 path = self._generate_filename_debug(name, request.token_ids, [])
                 cache[blocks, :, offsets] = load_file(path)["kv_cache"]
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        lost, self._lost = self._lost, set()
+        return lost
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         over = {name for name, loading in self._loading.items() if loading.done()}

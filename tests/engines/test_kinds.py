@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from backends.receiver import GrpcReceiver, Received
+from engines import iterations
 from engines.recording import Recording, complete, metrics, record
 
 from stagetrace.exporters.spans import LATENCIES
@@ -41,6 +42,7 @@ class Recorded:
     answers: dict[str, dict[str, Any]]
     crowd: list[dict[str, Any]]
     spans: list[Received]
+    iterations: list[dict[str, Any]]  # vLLM's IterationStats
 
     @property
     def requests(self) -> pd.DataFrame:
@@ -57,6 +59,7 @@ def recorded(model, tmp_path_factory) -> Recorded:  # type: ignore[no-untyped-de
     arguments = ("--enforce-eager", "--max-model-len", "1024", "--num-gpu-blocks-override", str(BLOCKS))
     arguments += ("--speculative-config", SPECULATION, "--per-request-spec-decode-metrics", "summary")
     arguments += ("--scheduling-policy", "priority", "--cudagraph-metrics")
+    plugin = iterations.installed(directory / "iterations")
     answers: dict[str, dict[str, Any]] = {}
     crowd: list[dict[str, Any]] = []
     with GrpcReceiver() as receiver:
@@ -64,6 +67,7 @@ def recorded(model, tmp_path_factory) -> Recorded:  # type: ignore[no-untyped-de
             "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint,
             "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
             "OTEL_EXPORTER_OTLP_INSECURE": "true",
+            **plugin,
         }
         with record(model, directory, *arguments, env=env, run=("--no-report",)) as recording:
             server = recording.server
@@ -87,7 +91,7 @@ def recorded(model, tmp_path_factory) -> Recorded:  # type: ignore[no-untyped-de
                 thread.join()
             after = metrics(server)
         spans = receiver.received()
-    return Recorded(recording, before, after, answers, crowd, spans)
+    return Recorded(recording, before, after, answers, crowd, spans, iterations.told(plugin))
 
 
 def test_accounting(recorded: Recorded) -> None:
@@ -121,6 +125,46 @@ def test_counts_are_vllms_own(recorded: Recorded) -> None:
     assert steps["preempted"].sum() == requests["preemptions"].sum()
     assert recorded.counted("vllm:prefix_cache_hits_total") >= requests["cached_tokens"].sum() > 0
     assert steps["output_tokens"].sum() == requests["output_tokens"].sum()
+
+
+def test_steps_are_vllms_iterations(recorded: Recorded) -> None:
+    """One IterationStats for each step that gave tokens, with the same tokens in it."""
+    frames = recorded.recording.frames()
+    requests, steps, states = frames["requests"].set_index("handle"), frames["steps"], frames["states"]
+    first = states[states["stage"] == BY_NAME["decode"].id].sort_values("begin_ns").drop_duplicates("handle")
+    first = first.assign(prompt_tokens=requests["prompt_tokens"].loc[first["handle"]].to_numpy())
+    begun = first.groupby("step")["prompt_tokens"].agg(["sum", "size"])
+    giving = steps[steps["output_tokens"] > 0].sort_values("step").set_index("step")
+    ours = giving[["output_tokens"]].join(begun).fillna(0).astype("int64")
+    theirs = [each for each in recorded.iterations if each["generation_tokens"]]
+    names = ("generation_tokens", "prompt_tokens", "first_tokens")
+    assert [*ours.itertuples(index=False, name=None)] == [tuple(each[name] for name in names) for each in theirs]
+    # vLLM tells of a preemption with the next token of the request that was preempted.
+    assert sum(each["preempted"] for each in recorded.iterations) == steps["preempted"].sum() > 0
+
+
+def test_requests_are_vllms_own(recorded: Recorded) -> None:
+    """What vLLM counts and times of each request: counts exactly, times within 2 % or 100 us."""
+    theirs = sorted(
+        (each for iteration in recorded.iterations for each in iteration["finished"]),
+        key=lambda each: (each["request_id"], each["num_generation_tokens"], each["decode_time"]),
+    )
+    rows = recorded.requests.reset_index()
+    rows["decoding"] = rows["last_token_ns"] - rows["first_token_ns"]
+    rows = rows.sort_values(["external_id", "output_tokens", "decoding"])
+    assert len(rows) == len(theirs)
+    for row, each in zip(rows.to_dict("records"), theirs, strict=True):
+        counts = ("prompt_tokens", "output_tokens", "cached_tokens", "preemptions")
+        names = ("num_prompt_tokens", "num_generation_tokens", "num_cached_tokens", "num_preemptions")
+        assert row["external_id"] == each["request_id"]
+        assert [row[name] for name in counts] == [each[name] for name in names]
+        for name, begin, end in (
+            ("queued_time", "queued_ns", "scheduled_ns"),
+            ("prefill_time", "scheduled_ns", "first_token_ns"),
+            ("decode_time", "first_token_ns", "last_token_ns"),
+            ("inference_time", "scheduled_ns", "last_token_ns"),
+        ):
+            assert (row[end] - row[begin]) / 1e9 == pytest.approx(each[name], rel=0.02, abs=1e-4), name
 
 
 def test_speculation_is_counted_as_vllm_does(recorded: Recorded) -> None:

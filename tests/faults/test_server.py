@@ -313,8 +313,8 @@ def test_a_server_that_ends_under_load_is_in_its_session(ended: dict[str, Ended]
     for result in one.before:
         assert rows[result.id]["status"] == "finished"
         assert rows[result.id]["output_tokens"] == result.output_tokens
-    # Each whose id its client knew; without one its first token never came. vLLM 0.32 kills an engine core right after it has told
-    # it to end, so a request is aborted if the core or the front end came to say so, and lost with them if not.
+    # Each whose id its client knew; without one its first token never came. vLLM 0.32 kills an engine core right after
+    # it told it to end, so a request is aborted if the core or the front end came to say so, and lost with them if not.
     ended_as = {"worker killed": {"lost", "aborted", "error"}, "told to end": {"aborted", "lost"}}[way]
     assert rows[one.cut_id]["status"] in ended_as
     for result in one.cut_off:

@@ -72,6 +72,7 @@ def three_requests(tmp_path: Path) -> Session:
         prompt_tokens=10,
         output_tokens=5,
         cached_tokens=4,
+        received_ns=1_000_000_000 - 30,
         arrival_ns=1_000_000_000,
         first_token_ns=1_000_000_180,
         first_output_ns=1_000_000_200,
@@ -90,6 +91,7 @@ def three_requests(tmp_path: Path) -> Session:
         prompt_tokens=20,
         output_tokens=1,
         cached_tokens=0,
+        received_ns=1_000_000_100,
         arrival_ns=1_000_000_100,
         first_token_ns=1_000_000_390,
         first_output_ns=1_000_000_400,
@@ -140,12 +142,12 @@ def test_latencies(three_requests: Session):
     found = requests_of(three_requests).latencies
     # ttft 200, 300, 700: p95 lies 0.9 and p99 0.98 of the way from 300 to 700.
     assert found["ttft"] == Distribution(3, 400, 300, 660, 692)
-    # ttft_client 250, 400; the aborted request was sent nothing.
-    assert found["ttft_client"] == Distribution(2, 325, 325, 392.5, 398.5)
+    # ttft_client 280, 400; the aborted request was sent nothing.
+    assert found["ttft_client"] == Distribution(2, 340, 340, 394, 398.8)
     # tpot (580-180)/4 = 100 and (900-600)/3 = 100; the request with one token has none.
     assert found["tpot"] == Distribution(2, 100, 100, 100, 100)
     assert found["e2e"] == Distribution(2, 450, 450, 585, 597)  # 600, 300
-    assert found["e2e_client"] == Distribution(2, 655, 655, 875.5, 895.1)  # 900, 410
+    assert found["e2e_client"] == Distribution(2, 670, 670, 904, 924.8)  # 930, 410
     assert found["queue"] == Distribution(3, 60, 50, 95, 99)  # 30, 50, 100
     assert found["decode"] == Distribution(1, 400, 400, 400, 400)
     assert found["preempted"].count == 1

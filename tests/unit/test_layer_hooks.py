@@ -415,3 +415,26 @@ def test_a_groups_name_has_its_ranks():
     assert layers.group_of(coordinator) is group
     coordinator.device_communicator = types.SimpleNamespace(dist_module=made("_CPUSHMDistributed"))
     assert layers.algorithm_of(coordinator) == "shared memory"
+
+
+def test_a_choice_past_a_router_is_timed_and_counted(pair: tuple[Recorder, RingReader], monkeypatch: Any):
+    recorder, reader = pair
+    counted: list[tuple[Any, ...]] = []
+
+    class Counts:
+        count = staticmethod(lambda *given: counted.append(given))
+
+    rank: Any = Rank()
+    monkeypatch.setattr(layers, "RANK", rank)
+    monkeypatch.setattr(layers._OnCpu, "counts", Counts)
+    layers.WITHIN.enter(3)
+    hidden, chosen = Tensor(5), Tensor(5)
+    around = layers.chosen_on_cpu(types.SimpleNamespace(recorder=recorder))  # type: ignore[arg-type]
+    select_experts = hooked(recorder, lambda hidden_states: (None, chosen), around)
+    assert select_experts(hidden) == (None, chosen)
+    rank.step = 0  # a dummy run
+    select_experts(hidden)
+    assert counted == [(3, chosen, None)]
+    assert [(stage, step, *words[:2]) for stage, step, *words in segments(reader)] == [
+        (BY_NAME["moe_route"].id, 1, 3, 5)
+    ]

@@ -102,6 +102,7 @@ def read_perfetto(data: bytes) -> Read:
 
 def read_chrome(data: bytes) -> Read:
     found = Read()
+    begun: dict[int, list[dict[str, Any]]] = defaultdict(list)  # by track: arguments, which the end may add to
 
     def nanoseconds(text: str) -> int:
         micros, _, rest = text.partition(".")
@@ -124,7 +125,13 @@ def read_chrome(data: bytes) -> Read:
         else:
             what = {"B": "B", "E": "E", "i": "I"}[kind]
             name = "" if what == "E" else event["name"]
-            found.events[event["tid"]].append((event["ts"], what, name, event.get("args", {})))
+            args = event.get("args", {})
+            if what == "B":
+                begun[event["tid"]].append(args)
+            elif what == "E":
+                begun[event["tid"]].pop().update(args)
+                args = {}
+            found.events[event["tid"]].append((event["ts"], what, name, args))
     return found
 
 
@@ -144,7 +151,8 @@ def check(read: Read) -> None:
     """Every track nests, and every flow joins two moments, each on a slice of its track."""
     slices = read.slices()
     for ends in read.flows.values():
-        assert len(ends) == 2
+        (_, begin), (_, end) = ends
+        assert begin <= end, "a reader of Chrome's format drops an arrow that ends before it begins"
         for track, time in ends:
             assert any(begin <= time <= end for begin, end, _, _ in slices[track])
 
@@ -185,6 +193,9 @@ def test_a_session_is_drawn_with_its_processes_requests_and_counters(session: Se
     steps = {number: name for number, (_, name) in read.tracks.items() if name == "steps"}
     arrows = [ends for ends in read.flows.values() if any(track in steps for track, _ in ends)]
     assert len(arrows) == len(read.flows) == 5
+    assert all(track not in steps for (track, _), _ in arrows), "from the request to the step"
+    into = Counter(end for _, end in arrows)
+    assert max(into.values()) == 1, "viewers stack what is at the same moment of a track"
 
 
 @pytest.mark.parametrize("form", READERS)
