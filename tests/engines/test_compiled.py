@@ -216,6 +216,44 @@ def test_collectives_of_a_compiled_model(parallel: Recorded) -> None:
     assert all(row.compared == row.count for row in layers.collectives), "the ranks' numbers are the same"
 
 
+@pytest.mark.matrix
+def test_experts_of_other_ranks_in_a_compiled_model(model: Path, tmp_path: Path) -> None:
+    """Every token is dispatched and combined in every layer, inside the operator of the MoE."""
+    env = {**OPAQUE, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    spread = recorded(model, tmp_path, "--data-parallel-size", "2", "--enable-expert-parallel", requests=6, **env)
+    assert_whole(spread)
+    assert_nested(spread)
+    for stage in ("attention", *MOE):
+        counts = by_step(spread.segments(stage))
+        assert (counts == LAYERS).all() and len(counts) == len(spread.frames["steps"]), stage
+    collectives = spread.segments("collective")
+    for op, stage in ((Collective.DISPATCH, "expert_dispatch"), (Collective.COMBINE, "expert_combine")):
+        rows = collectives[collectives["a0"] == op]
+        assert (by_step(rows) == LAYERS).all() and set(rows["parent_stage"]) == {BY_NAME[stage].id}
+    assert Collective.ALL_GATHER not in set(collectives["a0"]), "what a dispatch is made of is not counted again"
+    assert summarise(spread.recording.session).layers.not_visible == ["embed"]
+
+
+def test_being_added_to_the_plugins_changes_no_compile_key(engine_python: Path, tmp_path: Path) -> None:
+    """VLLM_PLUGINS is a part of vLLM's key; where it leaves stagetrace out, `stagetrace run` adds it."""
+    env = environment({"VLLM_PLUGINS": "lora_filesystem_resolver", "STAGETRACE_RING_DIR": str(tmp_path / "rings")})
+    said = []
+    for wrapper in ([], [*STAGETRACE, "run", *AT_LAYER, "--session", str(tmp_path / "session"), "--"]):
+        done = subprocess.run(
+            [*wrapper, str(engine_python), str(SCRIPT.with_name("compile_factors.py"))],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        said.append(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{"))))
+    unarmed, armed = said
+    assert unarmed["session"] is None and armed["session"]
+    assert armed["factors"] == unarmed["factors"]
+    assert armed["factors"]["VLLM_PLUGINS"] == ["lora_filesystem_resolver"]
+
+
 # Where the compiler looks into the MoE
 
 
