@@ -94,7 +94,7 @@ _MOMENTS = tuple(
 RANKS = ("rank", "tp_rank", "pp_rank", "dp_rank", "ep_rank")  # of a worker, as its process says them
 _OF_REQUESTS = (
     *("status", "partial", "preemptions", "priority", "lora", "child", "children"),
-    *("external_tokens", "draft_tokens", "accepted_tokens"),
+    *("external_tokens", "draft_tokens", "accepted_tokens", "response_bytes", "unsent_bytes"),
     *_QUEUE_SUMS,
 )
 
