@@ -4,6 +4,7 @@ them. It has no way to wait. Its timer begins elsewhere than the host's clock an
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -71,3 +72,19 @@ class FakeDevice:
 
     def capturing(self) -> bool:
         return self.capturing_now
+
+
+class LiveDevice(FakeDevice):
+    """One whose clock is the host's own."""
+
+    @property
+    def now(self) -> int:  # type: ignore[override]
+        return time.monotonic_ns()
+
+    @now.setter
+    def now(self, _: int) -> None:
+        pass
+
+    def wait(self) -> None:
+        """As an engine waits for what it has launched."""
+        time.sleep(max(0, max(self.free.values()) - self.now) / 1e9)

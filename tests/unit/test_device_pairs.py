@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from unit.devices import NEVER, FakeDevice, FakeEvent
+from unit.devices import NEVER, FakeDevice, FakeEvent, LiveDevice
 
 from stagetrace.instrument.device_clock import DRIFT_PPM, DeviceClock
 from stagetrace.instrument.device_pairs import DRAFT, FORWARD, MOST_PAIRS, MOST_STREAMS, SAMPLE, STAGES, DevicePairs
@@ -252,6 +254,50 @@ def test_streams_have_timelines_of_their_own_but_no_more_than_a_few():
     rank.pairs.poll()
     assert [span.thread for span in rank.spans] == [*range(1, MOST_STREAMS + 1)]
     assert rank.pairs.skipped == 2
+
+
+def test_threads_that_poll_at_once_and_a_switch_in_between():
+    """One launches, two fetch, and now and then the level is switched: nothing is written twice, nothing is lost."""
+    steps, most = 4000, 60
+    device = LiveDevice()  # the other would need a lock
+    rank = Rank(device, most)
+    stop = threading.Event()
+    failed: list[BaseException] = []
+
+    def fetch() -> None:
+        try:
+            while not stop.is_set():
+                rank.pairs.poll()
+        except BaseException as error:
+            failed.append(error)
+
+    fetchers = [threading.Thread(target=fetch) for _ in range(2)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for fetcher in fetchers:
+            fetcher.start()
+        for step in range(1, steps + 1):
+            rank.step(step, 10 * US, 2 * US)
+            if step % 97 == 0:
+                rank.pairs.forget()
+        device.wait()
+    finally:
+        stop.set()
+        for fetcher in fetchers:
+            fetcher.join()
+        sys.setswitchinterval(interval)
+    rank.pairs.poll()
+    assert not failed
+    keys = [(span.step, span.stage) for span in rank.spans]
+    assert len({*keys}) == len(keys) > 0
+    thrown_away = 2 * steps - len(keys) - rank.pairs.skipped
+    assert 0 <= thrown_away <= most * (1 + steps // 97), "what was under way at a switch"
+    assert rank.device.made == 2 * rank.pairs._made <= 2 * most and len(rank.pairs._turn) == 1
+    assert len(rank.pairs._free) + (rank.pairs._reference is not None) == rank.pairs._made
+    for span in rank.spans:
+        begin, end = rank.truth[span.step, span.stage][0]
+        assert abs(span.begin - begin) <= span.error and abs(span.end - end) <= span.error
 
 
 # The clock

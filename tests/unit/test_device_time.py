@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from unit.devices import FakeDevice
+from unit.devices import FakeDevice, LiveDevice
 from unit.rings import opened, read_all
 
 from stagetrace.adapters.device_time import DeviceTime, built, on_device
@@ -34,22 +33,6 @@ if TYPE_CHECKING:
 MS = 1_000_000
 INSTANCE = 9
 V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
-
-
-class LiveDevice(FakeDevice):
-    """One whose clock is the host's own."""
-
-    @property
-    def now(self) -> int:  # type: ignore[override]
-        return time.monotonic_ns()
-
-    @now.setter
-    def now(self, _: int) -> None:
-        pass
-
-    def wait(self) -> None:
-        """As an engine waits for what it has launched."""
-        time.sleep(max(0, max(self.free.values()) - self.now) / 1e9)
 
 
 def torch_with(device: FakeDevice) -> Any:
