@@ -212,7 +212,8 @@ def test_a_switch_while_another_thread_polls_is_left_to_that_one():
 def test_what_a_broken_step_left_open_is_given_up():
     rank = Rank()
     rank.pairs.step_begins()
-    rank.pairs.begin(FORWARD)  # the engine raises
+    for stage in (SAMPLE, DRAFT):
+        rank.pairs.begin(stage)  # the engine raises
     rank.step(2)
     rank.wait()
     rank.pairs.poll()
@@ -242,6 +243,46 @@ def test_a_draft_is_inside_sampling_whatever_the_clocks():
     rank.pairs.poll()
     forward, draft, sample = rank.spans
     assert forward.end <= sample.begin <= draft.begin <= draft.end <= sample.end
+
+
+def test_a_draft_in_sampling_that_was_broken_off_is_before_what_comes_then():
+    rank = Rank()
+    rank.pairs.step_begins()
+    rank.begin(SAMPLE)
+    rank.span(DRAFT, 1, MS)
+    rank.step(2)
+    rank.wait()
+    rank.pairs.poll()
+    draft, forward, _ = rank.spans
+    assert draft.stage == "device_draft" and forward.stage == "device_forward"
+    assert draft.begin < draft.end <= forward.begin
+
+
+def test_sampling_is_around_a_draft_that_was_placed_when_less_was_known():
+    rank = Rank()
+    rank.pairs.step_begins()
+    rank.begin(SAMPLE)
+    rank.span(DRAFT, 1, 10 * US)
+    rank.device.now += 10 * MS  # the offset may be anything up to so much: the draft is placed in the middle
+    rank.pairs.poll()
+    rank.end(SAMPLE, 1)
+    rank.device.now += 10 * US
+    rank.pairs.poll()
+    draft, sample = rank.spans
+    assert draft.error > 4 * MS and draft.end > rank.truth[1, "device_draft"][0][1] + 4 * MS
+    assert sample.begin <= draft.begin <= draft.end <= sample.end
+    assert abs(sample.end - rank.truth[1, "device_sample"][0][1]) <= sample.error
+
+
+def test_a_span_is_around_those_in_it_even_when_the_clocks_contradict_themselves():
+    rank = Rank()
+    rank.pairs.step_begins()
+    rank.pairs.begin(SAMPLE)
+    rank.pairs.begin(DRAFT)
+    outer, inner = rank.pairs._open[SAMPLE], rank.pairs._open[DRAFT]
+    assert outer is not None and inner is not None and inner.around == outer.number
+    assert rank.pairs._placed(inner, 100, 300) == (100, 300, 0)
+    assert rank.pairs._placed(outer, 200, 250) == (100, 300, 100), "its error is larger by what it was moved"
 
 
 def test_streams_have_timelines_of_their_own_but_no_more_than_a_few():
