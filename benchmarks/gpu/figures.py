@@ -41,7 +41,7 @@ def steps_of(kernels: Sequence[Kernel], order: Sequence[int]) -> list[dict[int, 
     """
     ordered = sorted(kernels, key=lambda kernel: kernel.begin)
     at = [number for number, kernel in enumerate(ordered) if MARK in kernel.name]
-    if not order or len(at) % len(order):
+    if not at or not order or len(at) % len(order):
         raise Misfit(f"{len(at)} marks in the profile, {len(order)} in a step")
     found = []
     for start in range(0, len(at), len(order)):

@@ -52,7 +52,9 @@ def test_several_steps_in_whatever_order_the_profiler_gives_them():
     assert steps_of(run_of(*"mm"), [0, 1]) == [{0: (US, US, 0, 2 * US)}], "nothing ran between"
 
 
-@pytest.mark.parametrize(("names", "order"), [("mkmm", [0, 1]), ("mkm", []), ("mkm", [1, 0]), ("m", [0, 1])])
+@pytest.mark.parametrize(
+    ("names", "order"), [("mkmm", [0, 1]), ("mkm", []), ("mkm", [1, 0]), ("m", [0, 1]), ("kk", [0, 1])]
+)
 def test_a_profile_of_something_else_is_a_misfit(names: str, order: list[int]):
     with pytest.raises(Misfit):
         steps_of(run_of(*names), order)
@@ -95,13 +97,16 @@ def test_measurements_beside_the_profilers(capsys: pytest.CaptureFixture[str]):
     assert found["pairs"]["count"] == 2 and found["pairs"]["worst_ns"] == 1000
     assert found["begins"]["median_ns"] == 3000 and found["clock_error_ns"] == 5000
     assert found["timer_resolution_ns"] == 500
+    with pytest.raises(Misfit, match="2 steps in the profile, 1 were run"):
+        device_time.compared(kernels, {1: []}, device_time.Timed(marks, pairs, [], [0, 2, 3, 1]), 0)
     spread = {"median": 900.0, "low": 800.0, "high": 1100.0}
     costs = [{"mode": "eager", "layers": 4, "step_ns": 2e6, "marks": 16, "mark": spread, "pair": spread}]
     whole = {"device": "a GPU", "ranks": 1, "torch": "2", "accuracy": {"eager": found}, "costs": costs}
-    device_time.show(whole | {"waits": False, "pair_host_ns": 7000.0})
+    device_time.show(whole | {"waits": False, "pair_host_ns": 7000.0, "misfits": {"compiled": "3 marks"}})
     text = capsys.readouterr().out
     lines = [line.split() for line in text.splitlines()]
     assert ["eager", "marks,", "moe", "1", "1.50", "1.50", "100", "%"] in lines
+    assert "compiled: its profile is not understood: 3 marks" in text
     assert "0.90 (0.80 to 1.10)" in text and "clock error at most 5.00 us" in text and "7.00 us on the host" in text
 
 
