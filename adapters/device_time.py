@@ -18,6 +18,7 @@ from stagetrace.instrument.device_clock import DRIFT_PPM, RESOLUTION_NS
 from stagetrace.instrument.device_pairs import DevicePairs
 from stagetrace.instrument.hooks import ERRORS_UNTIL_OUT
 from stagetrace.instrument.records import Text
+from stagetrace.instrument.stages import Level
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+
+_STEP_LEVEL = int(Level.STEP)
 
 
 class CudaEvents:
@@ -110,10 +113,14 @@ class DeviceTime:
         return end
 
     def fetched(self) -> None:
-        """The engine has waited for the device, or has found that it need not."""
-        if self.pairs is not None:
+        """The engine has waited for the device, or has found that it need not; hooks of lower levels say so as well."""
+        pairs, recorder = self.pairs, self._recorder
+        if pairs is not None and recorder is not None:
             try:
-                self.pairs.poll()
+                if recorder.level[0] >= _STEP_LEVEL:
+                    pairs.poll()
+                else:
+                    pairs.forget()
             except Exception:
                 self.failed()
 

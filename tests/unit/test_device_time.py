@@ -261,7 +261,9 @@ def test_every_function_of_vllms_table_has_its_part(device: LiveDevice, ring: tu
     assert len(fetched) == 2 and all(handlers[target](hook).after is not None for target in fetched)
 
 
-def test_sglang_with_overlap(device: LiveDevice, ring: tuple[Recorder, RingReader]):
+@pytest.mark.parametrize("level", [Level.STEP, Level.REQUEST])
+def test_sglang_with_overlap(device: LiveDevice, ring: tuple[Recorder, RingReader], level: Level):
+    """Three steps are launched before the first result; until then the level may be switched."""
     recorder = ring[0]
     sglang.DEVICE.open("cuda", recorder)
     sglang.RANK.instance = INSTANCE
@@ -275,18 +277,19 @@ def test_sglang_with_overlap(device: LiveDevice, ring: tuple[Recorder, RingReade
         forward(drafter, None)
         sample()
 
-    run_batch = hooked(run, sglang_scheduler.run_batch, recorder)
-    result = hooked(lambda batch: device.wait(), sglang_scheduler.process_result, recorder)
+    run_batch = hooked(run, sglang_scheduler.run_batch, recorder, Level.REQUEST)
+    result = hooked(lambda batch: device.wait(), sglang_scheduler.process_result, recorder, Level.REQUEST)
     mode = SimpleNamespace(is_extend=lambda: False)
     for number in range(3):
         mode.is_idle = mode.is_prebuilt = lambda: False
         batch = SimpleNamespace(forward_mode=mode, reqs=[1, 2])
         run_batch(SimpleNamespace(forward_ct=number), batch)
     assert not spans_written(ring)
+    assert recorder.ring is not None
+    recorder.ring.memory[LEVEL_OFFSET] = level
     result(batch)
-    assert [(row["stage"], row["step"]) for row in spans(ring)] == [
-        (stage, step) for step in (1, 2, 3) for stage in ("device_forward", "device_draft", "device_sample")
-    ]
+    expected = [(stage, step) for step in (1, 2, 3) for stage in ("device_forward", "device_draft", "device_sample")]
+    assert [(row["stage"], row["step"]) for row in spans(ring)] == (expected if level == Level.STEP else [])
 
 
 def spans_written(ring: tuple[Recorder, RingReader]) -> bool:
