@@ -43,6 +43,7 @@ class CudaEvents:
         self.capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing
         raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
         device = torch.cuda.current_device()
+        self._aside = torch.cuda.Stream()
         self.stream: Callable[[], int] = (
             functools.partial(raw, device) if raw else lambda: int(torch.cuda.current_stream().cuda_stream)
         )
@@ -50,6 +51,10 @@ class CudaEvents:
     def event(self) -> Any:
         """A new event with timing."""
         return self._make(enable_timing=True)
+
+    def record_aside(self, event: Any) -> None:
+        """Launches it on a stream of ours, which has nothing else to do and waits for no other."""
+        event.record(self._aside)
 
 
 class DeviceTime:

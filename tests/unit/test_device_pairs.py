@@ -361,6 +361,21 @@ def test_a_clock_that_drifts_too_fast_is_noticed():
     assert rank.pairs.contradictions == 0
 
 
+def test_a_device_that_is_never_idle_has_a_clock_as_good():
+    """The host is a step ahead all the time: that an event was launched says little of when it was reached."""
+    rank, ends = Rank(FakeDevice(drift_ppm=30)), [0]
+    for step in range(1, 300):
+        rank.step(step, 18 * MS, MS)
+        ends.append(rank.device.free[7])
+        rank.device.now = max(rank.device.now, ends[-2]) + 30 * US
+        rank.pairs.poll()
+    assert rank.device.now > 5 * SECOND and len(rank.spans) > 580
+    assert all(span.error < 60 * US for span in rank.spans[10:]) and rank.pairs.contradictions == 0
+    for span in rank.spans:
+        begin, end = rank.truth[span.step, span.stage][0]
+        assert abs(span.begin - begin) <= span.error and abs(span.end - end) <= span.error
+
+
 @given(
     st.integers(-DRIFT_PPM + 1, DRIFT_PPM - 1),
     st.lists(st.tuples(st.integers(0, 2 * SECOND), st.integers(0, 5 * MS), st.integers(0, 5 * MS)), min_size=1),

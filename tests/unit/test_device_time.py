@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from unit.devices import FakeDevice, LiveDevice
+from unit.devices import ASIDE, FakeDevice, LiveDevice
 from unit.rings import opened, read_all
 from unit.sessions import SessionBuilder
 
@@ -49,6 +49,7 @@ def torch_with(device: FakeDevice) -> Any:
     cuda = SimpleNamespace(
         Event=event,
         current_device=lambda: 0,
+        Stream=lambda: ASIDE,
         is_current_stream_capturing=device.capturing,
         is_initialized=lambda: True,
         current_stream=lambda: SimpleNamespace(cuda_stream=device.stream()),
