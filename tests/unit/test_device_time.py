@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from stagetrace.instrument.recorder import Recorder
 
 MS = 1_000_000
+HELD_UP = 1000 * MS  # a device that is busy for so long, so that a slow machine does not see it finish too soon
 INSTANCE = 9
 V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 
@@ -188,6 +189,7 @@ def test_vllm_steps_that_overlap_are_fetched_on_a_thread_of_their_own(
     vllm.DEVICE.open("cuda", ring[0])
     worker = Worker(device, ring[0])
     worker.waits = False
+    device.launch(HELD_UP)
     for number in range(1, 6):
         worker.step(number)
     thread = threading.Thread(target=worker.get_output)
@@ -234,7 +236,7 @@ def test_what_the_hooks_record_is_what_the_report_reads(
     parts = spent(steps, begins, frames["segments"], frames.manifest, {})
     assert parts.launch_told
     assert (parts.times[[part.value for part in Part]].sum(axis=1) == parts.times["time"]).all()
-    assert parts.times["kernel"].min() > 3 * MS, "as long as the device was busy"
+    assert 0 < parts.times["kernel"].sum() <= found.busy_ns, "as long as the device was busy in the steps"
 
 
 def test_vllm_below_the_level_nothing_is_recorded_nor_kept(device: LiveDevice, ring: tuple[Recorder, RingReader]):
@@ -242,6 +244,7 @@ def test_vllm_below_the_level_nothing_is_recorded_nor_kept(device: LiveDevice, r
     vllm.DEVICE.open("cuda", recorder)
     worker = Worker(device, recorder)
     worker.waits = False
+    device.launch(HELD_UP)
     worker.step(1)
     assert recorder.ring is not None
     recorder.ring.memory[LEVEL_OFFSET] = Level.REQUEST
@@ -281,6 +284,7 @@ def test_sglang_with_overlap(device: LiveDevice, ring: tuple[Recorder, RingReade
     run_batch = hooked(run, sglang_scheduler.run_batch, recorder, Level.REQUEST)
     result = hooked(lambda batch: device.wait(), sglang_scheduler.process_result, recorder, Level.REQUEST)
     mode = SimpleNamespace(is_extend=lambda: False)
+    device.launch(HELD_UP)
     for number in range(3):
         mode.is_idle = mode.is_prebuilt = lambda: False
         batch = SimpleNamespace(forward_mode=mode, reqs=[1, 2])
