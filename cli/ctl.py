@@ -55,11 +55,11 @@ def kernel(
     """Profile some steps of a server that goes on serving, and say which kernels each stage's time goes to.
 
     torch.profiler runs in every rank for the window's steps, which are slower for it; the engine waits while it starts
-    and while its trace is written, and that time is shown. Exit status: 0, 1 when nothing was profiled, 2 when the
-    session cannot be used.
+    and while its trace is written, and that time is shown. Ctrl-C closes the window: what was profiled until then is
+    kept. Exit status: 0, 1 when nothing was profiled, 2 when the session cannot be used, 130 after Ctrl-C.
     """
     # Imported here: pyarrow takes longer to import than most commands to run.
-    from stagetrace.exporters.kernel_window import WindowFailed, open_window
+    from stagetrace.exporters.kernel_window import WindowFailed, WindowInterrupted, open_window
     from stagetrace.exporters.session import Session, SessionError
 
     try:
@@ -67,6 +67,8 @@ def kernel(
         number, said = open_window(
             opened, steps, seconds, megabytes, wait, lambda words: typer.echo(f"stagetrace: {words}", err=True)
         )
+    except WindowInterrupted as error:
+        _fail(str(error), 130)
     except WindowFailed as error:
         _fail(str(error), 1)
     except (SessionError, OSError, ValueError) as error:

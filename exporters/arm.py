@@ -32,5 +32,6 @@ def armed_environment(
         if listed is None or PLUGIN in listed.split(",") or (empty_is_all and not listed):
             continue
         armed[variable] = ",".join(name for name in (*listed.split(","), PLUGIN) if name)
+        armed[f"STAGETRACE_{variable}"] = listed  # a part of vLLM's compile key: adapters/vllm/compile_key.py
         notes.append(f"{variable} excludes stagetrace: it runs with {variable}={armed[variable]}")
     return armed, notes

@@ -33,6 +33,10 @@ class WindowFailed(Exception):
     """No rank has profiled anything; the message says why and what to do."""
 
 
+class WindowInterrupted(WindowFailed):
+    """Whoever waited for the window does so no longer; the message says what becomes of it."""
+
+
 @dataclass(frozen=True)
 class RankWindow:
     """What one rank said of a window: `ended` says why it ended ("all steps", "time", "memory", ..., "failed: ...")."""
@@ -60,7 +64,8 @@ def open_window(
     """Profiles `steps` steps of every rank; returns the window's number, and what each rank said. Waits for it.
 
     `seconds` and `megabytes` bound a window; `wait_s` is how long to wait for a first step. Raises WindowFailed,
-    SessionError, OSError; ValueError for bounds that make no sense.
+    SessionError, OSError; ValueError for bounds that make no sense. A KeyboardInterrupt becomes WindowInterrupted: the
+    level is put back, at which ranks that profile end their window by themselves.
     """
     KernelRequest(1, steps, seconds, megabytes)  # refused before anything is written
     with _only_one(session.path / KERNEL_DIRECTORY) as folder:
@@ -69,10 +74,23 @@ def open_window(
         before = current_level(session)
         if not _alive(session):
             raise WindowFailed(f"no process of {session.path} is running: a window needs a server that is recorded")
-        request.write(session.path)
         try:
+            request.write(session.path)
             set_level(session, Level.KERNEL)
             said = _wait(session, request, wait_s, say)
+        except KeyboardInterrupt:
+            place = request.folder(session.path)
+            ranks = len([*place.glob("*.begun")])
+            became = (
+                f"the {ranks} ranks in it end it after the step that they are in, and what they saw is then in {place}"
+                f" and in `stagetrace report {session.path}`"
+                if ranks
+                else "no rank had begun, and none will"
+            )
+            raise WindowInterrupted(
+                f"interrupted: window {number} is closed and the server records at level {before.name.lower()} again;"
+                f" {became}"
+            ) from None
         finally:
             withdraw(session.path)
             set_level(session, before)

@@ -610,6 +610,16 @@ class Session:
                 if first <= part.first and part.last <= last:
                     part.path.unlink(missing_ok=True)
 
+    def check_tables(self) -> None:
+        """Raises SessionError where there is nothing to read: no records yet, or records without their tables."""
+        derived = self.read_manifest().derived
+        if not derived and not self.raw_parts():
+            raise SessionError(f"{self.path} has no records yet")
+        if derived and not self._derived.is_dir():
+            raise SessionError(
+                f"{self.path} has records and no tables: `stagetrace rebuild {self.path}` derives them again"
+            )
+
     def table_files(self, name: str) -> list[Path]:
         """The Parquet files of a derived table, in order: for queries that read them themselves."""
         return [part.path for part in list_parts(self._tables(name))]

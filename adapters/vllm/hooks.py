@@ -11,7 +11,7 @@ from stagetrace.instrument.hooks import HookPoint
 from stagetrace.instrument.stages import Collective, Level
 
 from ..http import HTTP_POINTS
-from . import connector, front_end, layers, scheduler, startup, worker
+from . import compile_key, connector, front_end, layers, scheduler, startup, worker
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _OUTPUTS = "vllm.v1.engine.output_processor:OutputProcessor"
@@ -434,6 +434,13 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
         "rank_step ends",
     ),
     *(
+        HookPoint(f"{target}.get_output", ("self",), Level.STEP, _RANK, worker.output_fetched, "that a step is done")
+        for target in (
+            "vllm.v1.worker.gpu_model_runner:AsyncGPUModelRunnerOutput",
+            "vllm.v1.worker.gpu.async_utils:AsyncOutput",
+        )
+    ),
+    *(
         point
         for runner in (_RUNNER, _RUNNER_V2)
         for point in (
@@ -552,6 +559,14 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
         HookPoint(target, ("self",), level, _RANK, connector.on_connector, stage, compiled=True, per_object=True)
         for level, calls in ((Level.STEP, connector.CALLS), (Level.LAYER, connector.LAYER_CALLS))
         for target, stage in calls.items()
+    ),
+    HookPoint(
+        "vllm.envs:compile_factors",
+        (),
+        Level.OFF,
+        _RANK,
+        compile_key.factors_gathered,
+        "that the compile key is the same with stagetrace among VLLM_PLUGINS",
     ),
     *_LAYER_POINTS,
 )

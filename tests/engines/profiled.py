@@ -1,5 +1,7 @@
 """Run by the engine's Python: a long prefill under torch.profiler, with ranges opened around what the hooks are on.
 
+    profiled.py MODEL ARGUMENTS, which is JSON for vLLM's LLM
+
 Prints JSON: `ranges`, name -> how often, and how long together in µs; `chosen`, what every call of a router returned,
 in the order of the calls: how many tokens for each expert.
 """
@@ -12,6 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from vllm import LLM, SamplingParams
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernelModularImpl
+from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.router.fused_moe_router import FusedMoERouter
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -29,26 +32,31 @@ def ranged(name: str, function: Any) -> Any:
 def main() -> None:
     llm = LLM(
         model=sys.argv[1],
-        enforce_eager=True,
         max_model_len=4096,
         max_num_batched_tokens=2048,
         enable_prefix_caching=False,
         distributed_executor_backend="uni",
+        **json.loads(sys.argv[2]),
     )
     for layer in llm.llm_engine.vllm_config.compilation_config.static_forward_context.values():
         if hasattr(layer, "impl"):
             layer.impl.forward = ranged("attention", layer.impl.forward)
+        if getattr(layer, "shared_experts", None) is not None:
+            shared = layer.shared_experts._layer
+            shared.forward = ranged("shared_experts", shared.forward)
     for name, owner, function in (
         ("expert_compute", FusedMoEKernelModularImpl, "_fused_experts"),
+        ("moe_route", BaseRouter, "_select_experts"),
         ("rank", GPUModelRunner, "execute_model"),
     ):
         setattr(owner, function, ranged(name, getattr(owner, function)))
     chosen: list[list[int]] = []
+    number = llm.llm_engine.model_config.get_num_experts()
     select_experts = FusedMoERouter.select_experts
 
     def counted(*given: Any, **named: Any) -> Any:
         weights, experts = select_experts(*given, **named)
-        chosen.append([int((experts == expert).sum()) for expert in range(8)])
+        chosen.append(torch.bincount(experts.flatten(), minlength=number).tolist())
         return weights, experts
 
     FusedMoERouter.select_experts = counted
@@ -58,7 +66,7 @@ def main() -> None:
     ranges = {
         event.key: [event.count, event.cpu_time_total]
         for event in profiler.key_averages()
-        if event.key in ("attention", "expert_compute", "rank")
+        if event.key in ("attention", "expert_compute", "moe_route", "shared_experts", "rank")
     }
     print(json.dumps({"ranges": ranges, "chosen": chosen}))
 

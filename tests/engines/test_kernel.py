@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import threading
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from unit.commands import wait_for
 from stagetrace.analysis.kernels import summarise_kernels
 from stagetrace.analysis.load import read
 from stagetrace.analysis.report import summarise, to_json
+from stagetrace.exporters.kernel_window import read_results
 from stagetrace.instrument.kernel_request import KERNEL_DIRECTORY, read_request
 from stagetrace.instrument.levels import session_level
 from stagetrace.instrument.stages import BY_NAME, Level
@@ -106,6 +108,7 @@ def test_a_window_on_a_server_that_goes_on_serving(engine: Engine, model: Path, 
         assert read_request(recording.path) is None
         if engine is VLLM:
             leaves_the_engines_profiler_alone(recording)
+            interrupted(recording)
         # No step comes to a server that nobody asks anything.
         status, _, err = ended(start(recording, "--wait", "1"))
         assert status == 1 and "send the server requests" in err
@@ -120,6 +123,35 @@ def test_a_window_on_a_server_that_goes_on_serving(engine: Engine, model: Path, 
     agrees_with_segments(recording, engine)
     assert summarise(recording.session).kernels and '"kernel_window"' in to_json(summarise(recording.session))
     assert not sum(sum(process.errors.values()) for process in recording.manifest.processes)
+
+
+def interrupted(recording: Recording) -> None:
+    """Ctrl-C while the command waits for a step, and while it waits for the window's end: what was seen is kept."""
+    number = 1 + max(int(path.name) for path in (recording.path / KERNEL_DIRECTORY).iterdir() if path.name.isdecimal())
+    words = ("--steps", "1000", "--seconds", "600")
+    window = start(recording, *words)
+    wait_for(lambda: read_request(recording.path) is not None, 60)
+    err = closed(recording, window)
+    assert f"window {number} is closed" in err and "no rank had begun" in err
+
+    folder = recording.path / KERNEL_DIRECTORY / str(number + 1)
+    window = start(recording, *words)
+    with load(recording):
+        wait_for(lambda: [*folder.glob("*.begun")], 60)
+        assert f"is then in {folder}" in closed(recording, window)
+        wait_for(lambda: read_results(folder), 60)
+    (rank,) = read_results(folder)
+    assert rank.ended == "level switched" and 0 < rank.steps < 1000
+    assert summarise_kernels(recording.session, number + 1)[0].steps == rank.steps
+
+
+def closed(recording: Recording, window: subprocess.Popen[str]) -> str:
+    """Ctrl-C: what the command says. The server records as before."""
+    window.send_signal(signal.SIGINT)
+    status, _, err = ended(window)
+    assert status == 130 and "the server records at level layer again" in err and "Traceback" not in err, err
+    assert session_level(recording.path) is Level.LAYER and read_request(recording.path) is None
+    return err
 
 
 def leaves_the_engines_profiler_alone(recording: Recording) -> None:

@@ -1,39 +1,45 @@
-"""Level layer on a real vLLM: attention, MLP and MoE by layer, tokens by expert, collectives; eager and compiled."""
+"""Level layer on a real vLLM that runs eagerly: attention, MLP and MoE by layer, tokens by expert, collectives."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from engines.layered import (
+    AT_LAYER,
+    EXPERTS,
+    HIDDEN,
+    LAYERS,
+    QUESTIONS,
+    TOP_K,
+    TYPE_BYTES,
+    Recorded,
+    assert_nested,
+    assert_whole,
+    by_step,
+    profiled,
+    recorded,
+    scheduled,
+)
 from engines.lit import assert_lit
-from engines.recording import STAGETRACE, Recording, ask, record
+from engines.recording import ask, record
 from engines.server import environment, serve
-from quickstart.load import Request, Result, run_load
 from quickstart.servers import MODEL_SCRIPT
 
-from stagetrace.analysis.load import load
 from stagetrace.analysis.report import summarise
-from stagetrace.exporters.session import Session, names_of
+from stagetrace.exporters.session import names_of
 from stagetrace.instrument.hooks import ERRORS_UNTIL_OUT
 from stagetrace.instrument.stages import BY_ID, BY_NAME, AttentionKind, Collective, Level
 
 if TYPE_CHECKING:
-    import pandas as pd
     from engines.conftest import Calibrated
 
-    from stagetrace.analysis.load import Frames
-
-LAYERS, EXPERTS, TOP_K, HIDDEN, TYPE_BYTES = 4, 8, 2, 256, 2  # of the tiny model (examples/quickstart/model.py)
-AT_LAYER = ("--level", "layer", "--no-report")
 MENDS = Path(__file__).with_name("mends")
 COUNTING = Path(__file__).with_name("counting.py")
-QUESTIONS = [Request(({"role": "user", "content": f"question {number}"},), max_tokens=12) for number in range(4)]
 # Every hook of the layer level fails, before the engine's function and after it, and so does counting.
 RAISES = """
 from dataclasses import replace
@@ -50,66 +56,6 @@ def wrap(original, around, hook):
 hooks.wrap = wrap
 experts.HostCounts.count = raises
 """
-
-
-@dataclass
-class Recorded:
-    """What the tests look at."""
-
-    recording: Recording
-    frames: Frames
-    results: list[Result]
-
-    def segments(self, stage: str) -> pd.DataFrame:
-        """The segments of a stage."""
-        segments = self.frames["segments"]
-        return segments[segments["stage"] == BY_NAME[stage].id]
-
-
-def recorded(model: Path, directory: Path, *arguments: str, requests: int = 12, **env: str) -> Recorded:
-    """A server at level layer, asked the questions one by one and then under load."""
-    with record(model, directory, *arguments, env=env, run=AT_LAYER) as recording:
-        server = recording.server
-        results = ask(server, *QUESTIONS)
-        results += asyncio.run(run_load(server.base_url, server.model, requests=requests, seed=5, concurrency=(4,)))
-    assert [result.error for result in results] == [None] * len(results)
-    return Recorded(recording, recording.frames(), results)
-
-
-def assert_whole(one: Recorded) -> None:
-    """Nothing was lost, cut or failed, and every step is complete."""
-    manifest = one.recording.manifest
-    assert manifest.counts["accounting_conflict"] == 0
-    assert sum(losses.lost for losses in manifest.losses) == 0
-    assert not any(process.errors for process in manifest.processes)
-    assert not [hook for process in manifest.processes for hook in process.hooks if hook["status"] in ("out", "error")]
-    assert set(one.frames["steps"]["status"]) == {"complete"}
-
-
-def assert_nested(one: Recorded) -> None:
-    """Every segment of a layer is in a step, and inside forward or inside another of a layer."""
-    segments = one.frames["segments"]
-    level = segments["stage"].map(lambda stage: BY_ID[stage].level)
-    layers = segments[level == Level.LAYER]
-    assert layers["step"].notna().all()
-    parents = segments.set_index(["process", "sequence"])["stage"]
-    found = {int(parents[key]) for key in zip(layers["process"], layers["parent"], strict=True)}
-    outer = {stage for stage in found if BY_ID[stage].level != Level.LAYER}
-    assert outer == {BY_NAME["forward"].id}
-    forward = one.segments("forward")
-    inside = segments[segments["parent_stage"] == BY_NAME["forward"].id]  # of the garbage collector, too
-    spent = (inside["end_ns"] - inside["begin_ns"]).sum()
-    assert spent + forward["self_ns"].sum() == (forward["end_ns"] - forward["begin_ns"]).sum()
-
-
-def by_step(rows: pd.DataFrame) -> pd.Series[int]:
-    return rows.groupby(["instance", "step"]).size()
-
-
-def scheduled(one: Recorded) -> pd.Series[int]:
-    """Tokens by step."""
-    steps = one.frames["steps"].set_index(["instance", "step"])
-    return steps["prefill_tokens"] + steps["decode_tokens"]
 
 
 # Counting
@@ -362,51 +308,8 @@ def test_agrees_with_ranges_of_torch_profiler(model: Path, engine_python: Path, 
 
     And what vLLM's routers returned is what was counted, layer by layer.
     """
-    env = environment({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "STAGETRACE_RING_DIR": str(tmp_path / "rings")})
-    command = [*STAGETRACE, "run", *AT_LAYER, "--session", str(tmp_path / "session"), "--", str(engine_python)]
-    script = Path(__file__).with_name("profiled.py")
-    done = subprocess.run([*command, str(script), str(model)], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    said = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    ranges, frames = said["ranges"], load(Session.open(tmp_path / "session"))
-    counts = frames["experts"].sort_values(["step", "layer"])["counts"]
-    assert [[*map(int, row)] for row in counts] == said["chosen"] and len(said["chosen"]) >= 3 * LAYERS
-    segments = frames["segments"]
-    duration = segments["end_ns"] - segments["begin_ns"]
-    found = {}
-    for name, stages in (
-        ("attention", ("attention",)),
-        ("expert_compute", ("expert_compute",)),
-        ("rank", ("prepare", "forward")),
-    ):
-        mine = segments["stage"].isin([BY_NAME[stage].id for stage in stages])
-        count, microseconds = ranges[name]
-        assert mine.sum() == count * len(stages)
-        assert microseconds / count > 1000, f"a {name} is too short to be compared"
-        found[name] = float(duration[mine].sum() / 1e3 / microseconds)
-    print(found)
-    assert all(abs(ratio - 1) < 0.05 for ratio in found.values()), found
-
-
-# Compiled
-
-
-def test_compiled(model: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The attention is in an operator of its own; what the compiler has put into its graphs is said to be invisible."""
-    directory = tmp_path_factory.mktemp("layers-compiled")
-    one = recorded(model, directory, VLLM_CACHE_ROOT=str(directory / "cache"))
-    assert_whole(one)
-    steps = len(one.frames["steps"])
-    rows = one.segments("attention")
-    assert len(rows) == LAYERS * steps and set(rows["a0"]) == {*range(LAYERS)}
-    assert (rows["parent_stage"] == BY_NAME["forward"].id).all()
-    assert len(one.segments("logits")) == steps
-    hidden = ["embed", "moe_route", "expert_dispatch", "expert_compute", "expert_combine"]
-    assert not sum(len(one.segments(stage)) for stage in hidden)
-    assert not len(one.frames["experts"])
-    layers = summarise(one.recording.session).layers
-    assert layers.not_visible == hidden
-    assert "Failed to read file" not in one.recording.server.log.read_text("utf-8", "replace")
+    ratios = profiled(engine_python, model, tmp_path, {"enforce_eager": True}, ("attention", "expert_compute", "rank"))
+    assert all(abs(ratio - 1) < 0.05 for ratio in ratios.values()), ratios
 
 
 # Hooks that fail

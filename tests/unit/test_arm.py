@@ -52,6 +52,7 @@ def test_what_armed_the_shell_before_is_replaced():
 def test_a_list_of_plugins_without_ours_gets_it_and_a_note(variable: str, before: str, after: str):
     armed, notes = armed_environment({**PLAIN, variable: before}, Path("/s"), "step")
     assert armed[variable] == after
+    assert armed[f"STAGETRACE_{variable}"] == before
     (note,) = notes
     assert f"{variable}={after}" in note
 
@@ -67,7 +68,7 @@ def test_a_list_of_plugins_without_ours_gets_it_and_a_note(variable: str, before
 )
 def test_a_list_of_plugins_that_loads_ours_is_left_alone(variable: str, value: str):
     armed, notes = armed_environment({**PLAIN, variable: value}, Path("/s"), "step")
-    assert armed[variable] == value
+    assert armed[variable] == value and f"STAGETRACE_{variable}" not in armed
     assert notes == []
 
 

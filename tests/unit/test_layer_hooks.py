@@ -15,9 +15,10 @@ from stagetrace.adapters.collectives import Collectives, Group, size_of
 from stagetrace.adapters.experts import chained, contained, packed, width_for
 from stagetrace.adapters.layers import Within, timed, timed_within
 from stagetrace.adapters.rank import layer_index, ranges
-from stagetrace.adapters.vllm import layers
+from stagetrace.adapters.vllm import compile_key, layers
 from stagetrace.instrument.around import Around, wrap
 from stagetrace.instrument.hooks import ERRORS_UNTIL_OUT, Hook, HookPoint
+from stagetrace.instrument.recorder import Recorder
 from stagetrace.instrument.records import Text
 from stagetrace.instrument.stages import BY_NAME, AttentionKind, Collective, Level
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from stagetrace.exporters.drain import RingReader
-    from stagetrace.instrument.recorder import Recorder
 
 INSTANCE = 9
 
@@ -438,3 +438,25 @@ def test_a_choice_past_a_router_is_timed_and_counted(pair: tuple[Recorder, RingR
     assert [(stage, step, *words[:2]) for stage, step, *words in segments(reader)] == [
         (BY_NAME["moe_route"].id, 1, 3, 5)
     ]
+
+
+# vLLM's compile key
+
+
+@pytest.mark.parametrize(
+    ("before", "found", "after"),
+    [
+        ("mine,yours", ("mine", "yours", "stagetrace"), ("mine", "yours")),
+        ("", ["stagetrace"], [""]),
+        (None, ["mine", "stagetrace"], ["mine", "stagetrace"]),
+        ("mine", None, None),
+    ],
+)
+def test_the_compile_key_has_the_plugins_that_the_user_named(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, found: Any, after: Any
+):
+    if before is not None:
+        monkeypatch.setenv("STAGETRACE_VLLM_PLUGINS", before)
+    factors = {"VLLM_PLUGINS": found, "OTHER": 1}
+    work = hooked(Recorder(), lambda: factors, compile_key.factors_gathered(None))  # type: ignore[arg-type]
+    assert work() == {"VLLM_PLUGINS": after, "OTHER": 1}
