@@ -36,6 +36,7 @@ from stagetrace.instrument.hooks import ERRORS_UNTIL_OUT
 from stagetrace.instrument.stages import BY_ID, BY_NAME, AttentionKind, Collective, Level
 
 if TYPE_CHECKING:
+    import pandas as pd
     from engines.conftest import Calibrated
 
 MENDS = Path(__file__).with_name("mends")
