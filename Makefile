@@ -15,7 +15,7 @@ VIEWER := .venv-speedscope-$(SPEEDSCOPE)
 .DEFAULT_GOAL := help
 # The tools and the tests share two cores and one checkout: one at a time, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help quickstart dev engines-env vllm-env sglang-env clickhouse-env phoenix-env test test-all lint format types imports unit contracts releases fuzz fuzz-long backends engines faults bench recordings soak docs clean python prometheus browser
+.PHONY: help quickstart dev engines-env vllm-env sglang-env clickhouse-env phoenix-env test test-all lint format types imports unit contracts releases fuzz fuzz-long backends engines faults bench recordings pictures soak docs clean python prometheus browser
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -104,6 +104,9 @@ bench: dev vllm-env ## what recording and collecting cost, in five programs; doc
 
 recordings: dev engines-env ## sessions of both engines for the tests of trace backends, anew (two minutes)
 	PYTHONPATH=tests:examples $(DEV) -m backends.recorded.record
+
+pictures: dev browser phoenix-env ## the pictures in docs, anew: Perfetto's UI and Phoenix in a headless browser
+	PYTHONPATH=tests:examples $(DEV) -m backends.pictures
 
 soak: dev ## an hour of 1,000 steps a second: is what the collector holds flat?
 	$(DEV) benchmarks/soak.py $(BENCH)

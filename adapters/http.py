@@ -7,8 +7,11 @@ the place that sends the bytes.
 
 from __future__ import annotations
 
+import sys
 from contextvars import ContextVar
+from fcntl import ioctl
 from secrets import randbits
+from termios import TIOCOUTQ
 from typing import TYPE_CHECKING, Any
 
 from stagetrace.instrument.around import Around
@@ -48,7 +51,7 @@ _NOT_ASKED = frozenset((401, 403, 405))
 class Exchange:
     """One HTTP request and its response."""
 
-    __slots__ = ("begin", "context", "handles", "sent", "status")
+    __slots__ = ("begin", "context", "handles", "sent", "size", "status")
 
     def __init__(self, headers: Any, begin: int = 0):
         self.begin = begin
@@ -56,6 +59,7 @@ class Exchange:
         self.handles: list[int] = []  # of the requests to the engine that came of it
         self.status = 0  # of the response
         self.sent = False
+        self.size = 0  # of the response's body so far
 
     def before(self, arrival_ns: int) -> int:
         """From its head to the arrival of a request that came of it, in ns."""
@@ -90,19 +94,34 @@ def send(hook: Hook) -> Around:
             if exchange.status >= _NO_ERROR and not message.get("more_body", False):
                 refused(hook.recorder, self.scope, exchange)
             return
-        first, last = not exchange.sent and message.get("body"), not message.get("more_body", False)
+        body = message.get("body", b"")
+        exchange.size += len(body)
+        first, last = not exchange.sent and body, not message.get("more_body", False)
         if not first and not last:
             return
         time_ns = now()
+        known, waiting = unsent(self.transport) if last else (0, 0)
         if first:
             exchange.sent = True
         for handle in exchange.handles:
             if first:  # nothing was ahead of it; who waits for it may have taken this thread's processor since
                 state(_FIRST_SENT, begin, handle)
             if last:  # a slow client has been waited for
-                state(_LAST_SENT, time_ns, handle)
+                state(_LAST_SENT, time_ns, handle, 0, 0, exchange.size, waiting, known)
 
     return Around(after=after)
+
+
+def unsent(transport: Any) -> tuple[int, int]:
+    """Bytes that a connection's other side has not acknowledged, of the transport's buffer and of the kernel's.
+
+    Whether they are known comes first: (1, bytes) or (0, 0). A system call that waits for nothing, once a response.
+    """
+    try:
+        queued = ioctl(transport.get_extra_info("socket").fileno(), TIOCOUTQ, b"\0\0\0\0")
+        return 1, transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
+    except Exception:  # a transport of another kind, or one that was closed
+        return 0, 0
 
 
 def refused(recorder: Recorder, scope: Any, exchange: Exchange) -> None:

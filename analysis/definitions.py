@@ -31,7 +31,7 @@ def _section(section: str, *rows: tuple[str, str, str, str, str]) -> list[Defini
 REQUESTS, LATENCIES, PARTS, STEPS, STAGES = "Requests", "Latencies", "Parts of a latency", "Steps", "Stages"
 LAYERS, LIGHT, HEALTH, COMPARISON = "Inside forward", "Speed of light", "Losses and health", "Comparison"
 DISTRIBUTIONS, STORY = "Distributions", "One request"
-SESSION = "Session"
+SESSION, DEVICE = "Session", "Devices"
 
 DEFINITIONS: tuple[Definition, ...] = (
     *_section(
@@ -763,6 +763,60 @@ DEFINITIONS: tuple[Definition, ...] = (
             "TPOT at the speed of light with the device alone",
             "median of a step with one token, halfway through the output",
             "a goal under load",
+        ),
+    ),
+    *_section(
+        DEVICE,
+        (
+            "observed_ns",
+            "ns",
+            "of a device: from the begin of its first stage to the end of its last",
+            "last end - first begin",
+            "the session's length",
+        ),
+        (
+            "busy_ns",
+            "ns",
+            "of a device: in one of its stages, on any of its streams",
+            "union of device_forward, device_sample and device_draft",
+            "time in which kernels ran: where the host launches them slower than they run, the gaps are in it",
+        ),
+        (
+            "still",
+            "ns",
+            "of a device: in none of its stages, by what its rank's host was in just then",
+            "observed_ns - busy_ns, each nanosecond under the first reason that holds",
+            "time that could be saved: without work there is nothing to do",
+        ),
+        (
+            "pauses",
+            "ns",
+            "of a device: single times between two of its stages",
+            "next begin - end",
+            "time without work",
+        ),
+        (
+            "launch_delay",
+            "ns",
+            "from when the host began to launch a forward pass until the device began it",
+            "begin of device_forward - the host's time before its first event was launched",
+            "what launching costs: behind earlier work it is the time in which that hides it",
+        ),
+        (
+            "clock_error",
+            "ns",
+            "by how much times of a device can be off the host's clock, in one direction or the other",
+            "half of what is between the bounds of the clocks' offset, plus what drift adds",
+            "an error of durations, which are of one clock",
+        ),
+        ("clock_error_most_ns", "ns", "the largest of these", "maximum", "a typical one"),
+        ("skipped", "1", "pairs of events that were left out, since too many were under way", "count", "steps"),
+        (
+            "contradictions",
+            "1",
+            "observations of a device's clock that the drift which is assumed does not explain",
+            "count; each begins the estimate anew",
+            "wrong durations",
         ),
     ),
     *_section(

@@ -17,6 +17,7 @@ import pandas as pd
 from stagetrace.exporters.session import not_visible_of
 from stagetrace.instrument.stages import BY_NAME
 
+from .device import DEVICE_STAGES, union
 from .layers import with_waiting
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ for _part, _names in STAGES.items():
     _KINDS[[BY_NAME[name].id for name in _names]] = _KIND[_part]
 _KINDS[BY_NAME["bookkeep"].id] = _BOOKKEEPING
 _STEP_KEY = ["instance", "step"]
-_DEVICE = [BY_NAME[name].id for name in ("device_forward", "device_sample")]
+_DEVICE_FORWARD = BY_NAME["device_forward"].id
+_ENOUGH = 0.99  # of a rank's forward passes, that their times on the device must be known of
 
 
 @dataclass(frozen=True)
@@ -173,12 +175,12 @@ def spent(
     forwards = segments.loc[segments["stage"] == _FORWARD, ["process", "thread", *_STEP_KEY]].dropna()
     threads = forwards[["instance", "process", "thread"]].drop_duplicates()
     processes = {each.key: each for each in manifest.processes}
-    on_device = segments.loc[segments["stage"].isin(_DEVICE), ["process", "begin_ns", "end_ns"]]
+    on_device = segments.loc[segments["stage"].isin(DEVICE_STAGES), ["process", "stage", "begin_ns", "end_ns"]]
     collectives = segments[segments["stage"] == _COLLECTIVE]
     collectives = collectives.assign(duration=collectives["end_ns"] - collectives["begin_ns"])
     waits = with_waiting(collectives, names)
     waits = waits[(waits["waiting"].fillna(0) > 0).to_numpy(dtype=bool)]
-    launch_told = bool(len(on_device))
+    launch_told = _launch_told(forwards, on_device)
     ranks = len(threads) > threads["instance"].nunique()
     exchange_told = _exchange_told(manifest.processes, _of(steps, forwards), collectives, several=ranks)
     turns = _turns(segments)
@@ -250,6 +252,14 @@ def _synchronous(process: Process | None) -> bool:
     return process is None or process.info.get("device", "cpu") == "cpu"
 
 
+def _launch_told(forwards: pd.DataFrame, on_device: pd.DataFrame) -> bool:
+    """Whether it is known of every rank when its device ran what it launched, but for a few steps."""
+    launched = forwards["process"].value_counts()
+    ran = on_device.loc[on_device["stage"] == _DEVICE_FORWARD, "process"].value_counts()
+    ran = ran.reindex(launched.index, fill_value=0)
+    return bool(len(ran)) and bool(((ran > 0) & (ran + 1 >= _ENOUGH * launched)).all())
+
+
 def _exchange_told(
     processes: Iterable[Process], steps: pd.DataFrame, collectives: pd.DataFrame, *, several: bool
 ) -> bool:
@@ -299,7 +309,7 @@ def _host_covers(turns: pd.DataFrame, late: pd.DataFrame, *, device_waits: bool)
 
 def _with_device(covers: dict[Part, list[Cover]], device: pd.DataFrame) -> dict[Part, list[Cover]]:
     """What the host did counts as launching where the device stood still meanwhile, else not at all."""
-    begin, end = (device[name].to_numpy(dtype=np.int64) for name in ("begin_ns", "end_ns"))
+    begin, end = union(*(device[name].to_numpy(dtype=np.int64) for name in ("begin_ns", "end_ns")))
     busy = Cover(begin, end, np.ones(len(begin), np.int64))
     calls = [cover for part in covers for cover in covers[part]]
     less = [cover.both(busy).negative() for cover in calls]

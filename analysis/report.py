@@ -28,6 +28,8 @@ from .breakdown import (
     stage_breakdown,
     step_breakdown,
 )
+from .device import SEGMENTS as DEVICE_SEGMENTS
+from .device import DeviceTime, device_times
 from .gap import SEGMENTS as GAP_SEGMENTS
 from .gap import Gap
 from .kernels import RankKernels, newest_window
@@ -37,13 +39,14 @@ from .layers import EXPERTS, Layers, layer_breakdown
 from .layers import SEGMENTS as LAYER_SEGMENTS
 from .load import load
 from .show import MISSING, Grid, Part, duration_text, number_text, plain, print_parts, rate_text, share_text
+from .show_device import device_dict, device_parts
 from .show_kernels import kernel_parts, kernels_dict
 from .show_parts import parts_dict, parts_tables
 from .speed_of_light import DATA_SHEET, Done, RequestLight, SpeedOfLight, Window, speed_of_light
 from .start_up import StartUp, process_name, start_up
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from rich.console import Console
@@ -102,6 +105,7 @@ class Summary:
     stages: Stages
     names: dict[int, str]  # of processes, by their key
     start_up: list[StartUp]
+    device: list[DeviceTime]  # of the ranks whose device was timed
     kernels: list[RankKernels]  # of the newest kernel window
     kernels_note: str  # why they cannot be shown, where there is a window
     layers: Layers
@@ -140,6 +144,7 @@ def summarise(
         names={process.key: process_name(process) for process in manifest.processes},
         stages=stage_breakdown(requests, steps, segments, level),
         start_up=start_up(segments, manifest.processes),
+        device=device_times(steps, segments, manifest.processes),
         kernels=kernels,
         kernels_note=kernels_note,
         layers=layer_breakdown(manifest, steps, segments, frames["experts"]),
@@ -154,7 +159,10 @@ def summarise(
 def _columns() -> dict[str, list[str] | None]:
     """The columns that a report needs, by table."""
     found: dict[str, list[str] | None] = {"experts": EXPERTS}
-    for needed in (COLUMNS, PARTS_COLUMNS, {"segments": LAYER_SEGMENTS}, {"segments": GAP_SEGMENTS}):
+    of_segments = (LAYER_SEGMENTS, GAP_SEGMENTS, DEVICE_SEGMENTS)
+    all_needed: list[Mapping[str, list[str] | None]] = [COLUMNS, PARTS_COLUMNS]
+    all_needed += [{"segments": columns} for columns in of_segments]
+    for needed in all_needed:
         for name, columns in needed.items():
             found[name] = list(dict.fromkeys([*(found.get(name) or ()), *(columns or ())]))
     return found
@@ -260,6 +268,7 @@ def as_dict(summary: Summary) -> dict[str, Any]:
             }
             for rank in stages.ranks
         ],
+        "device": [device_dict(each, summary.names) for each in summary.device],
         "kernel_window": [kernels_dict(rank) for rank in summary.kernels],
         "start_up": [
             {
@@ -388,6 +397,7 @@ def parts(summary: Summary) -> list[Part]:
     if summary.steps.count:
         shown += _steps(summary.steps)
     shown += _stages(summary)
+    shown += device_parts(summary.device, summary.names)
     shown += _start_up(summary.start_up)
     shown += [summary.kernels_note] if summary.kernels_note else kernel_parts(summary.kernels)
     shown += _layers(summary.layers)

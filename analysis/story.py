@@ -200,7 +200,7 @@ def _facts(request: pd.Series, zero: int) -> dict[str, int | str]:
     found: dict[str, int | str] = {}
     for name in (
         *("prompt_tokens", "cached_tokens", "external_tokens", "output_tokens", "max_tokens", "draft_tokens"),
-        *("accepted_tokens", "preemptions", "priority", "child", "children"),
+        *("accepted_tokens", "preemptions", "priority", "child", "children", "response_bytes", "unsent_bytes"),
     ):
         value = _whole(request[name])
         if value is not None:

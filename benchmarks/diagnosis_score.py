@@ -28,7 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
 from engines.recording import record
 from engines.server import environment
-from on_purpose import INJECTED, PLANS, Planned, send
+from on_purpose import INJECTED, PLANS, Planned, at_rate, send
 from quickstart.servers import MODEL_SCRIPT, VLLM, StartError
 from rich.console import Console
 
@@ -38,6 +38,7 @@ from stagetrace.exporters.session import Session, SessionError
 
 CASE = "case.json"  # beside a session: what was put there
 NONE = "nothing"
+AT_CAPACITY = 64  # requests at once
 WRITTEN_S = 6.0  # after the end of a load until all of its requests are in the tables
 console = Console()
 
@@ -107,10 +108,24 @@ def record_case(plan: Planned, models: Path, directory: Path, seed: int) -> None
             shutil.rmtree(beside, ignore_errors=True)
             shutil.copytree(recording.path, beside / "session")
             write_case(replace(plan, asks=asks, width=width), beside, seed, time.monotonic() - began)
+        if plan.times_capacity is not None:
+            asks = at_rate(plan.asks, plan.times_capacity * capacity(plan, port, seed))
+            plan = replace(plan, asks=asks)
+        alone = not plan.more and plan.times_capacity is None
         began = time.monotonic()
         put(plan, port, seed)
-        lasted = time.monotonic() - began + WRITTEN_S if plan.more else None
+        lasted = None if alone else time.monotonic() - began + WRITTEN_S
     write_case(plan, directory, seed, lasted)
+
+
+def capacity(plan: Planned, port: int, seed: int) -> float:
+    """Requests a second that the server can finish, of a third of the plan's, as many at once as are served well."""
+    asks = plan.asks[: len(plan.asks) // 3]
+    began = time.monotonic()
+    put(replace(plan, asks=asks, width=AT_CAPACITY), port, seed + 1)
+    found = len(asks) / (time.monotonic() - began)
+    time.sleep(WRITTEN_S)
+    return found
 
 
 def put(plan: Planned, port: int, seed: int) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import json
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,7 @@ class Planned:
     engine: Engine = VLLM
     advised: tuple[str, ...] | None = None  # the arguments once the first advice is taken
     more: tuple[tuple[tuple[Ask, ...], int | None], ...] = ()  # further loads on the same server, a session each
+    times_capacity: float | None = None  # requests arrive so many times as fast as this machine's engine serves them
 
     @property
     def said(self) -> str:
@@ -61,7 +62,8 @@ class Planned:
         sizes = " ".join(
             [*(word for word in self.arguments if word != EAGER), *(f"{k}={v}" for k, v in self.injected.items())]
         )
-        return f"{self.cause} on {self.engine.name}: {sizes or '-'}; {len(self.asks)} requests, {self.width or 'open'}"
+        load = self.width or (f"{self.times_capacity} times capacity" if self.times_capacity else "open")
+        return f"{self.cause} on {self.engine.name}: {sizes or '-'}; {len(self.asks)} requests, {load}"
 
 
 def _asks(
@@ -251,8 +253,17 @@ def slow_prepare(chance: random.Random) -> Planned:
 
 
 def overload(chance: random.Random) -> Planned:
-    asks = _asks(chance, 160, (60, 160), (60, 120), chance.uniform(10, 16))
-    return Planned("overload", ("arrival_above_capacity",), asks, None, (EAGER, "--max-num-seqs", "128"))
+    asks = _asks(chance, 320, (60, 160), (60, 120), 1.0)
+    factor = round(chance.uniform(1.5, 2.5), 2)
+    return Planned(
+        "overload", ("arrival_above_capacity",), asks, None, (EAGER, "--max-num-seqs", "128"), times_capacity=factor
+    )
+
+
+def at_rate(asks: Sequence[Ask], rate: float) -> tuple[Ask, ...]:
+    """The same requests, closer together or further apart: so many a second."""
+    scale = len(asks) / asks[-1].at_s / rate
+    return tuple(replace(ask, at_s=ask.at_s * scale) for ask in asks)
 
 
 def sglang_clean(chance: random.Random) -> Planned:

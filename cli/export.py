@@ -96,6 +96,8 @@ def export(
         _fail("set OTEL_EXPORTER_OTLP_ENDPOINT to where the spans should go, http://127.0.0.1:4317 for example")
     try:
         opened = Session.newest() if session is None else Session.open(session)
+        if to is not To.PROMETHEUS:  # it may wait for the first records
+            opened.check_tables()
     except SessionError as error:
         _fail(str(error))
     try:
@@ -126,7 +128,7 @@ def _send(session: Session, sink: SpanSink, wanted: Target, again: bool, patienc
         follower = Follower(session, sink, wanted, enrich=with_light(session))
     except (SessionError, Taken, OSError) as error:
         _fail(str(error))
-    told = stop_at_signal()
+    told = stop_at_signal(interrupted=True)
     why = ""
     try:
         if again:
@@ -197,7 +199,7 @@ def _write(session: Session, to: To, output: Path | None, console: Console) -> N
 
     encoder, ending = FORMATS[to]
     path = output or Path(session.path.resolve().name + ending)
-    told = stop_at_signal()
+    told = stop_at_signal(interrupted=True)
     try:
         with console.status(f"writing {path}") as status:
 

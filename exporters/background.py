@@ -177,9 +177,15 @@ def stop_when_told(alive: Callable[[], bool]) -> Callable[[], bool]:
     return should_stop
 
 
-def stop_at_signal() -> Callable[[], bool]:
-    """Whether SIGTERM or SIGINT came."""
+def stop_at_signal(interrupted: bool = False) -> Callable[[], bool]:
+    """Whether SIGTERM or SIGINT came. Where it may be `interrupted`, a second one raises KeyboardInterrupt."""
     came: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if came and interrupted:
+            raise KeyboardInterrupt
+        came.append(number)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda signo, _: came.append(signo))
+        signal.signal(number, note)
     return lambda: bool(came)

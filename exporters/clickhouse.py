@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import pyarrow as pa
 import requests
 
-from .otlp_send import Answer
+from .otlp_send import Answer, reason
 from .span_sink import BadSettings, SpanSink
 from .spans import LINK_LIMIT, SCOPE_NAME, SCOPE_VERSION
 
@@ -212,9 +212,9 @@ class HttpInsert:
             answer = self._server.request(self._session, INSERT, body, insert_deduplication_token=token)
             return Answer(True) if answer.ok and not answer.is_redirect else _refusal(answer)
         except requests.exceptions.SSLError as error:
-            return Answer(False, str(error)[:_LONGEST_WHY], True)
+            return Answer(False, reason(error)[:_LONGEST_WHY], True)
         except requests.RequestException as error:
-            return Answer(False, str(error)[:_LONGEST_WHY], "BadStatusLine" in str(error))
+            return Answer(False, reason(error)[:_LONGEST_WHY], "BadStatusLine" in str(error))
 
     def close(self) -> None:
         """As otlp_send.Sender.close."""
@@ -229,6 +229,8 @@ def _refusal(answer: requests.Response) -> Answer:
 
 class ClickHouseSink(SpanSink):
     """Sends spans to ClickHouse."""
+
+    usual = "Check that it runs, and that the URL is that of its HTTP interface (port 8123 of most)"
 
     def __init__(self, server: Server, key: bytes, link_limit: int = LINK_LIMIT, rules: Rules | None = None):
         super().__init__(HttpInsert(server), key, link_limit, rules)

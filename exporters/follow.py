@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from typing import IO, TYPE_CHECKING, Protocol
 import pyarrow as pa
 
 from .metrics import MetricsSink
+from .otel_settings import reading
 from .otlp import OtlpSink
 from .parts import END
 from .session import TABLES, Export, Manifest, Session, SessionError
-from .span_sink import REQUEST_S, BadSettings, batches
+from .span_sink import BadSettings, batches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +44,6 @@ _MOST_QUEUED = 64  # requests
 _MOST_REMEMBERED = 2_000  # commits whose states and members are looked up again for requests that are not over
 _MOST_DECIDED = 64  # commits for which it is decided again what is sampled: their requests' steps may come later
 _SAVE_S = 1.0
-_USUAL = "Check that it runs, and that OTEL_EXPORTER_OTLP_PROTOCOL (grpc or http/protobuf) is the one of its port"
 
 
 class Taken(Exception):
@@ -292,7 +293,7 @@ class Follower:
                 "spans do not reach %s (%s). They stay in the session and are sent when it takes them. %s",
                 self.state.target,
                 self.state.trouble,
-                self.sink.remedy or _USUAL,
+                self.sink.remedy or self.sink.usual,
             )
         first, longest = PAUSE_S
         self._pause_s = min(max(self._pause_s * 2, first), longest)
@@ -339,7 +340,7 @@ def follow_session(
     """
     sink = OtlpSink.to(destination, session.identity.key, rules=rules)
     try:
-        counts = None if metrics is None else MetricsSink(metrics, REQUEST_S, session.identity.key)
+        counts = None if metrics is None else MetricsSink(metrics, session.identity.key, reading(os.environ))
         follower = Follower(session, sink, destination, counts, enrich)
     except Taken as error:
         log.error("%s", error)

@@ -79,10 +79,10 @@ def open_window(
             set_level(session, Level.KERNEL)
             said = _wait(session, request, wait_s, say)
         except KeyboardInterrupt:
-            folder = request.folder(session.path)
-            ranks = len([*folder.glob("*.begun")])
+            place = request.folder(session.path)
+            ranks = len([*place.glob("*.begun")])
             became = (
-                f"the {ranks} ranks in it end it after the step that they are in, and what they saw is then in {folder}"
+                f"the {ranks} ranks in it end it after the step that they are in, and what they saw is then in {place}"
                 f" and in `stagetrace report {session.path}`"
                 if ranks
                 else "no rank had begun, and none will"

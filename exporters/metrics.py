@@ -28,13 +28,15 @@ from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from .light_metrics import LightMetrics
+from .otel_settings import Reading
 from .otlp_send import check, grpc_compression, grpc_credentials
 from .session import FATES, names_of
 from .spans import SCOPE_NAME, SCOPE_VERSION, Clock, resource_attributes
 from .stage_metrics import StageMetrics
+from .temporality import Deltas
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import pyarrow as pa
 
@@ -43,14 +45,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EVERY_S = 10.0
 PAUSE_S = 300.0  # after a refusal
 SCOPE = InstrumentationScope(SCOPE_NAME, SCOPE_VERSION)
 _Points = list[tuple[int, dict[str, str]]]  # value, attributes
 
 
-def metrics_of(manifest: Manifest, export: Export, now_ns: int, others: Iterable[Metric] = ()) -> MetricsData:
-    """The counts of a session at `now_ns` (wall clock), from its start on, and `others` with them. Pure."""
+def metrics_of(
+    manifest: Manifest,
+    export: Export,
+    now_ns: int,
+    others: Iterable[Metric] = (),
+    told: Callable[[list[Metric]], list[Metric]] = list,
+) -> MetricsData:
+    """The counts of a session at `now_ns` (wall clock), from its start on, and `others` with them.
+
+    `told` makes of all of them what is sent.
+    """
     slots: _Points = []
     for fate in FATES:
         for ring in ("control", "detail"):
@@ -99,7 +109,7 @@ def metrics_of(manifest: Manifest, export: Export, now_ns: int, others: Iterable
     )
     metrics += others
     resource = Resource.create({**resource_attributes(manifest), **OTELResourceDetector().detect().attributes})
-    return MetricsData([ResourceMetrics(resource, [ScopeMetrics(SCOPE, metrics, "")], "")])
+    return MetricsData([ResourceMetrics(resource, [ScopeMetrics(SCOPE, told(metrics), "")], "")])
 
 
 def _points(points: Iterable[tuple[int, Mapping[str, str]]], start_ns: int, now_ns: int) -> list[NumberDataPoint]:
@@ -109,9 +119,11 @@ def _points(points: Iterable[tuple[int, Mapping[str, str]]], start_ns: int, now_
 class MetricsSink:
     """Sends the counts now and then. Used by one thread; never raises once it is made."""
 
-    def __init__(self, destination: Destination, timeout_s: float, key: bytes = b""):
-        """Raises what the OpenTelemetry SDK raises for variables that it cannot use."""
-        self._exporter = _exporter(destination, destination.timeout_s(timeout_s))
+    def __init__(self, destination: Destination, key: bytes = b"", reading: Reading | None = None):
+        """Raises ValueError for settings that cannot be followed."""
+        self._exporter = _exporter(destination)
+        self._reading = reading or Reading()
+        self._deltas = Deltas()
         self._target = destination.target
         self._light = LightMetrics()
         self._stages = StageMetrics(key, time.time_ns())
@@ -134,16 +146,18 @@ class MetricsSink:
         now_s = time.monotonic()
         if not manifest.started_ns or (now_s < self._next_s and not (last and not self._refused)):
             return
-        self._next_s = now_s + EVERY_S
+        self._next_s = now_s + self._reading.every_s
         try:
             now_ns = time.time_ns()
             others = [*self._light.metrics(now_ns), *self._stages.metrics(now_ns)]
-            data = metrics_of(manifest, export, now_ns, others)
+            data = metrics_of(manifest, export, now_ns, others, self._deltas.since if self._reading.deltas else list)
             arrived = self._exporter.export(data) is MetricExportResult.SUCCESS
         except Exception:
             log.exception("the OTLP exporter of metrics failed")
             arrived = False
-        if not arrived:
+        if arrived:
+            self._deltas.confirm()
+        else:
             self._next_s = now_s + PAUSE_S
             if not self._refused:
                 log.warning(
@@ -157,7 +171,7 @@ class MetricsSink:
         self._exporter.shutdown()
 
 
-def _exporter(destination: Destination, timeout: float) -> MetricExporter:
+def _exporter(destination: Destination) -> MetricExporter:
     """The SDK's exporter. What it would read from the environment by itself it is told, so that both signals agree."""
     check(destination)
     if destination.protocol == "grpc":
@@ -168,7 +182,7 @@ def _exporter(destination: Destination, timeout: float) -> MetricExporter:
             insecure=not destination.secure,
             credentials=grpc_credentials(destination) if destination.secure else None,
             headers=dict(destination.headers),
-            timeout=timeout,
+            timeout=destination.timeout_s,
             compression=grpc_compression(destination),
         )
     from opentelemetry.exporter.otlp.proto.http import Compression as HttpCompression
@@ -180,7 +194,7 @@ def _exporter(destination: Destination, timeout: float) -> MetricExporter:
         client_key_file=destination.client_key or None,
         client_certificate_file=destination.client_certificate or None,
         headers=dict(destination.headers),
-        timeout=timeout,
+        timeout=destination.timeout_s,
         compression=HttpCompression(destination.compression or "none"),
         session=_Session(),
     )

@@ -2,8 +2,8 @@
 
 They mean what they mean in OpenTelemetry's Python SDK. Without OTEL_EXPORTER_OTLP_PROTOCOL, or that of the signal
 (OTEL_EXPORTER_OTLP_TRACES_PROTOCOL, OTEL_EXPORTER_OTLP_METRICS_PROTOCOL), it speaks gRPC (port 4317 of most backends);
-a backend's HTTP port (4318) needs `http/protobuf`. The timeout is in seconds, as in that SDK. Resource attributes the
-SDK reads from the environment itself.
+a backend's HTTP port (4318) needs `http/protobuf`. The timeout is in seconds, as in that SDK; 10 where none is given.
+Resource attributes the SDK reads from the environment itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from opentelemetry.util.re import parse_env_headers
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_SDK_TIMEOUT_S = 10.0
+_TIMEOUT_S = 10.0  # where none is given
+MOST_TIMEOUT_S = 60.0  # else one who thinks of milliseconds, as the specification does, waits for hours
+EVERY_S = 10.0  # between metrics, where no interval is given
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,16 @@ class Destination:
         """A short name that is the same for the same destination."""
         return f"otlp-{blake2b(f'{self.endpoint} {self.protocol}'.encode(), digest_size=4).hexdigest()}"
 
-    def timeout_s(self, most: float) -> float:
-        """Seconds that one request may take, `most` at most. Raises ValueError for what is no number."""
-        return min(float(self.timeout) if self.timeout else _SDK_TIMEOUT_S, most)
+    @property
+    def timeout_s(self) -> float:
+        """Seconds that one request may take, MOST_TIMEOUT_S at most. Raises ValueError for what is no such number."""
+        try:
+            seconds = float(self.timeout) if self.timeout else _TIMEOUT_S
+        except ValueError:
+            seconds = 0.0
+        if not seconds > 0:
+            raise ValueError(f"OTEL_EXPORTER_OTLP_TIMEOUT: {self.timeout} is no number of seconds")
+        return min(seconds, MOST_TIMEOUT_S)
 
 
 def destination(environ: Mapping[str, str], signal: str = "traces") -> Destination | None:
@@ -94,6 +103,31 @@ def destination(environ: Mapping[str, str], signal: str = "traces") -> Destinati
         setting("CLIENT_KEY"),
         setting("CLIENT_CERTIFICATE"),
     )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How metrics are to be sent."""
+
+    every_s: float = EVERY_S
+    deltas: bool = False  # what was added since the last, instead of totals
+
+
+def reading(environ: Mapping[str, str]) -> Reading:
+    """What OTEL_METRIC_EXPORT_INTERVAL and OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE ask for.
+
+    Raises ValueError for what they cannot mean.
+    """
+    interval = environ.get("OTEL_METRIC_EXPORT_INTERVAL", "").strip()
+    if interval and not (interval.isdecimal() and int(interval)):
+        raise ValueError(f"OTEL_METRIC_EXPORT_INTERVAL: {interval} is no number of milliseconds")
+    preference = environ.get("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "").strip().lower() or "cumulative"
+    if preference not in ("cumulative", "delta", "lowmemory"):
+        raise ValueError(
+            "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE must be cumulative, delta or lowmemory,"
+            f" not {preference}"
+        )
+    return Reading(int(interval) / 1000 if interval else EVERY_S, preference != "cumulative")
 
 
 def scrape_address(environ: Mapping[str, str]) -> tuple[str, int] | None:

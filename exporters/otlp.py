@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .otlp_encode import Encoder, resource_bytes
 from .otlp_send import sender
-from .span_sink import REQUEST_S, BadSettings, SpanSink
+from .span_sink import BadSettings, SpanSink
 from .spans import LINK_LIMIT
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class OtlpSink(SpanSink):
     """Sends spans as OTLP."""
 
+    usual = "Check that it runs, and that OTEL_EXPORTER_OTLP_PROTOCOL (grpc or http/protobuf) is the one of its port"
+
     def __init__(self, connection: Sender, key: bytes, link_limit: int = LINK_LIMIT, rules: Rules | None = None):
         super().__init__(connection, key, link_limit, rules)
         self._encoder = Encoder()
@@ -36,13 +38,13 @@ class OtlpSink(SpanSink):
         destination: Destination,
         key: bytes,
         *,
-        timeout_s: float = REQUEST_S,
+        timeout_s: float | None = None,
         link_limit: int = LINK_LIMIT,
         rules: Rules | None = None,
     ) -> OtlpSink:
-        """A sink for that destination. Raises BadSettings."""
+        """A sink for that destination; `timeout_s` goes before its own. Raises BadSettings."""
         try:
-            return cls(sender(destination, destination.timeout_s(timeout_s)), key, link_limit, rules)
+            return cls(sender(destination, timeout_s or destination.timeout_s), key, link_limit, rules)
         except Exception as error:
             raise BadSettings(f"no spans can be exported to {destination.target}: {error}") from error
 

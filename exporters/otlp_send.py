@@ -132,6 +132,12 @@ def _failed(why: str, destination: Destination) -> Answer:
 _COMPRESS = {"gzip": gzip.compress, "deflate": zlib.compress, "none": None}
 
 
+def reason(error: requests.RequestException) -> str:
+    """What went wrong with a connection, without the URL and what was tried."""
+    below = error.args[0] if error.args else error
+    return str(getattr(below, "reason", None) or error)
+
+
 class HttpSender:
     """OTLP by HTTP with protobuf bodies."""
 
@@ -160,7 +166,7 @@ class HttpSender:
         except requests.exceptions.Timeout:
             return Answer(False, f"no answer within {self._timeout_s:g} s")
         except requests.exceptions.ConnectionError as error:  # those of TLS among them
-            return _failed(str(error), self._destination)
+            return _failed(reason(error), self._destination)
         except (requests.RequestException, OSError, ValueError) as error:
             return Answer(False, str(error)[:_LONGEST_WHY], True)
         if answer.ok and not answer.is_redirect:

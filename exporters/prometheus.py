@@ -22,7 +22,7 @@ from prometheus_client.samples import Exemplar
 from .light_metrics import LightMetrics
 from .metrics import metrics_of
 from .parts import END
-from .session import TABLES, Export, Manifest, Session, SessionError, names_of
+from .session import TABLES, Export, Manifest, Session, names_of
 from .spans import Clock
 from .stage_metrics import StageMetrics
 
@@ -170,9 +170,6 @@ def serve(
         while not told():
             if not metrics.step():
                 time.sleep(_LOOK_S)
-    except SessionError as error:
-        log.error("the metrics of %s stop: %s", session.path, error)
-        raise
     finally:
         server.shutdown()
         thread.join()

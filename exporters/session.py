@@ -94,6 +94,8 @@ REQUESTS_SCHEMA = pa.schema(
         pa.field("last_token_ns", _I64),  # the engine had the last token
         pa.field("last_output_ns", _I64),  # the front end had it and saw that the request is finished
         pa.field("last_sent_ns", _I64),  # the last byte was handed to the client's socket
+        pa.field("response_bytes", _I64),  # of the HTTP response's body
+        pa.field("unsent_bytes", _I64),  # at last_sent_ns: those that the client's kernel had not acknowledged
         pa.field("end_ns", _I64, nullable=False),  # the last time known of the request
         pa.field("tokenize_ns", _I64),
         pa.field("dispatch_ns", _I64),
@@ -607,6 +609,16 @@ class Session:
             for part in list_parts(self._tables(name)):
                 if first <= part.first and part.last <= last:
                     part.path.unlink(missing_ok=True)
+
+    def check_tables(self) -> None:
+        """Raises SessionError where there is nothing to read: no records yet, or records without their tables."""
+        derived = self.read_manifest().derived
+        if not derived and not self.raw_parts():
+            raise SessionError(f"{self.path} has no records yet")
+        if derived and not self._derived.is_dir():
+            raise SessionError(
+                f"{self.path} has records and no tables: `stagetrace rebuild {self.path}` derives them again"
+            )
 
     def table_files(self, name: str) -> list[Path]:
         """The Parquet files of a derived table, in order: for queries that read them themselves."""

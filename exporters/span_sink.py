@@ -35,8 +35,6 @@ log = logging.getLogger(__name__)
 BATCH_SPANS = 512
 BATCH_LINKS = 16384
 
-REQUEST_S = 3.0  # that one request may take
-
 
 class BadSettings(Exception):
     """What a destination was given cannot be followed; the message says what and why."""
@@ -44,6 +42,8 @@ class BadSettings(Exception):
 
 class SpanSink(ABC):
     """Makes spans and sends them. `key` is the session's (Identity.key). Used by one thread."""
+
+    usual: str  # what to look at when nothing arrives and it is not known why
 
     def __init__(self, connection: Sender, key: bytes, link_limit: int = LINK_LIMIT, rules: Rules | None = None):
         self._sender = connection

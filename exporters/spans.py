@@ -94,7 +94,7 @@ _MOMENTS = tuple(
 RANKS = ("rank", "tp_rank", "pp_rank", "dp_rank", "ep_rank")  # of a worker, as its process says them
 _OF_REQUESTS = (
     *("status", "partial", "preemptions", "priority", "lora", "child", "children"),
-    *("external_tokens", "draft_tokens", "accepted_tokens"),
+    *("external_tokens", "draft_tokens", "accepted_tokens", "response_bytes", "unsent_bytes"),
     *_QUEUE_SUMS,
 )
 
@@ -122,7 +122,7 @@ class Context(NamedTuple):
 
 
 class Link(NamedTuple):
-    """A link to the root span of a step."""
+    """A link to the root span of a step, or to the span of what launched this one's work in it."""
 
     context: Context
     step: int
@@ -266,6 +266,7 @@ def step_spans(steps: Sequence[Row], segments: Sequence[Row], source: Source) ->
         spans.append(_step_span(row, trace, source))
     left_out: Counter[str] = Counter()
     known = {(row["process"], row["sequence"]): row for row in segments}
+    launchers = _launchers(segments)
     for row in segments:
         if row["stage"] not in BY_ID:
             left_out["segments_of_unknown_stage"] += 1
@@ -281,8 +282,34 @@ def step_spans(steps: Sequence[Row], segments: Sequence[Row], source: Source) ->
                 if _in_step(root)
                 else _occasion_trace(root, source)
             )
-        spans.append(_segment_span(row, root, traces[where], known, source))
+        span = _segment_span(row, root, traces[where], known, source)
+        if launchers and row["stage"] in _LAUNCHED_BY:
+            span = span._replace(links=_launched_by(row, launchers, traces[where], source.key))
+        spans.append(span)
     return Spans(spans, left_out)
+
+
+# What a device does in a stage was launched by the host in another.
+_LAUNCHED_BY = {BY_NAME[f"device_{name}"].id: BY_NAME[name].id for name in ("forward", "sample", "draft")}
+_LAUNCHES = frozenset(_LAUNCHED_BY.values())
+_Launchers = dict[tuple[int, ...], Row]  # by process, instance, step and stage; the first of several
+
+
+def _launchers(segments: Sequence[Row]) -> _Launchers:
+    """The host's segments that launched work on a device; empty where no device was timed."""
+    if not any(row["stage"] in _LAUNCHED_BY for row in segments):
+        return {}
+    rows = (row for row in reversed(segments) if row["stage"] in _LAUNCHES and _in_step(row))
+    return {(row["process"], row["instance"], row["step"], row["stage"]): row for row in rows}
+
+
+def _launched_by(row: Row, launchers: _Launchers, trace: _Trace, key: bytes) -> tuple[Link, ...]:
+    """A device's span runs when its launcher may be long over: it is no child of it, it links to it."""
+    above = launchers.get((row["process"], row["instance"], row["step"], _LAUNCHED_BY[row["stage"]]))
+    if above is None:
+        return ()
+    span = ids.segment_span_id(key, above["process"], above["sequence"])
+    return (Link(Context(trace.root.trace_id, span), row["step"]),)
 
 
 def _step_trace(instance: int, step: int, begin: int, source: Source) -> _Trace:

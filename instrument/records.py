@@ -68,7 +68,7 @@ class Event(IntEnum):
     FIRST_OUTPUT = 1  # the front end had the first token
     FIRST_SENT = 2  # the first bytes were handed to the client's socket
     LAST_OUTPUT = 3  # the front end saw it finished; a0 stages.Finish, a1 output, a2 prompt, a3 cached tokens
-    LAST_SENT = 4  # the last byte was handed to the client's socket
+    LAST_SENT = 4  # the last byte was handed to the client's socket; a0 the body's bytes, a1 unsent, if a2 is 1
     FINISHED = 5  # the engine ended it; a0 stages.Finish, a1 output, a2 prompt tokens, a3 preemptions
     ABORTED = 6  # the front end gave it up: client gone, or an abort call
     CHILD = 7  # one of several answers to one request (n > 1); a0 the parent's handle, a1 index, a2 how many

@@ -195,6 +195,12 @@ _TOKENS = Attribute("tokens", Unit.TOKENS, "tokens that the call worked on")
 _LAYER_TOKENS = Attribute("tokens", Unit.TOKENS, "tokens that the call worked on, with the engine's padding")
 _LAYER = Attribute("layer", Unit.COUNT, "index of the transformer layer, from 0")
 _BYTES = Attribute("bytes", Unit.BYTES, "size of the tensor on this rank")
+_LAUNCH_DELAY = Attribute(
+    "launch_delay", Unit.NANOSECONDS, "from when the host began to launch it until the device began it"
+)
+_CLOCK_ERROR = Attribute(
+    "clock_error", Unit.NANOSECONDS, "by how much its times can be off the host's clock, in one direction or the other"
+)
 _REQUESTS = Attribute("requests", Unit.COUNT, "requests that the call worked on")
 _PROMPT = Attribute("prompt_tokens", Unit.TOKENS, "tokens in the prompt")
 _OUTPUT = Attribute("output_tokens", Unit.TOKENS, "tokens generated so far")
@@ -518,27 +524,24 @@ STAGES: tuple[Stage, ...] = (
         ("rank_step", "execute"),
         (_RANK,),
     ),
-    Stage(
-        57,
-        "device_forward",
-        Kind.SEGMENT,
-        Timeline.DEVICE,
-        Level.STEP,
-        "the forward pass on the device's own clock",
-        "launch time on the host",
-        ("rank_step",),
-        (_RANK,),
-    ),
-    Stage(
-        58,
-        "device_sample",
-        Kind.SEGMENT,
-        Timeline.DEVICE,
-        Level.STEP,
-        "sampling on the device's own clock",
-        "launch time on the host",
-        ("rank_step",),
-        (_RANK,),
+    *(
+        Stage(
+            number,
+            name,
+            Kind.SEGMENT,
+            Timeline.DEVICE,
+            Level.STEP,
+            f"{what}, on the device: from when its stream came to what `{launches}` launched first until it was done"
+            " with the last of it",
+            "time in which kernels ran: where the host launches them slower than they run, the gaps are in it",
+            inside,
+            (_RANK, _LAUNCH_DELAY, _CLOCK_ERROR),
+        )
+        for number, name, launches, what, inside in (
+            (57, "device_forward", "forward", "the forward pass", ()),
+            (58, "device_sample", "sample", "sampling", ()),
+            (59, "device_draft", "draft", "proposing speculative tokens", ("device_sample",)),
+        )
     ),
     # Front-end timeline
     Stage(

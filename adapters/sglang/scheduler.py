@@ -14,6 +14,7 @@ from _thread import get_ident
 from typing import TYPE_CHECKING, Any
 
 from stagetrace.adapters.device import device_info
+from stagetrace.adapters.device_time import on_device
 from stagetrace.adapters.kernel_window import KernelWindow
 from stagetrace.adapters.members import Members
 from stagetrace.instrument.around import Around
@@ -22,7 +23,7 @@ from stagetrace.instrument.records import HEAD, TAILS, Change, Event, RecordType
 from stagetrace.instrument.stages import BY_NAME, Finish, GraphMode, IdleReason, Level
 
 from . import extract, layers, nodes, startup
-from .worker import RANK
+from .worker import DEVICE, RANK
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -383,7 +384,8 @@ def opens_recorder(hook: Hook) -> Around:
         if extract.is_first(parallel):
             hook.recorder.open("engine_core", {**info, "instance": RANK.instance})
             _Here.tracker = Tracker(hook.recorder, RANK.instance, parallel.pp_size > 1, RANK.per_decode)
-        rank = {"rank": RANK.rank, **device_info(str(info["device"])), **layers.model_info()}
+        kind = str(info["device"])
+        rank = {"rank": RANK.rank, **device_info(kind), **layers.model_info(), **DEVICE.open(kind, hook.recorder)}
         hook.recorder.open("worker", {**info, **rank})
         startup.ready(hook.recorder, "scheduler")
 
@@ -498,7 +500,7 @@ def run_batch(hook: Hook) -> Around:
             tracker.verified[step] = result
         _hand_back(recorder, end)
 
-    return Around(before, after, off=rank.forget)
+    return on_device(Around(before, after, off=rank.forget), before=DEVICE.step_begins, off=DEVICE.forget)
 
 
 def launch_sample(hook: Hook) -> Around:
@@ -553,7 +555,7 @@ def process_result(hook: Hook) -> Around:
         if _Here.tracker is not None:
             _Here.tracker.updated(batch, noted or 0, begin, end)
 
-    return Around(before, after)
+    return on_device(Around(before, after), after=DEVICE.fetched)
 
 
 def stream_output(hook: Hook) -> Around:

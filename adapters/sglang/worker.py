@@ -1,7 +1,7 @@
 """Hooks in a rank: its part of every step, from what the scheduler hands over until the result is back.
 
 Scheduler and worker of a rank share a process and a thread. With overlap the host only launches the work here: on a
-device that runs by itself a step's forward pass goes on after its rank_step.
+device that runs by itself a step's forward pass goes on after its rank_step; when it ran is told by pairs of events.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from _thread import get_ident
 from typing import TYPE_CHECKING, Any
 
 from stagetrace.instrument.around import Around
+from stagetrace.instrument.device_pairs import DRAFT, FORWARD, SAMPLE
 from stagetrace.instrument.records import HEAD, TAILS, RecordType, header_word
 from stagetrace.instrument.stages import BY_NAME
+
+from ..device_time import DeviceTime, built, on_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,6 +82,8 @@ class _Rank:
 
 
 RANK = _Rank()
+DEVICE = DeviceTime(RANK)
+_begins, _ends = ([of(stage) for stage in (FORWARD, SAMPLE, DRAFT)] for of in (DEVICE.begins, DEVICE.ends))
 
 
 def forward(hook: Hook) -> Around:
@@ -105,7 +110,18 @@ def forward(hook: Hook) -> Around:
                 put(rank.forward, begin, end, rank.of_tokens)
             rank.reached = end
 
-    return Around(before, after)
+    if not built():
+        return Around(before, after)
+
+    def before_on_device(self: Any, forward_batch: Any, begin: int) -> None:
+        before(self, forward_batch, begin)
+        _begins[DRAFT if self.is_draft_worker else FORWARD]()
+
+    def after_on_device(self: Any, begin: int, end: int) -> None:
+        _ends[DRAFT if self.is_draft_worker else FORWARD]()
+        after(self, begin, end)
+
+    return Around(before_on_device, after_on_device)
 
 
 def sample(hook: Hook) -> Around:
@@ -117,7 +133,7 @@ def sample(hook: Hook) -> Around:
             put(rank.sample, begin, end, rank.of_rank)
             rank.reached = end
 
-    return Around(after=after)
+    return on_device(Around(after=after), before=_begins[SAMPLE], after=_ends[SAMPLE])
 
 
 def verify(hook: Hook) -> Around:

@@ -434,6 +434,13 @@ HOOK_POINTS: tuple[HookPoint, ...] = (
         "rank_step ends",
     ),
     *(
+        HookPoint(f"{target}.get_output", ("self",), Level.STEP, _RANK, worker.output_fetched, "that a step is done")
+        for target in (
+            "vllm.v1.worker.gpu_model_runner:AsyncGPUModelRunnerOutput",
+            "vllm.v1.worker.gpu.async_utils:AsyncOutput",
+        )
+    ),
+    *(
         point
         for runner in (_RUNNER, _RUNNER_V2)
         for point in (

@@ -1,7 +1,7 @@
 """Hooks in a worker: one rank's part of every step. They fit the V1 model runner and Model Runner V2.
 
 V2 computes the logits while sampling and brings no tokens to the host in the step: there `sample` has the logits in it
-and there is no `bookkeep`.
+and there is no `bookkeep`. On a GPU the host only launches this; when it ran is told by pairs of events around it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from os import getpid
 from typing import TYPE_CHECKING, Any
 
 from stagetrace.instrument.around import Around
+from stagetrace.instrument.device_pairs import DRAFT, FORWARD, SAMPLE
 from stagetrace.instrument.records import HEAD, TAILS, RecordType, header_word
 from stagetrace.instrument.stages import BY_NAME, IdleReason
 
 from ..device import device_info
+from ..device_time import DeviceTime, on_device
 from ..kernel_window import KernelWindow
 from . import extract, scheduler, startup
 from .scheduler import STEP_ATTRIBUTE
@@ -96,6 +98,7 @@ class _Rank:
 
 
 RANK = _Rank()
+DEVICE = DeviceTime(RANK)
 
 
 def opens_recorder(hook: Hook) -> Around:
@@ -107,7 +110,8 @@ def opens_recorder(hook: Hook) -> Around:
         RANK.rank = int(vllm_config.parallel_config.rank)
         RANK.window = KernelWindow(hook.recorder)
         info = extract.process_info(vllm_config, __version__)
-        device = device_info(str(info["device"]))
+        kind = str(info["device"])
+        device = device_info(kind) | DEVICE.open(kind, hook.recorder)
         hook.recorder.open("worker", {**info, **device, **extract.ranks(vllm_config)})
         startup.flush(hook.recorder)
 
@@ -133,7 +137,7 @@ def worker_execute_model(hook: Hook) -> Around:
             put(rank.rank_step, rank.begin, end, rank.of_tokens)
             rank.finish(end)
 
-    return Around(before, after, off=rank.forget)
+    return on_device(Around(before, after, off=rank.forget), before=DEVICE.step_begins, off=DEVICE.forget)
 
 
 def worker_sample_tokens(hook: Hook) -> Around:
@@ -147,7 +151,12 @@ def worker_sample_tokens(hook: Hook) -> Around:
             put(rank.rank_step, rank.begin, end, rank.of_tokens)
             rank.finish(end)
 
-    return Around(after=after)
+    return on_device(Around(after=after), after=DEVICE.fetched)
+
+
+def output_fetched(_: Hook) -> Around:
+    """get_output of what a step gave: it has waited for the step, on a thread of its own where steps overlap."""
+    return on_device(Around(), after=DEVICE.fetched)
 
 
 def dummy_run(hook: Hook) -> Around:
@@ -177,7 +186,7 @@ def runner_execute_model(hook: Hook) -> Around:
             if forward:
                 put(rank.forward, forward, end, rank.of_tokens)
 
-    return Around(before, after)
+    return on_device(Around(before, after), after=DEVICE.ends(FORWARD))
 
 
 def model_forward(_: Hook) -> Around:
@@ -187,7 +196,7 @@ def model_forward(_: Hook) -> Around:
     def before(begin: int) -> None:
         rank.forward_begin = begin
 
-    return Around(before)
+    return on_device(Around(before), before=DEVICE.begins(FORWARD))
 
 
 def runner_sample_tokens(hook: Hook) -> Around:
@@ -206,7 +215,7 @@ def runner_sample_tokens(hook: Hook) -> Around:
             if sampled:
                 put(rank.return_, kept or sampled, end, rank.of_rank)
 
-    return Around(before, after)
+    return on_device(Around(before, after), before=DEVICE.begins(SAMPLE), after=DEVICE.ends(SAMPLE))
 
 
 def bookkeeping_sync(_: Hook) -> Around:
@@ -216,7 +225,7 @@ def bookkeeping_sync(_: Hook) -> Around:
     def after(begin: int, end: int) -> None:
         rank.sample_end, rank.bookkeep_end = begin, end
 
-    return Around(after=after)
+    return on_device(Around(after=after), before=DEVICE.ends(SAMPLE))
 
 
 def sample(_: Hook) -> Around:
@@ -226,7 +235,7 @@ def sample(_: Hook) -> Around:
     def after(end: int) -> None:
         rank.sample_end = end
 
-    return Around(after=after)
+    return on_device(Around(after=after), after=DEVICE.ends(SAMPLE))
 
 
 def propose_drafts(hook: Hook) -> Around:
@@ -237,7 +246,7 @@ def propose_drafts(hook: Hook) -> Around:
         if rank.step:
             put(rank.draft, begin, end, rank.of_rank)
 
-    return Around(after=after)
+    return on_device(Around(after=after), before=DEVICE.begins(DRAFT), after=DEVICE.ends(DRAFT))
 
 
 def verify_drafts(hook: Hook) -> Around:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -10,9 +10,9 @@ import numpy as np
 
 from ..breakdown import weighted_percentiles
 from .conditions import Of, Verdict
-from .metrics import METRICS, Better, Metric
+from .metrics import METRICS, Better, Group, Metric
 from .resampling import LEVEL, Blocks, Comparison, Difference, Ratio, holm, smallest_shown
-from .workload import LoadDifference, load_differences
+from .workload import LoadDifference, engines_differ, load_alike, load_differences
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,6 +86,8 @@ class Result:
     b: Side
     same: bool  # the same sessions on both sides
     loads: list[LoadDifference]
+    alike: list[str]  # what of the load is the same
+    engines_differ: bool
     metrics: list[Compared]
     tested: int  # metrics with a p, which Holm's correction is over
     judged: list[Judged]
@@ -103,7 +105,12 @@ def compare(a: Side, b: Side, conditions: Sequence[Condition] = (), least: float
     """
     same = _check(a, b)
     drawn = Comparison(Blocks(a.blocks), Blocks(b.blocks), same)
-    rows = _rows(a, b, drawn)
+    rows, engines, loads = _rows(a, b, drawn), engines_differ(a, b), load_differences(a, b)
+    if engines:  # each divides a step in its own way: less of a stage is not better
+        rows = [
+            (replace(metric, better=Better.NEITHER) if metric.group is Group.STAGES else metric, row, first, second)
+            for metric, row, first, second in rows
+        ]
     adjusted = holm([row.p for _, row, _, _ in rows])
     tested = sum(p is not None for p in adjusted)
     metrics = [
@@ -112,7 +119,7 @@ def compare(a: Side, b: Side, conditions: Sequence[Condition] = (), least: float
     ]
     level = 1 - (1 - LEVEL) / max(len(conditions), 1)  # Bonferroni: of all of them 95 %
     judged = [_judge(each, a, b, drawn, level) for each in conditions]
-    return Result(a, b, same, load_differences(a, b), metrics, tested, judged)
+    return Result(a, b, same, loads, load_alike(a, b, loads), engines, metrics, tested, judged)
 
 
 def _check(a: Side, b: Side) -> bool:

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 JSON_VERSION = 1
 _FEW_REQUESTS = 20  # of a side
+_ENGINES = (
+    "The engines divide a step differently, so no stage is called better or worse: vLLM's scheduler waits in `execute`"
+    " for ranks in processes of their own, SGLang's ranks work inside it, and what one does in a stage the other may do"
+    " in another. A stage that only one side has is none of the other's, or not recorded there: it is not 0."
+)
 
 
 def exit_status(result: Result, undecided_fails: bool) -> int:
@@ -42,6 +47,7 @@ def as_dict(result: Result, status: int) -> dict[str, Any]:
         "b": _side(result.b),
         "same": result.same,
         "load_differences": [vars(each) for each in result.loads],
+        "load_same": result.alike,
         "findings": len(result.findings),
         "tested": result.tested,
         "metrics": [_metric(each) for each in result.metrics],
@@ -110,10 +116,14 @@ def parts(result: Result, undecided_fails: bool) -> list[Part]:
     elif result.loads:
         rows = [[plain(each.what), plain(each.a), plain(each.b), each.means] for each in result.loads]
         shown.append(Grid("What is not the same about the loads", ("", "A", "B", "so"), rows, text=True))
+        if result.alike:
+            shown.append(f"The same about them: {', '.join(result.alike)}.")
     else:
         shown.append("The loads look the same: lengths, arrivals, concurrency, model, engine, level and settings.")
     if not result.same:
         shown += [table for group in Group if (table := _table(result, group)) is not None]
+        if result.engines_differ:
+            shown.append(_ENGINES)
     shown.append(_summary(result))
     if result.judged:
         shown.append(_conditions(result, undecided_fails))

@@ -366,8 +366,10 @@ CAUSES: tuple[Cause, ...] = (
     Cause(
         "slow_client",
         "clients read their answers slowly",
-        "the front end had a request's last token long before the last byte could be handed to the socket",
-        "that the network is slow: what is in the socket's buffer counts as handed over",
+        "the front end had a request's last token long before the last byte could be handed to the socket, or much of"
+        " the answer was still in the socket's buffer then: how long the client takes for that is estimated from the"
+        " rate at which it took the rest, and comes after the request's own end",
+        "whether the client or the network is slow; and a client that reads slowly what its own kernel has is not seen",
         (Phase.E2E,),
         {
             "vllm": (

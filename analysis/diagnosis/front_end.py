@@ -122,7 +122,7 @@ def _saturated(facts: Facts, detokenizing: bool) -> Answer:
 
 
 def slow_client(facts: Facts) -> Answer:
-    """The last byte could be handed over long after the last token was there."""
+    """The last byte could be handed over long after the last token, or the socket's buffer had much to send then."""
     (last_sent,) = facts.request("last_sent_ns")
     if (~np.isnan(last_sent)).sum() < limit("requests"):
         return Missing("too few requests came by HTTP: only of these it is known when their last byte was handed over")
@@ -130,16 +130,39 @@ def slow_client(facts: Facts) -> Answer:
     # A front end that is busy is late with everything; a slow client alone with what it does not take.
     busy = np.maximum(kept.first, kept.last)
     own = np.where(kept.handed > 2 * busy, kept.handed, 0.0)
+    unsent, after = _after_the_end(facts)
+    whole = np.nan_to_num(facts.e2e)
+    waited, much = own > 1e7, after > 0
     return seen(
-        (of_requests(facts, Phase.E2E, own),),
+        (Part(Phase.E2E, np.minimum(own, whole) + after, whole + after),),
         "client_share",
         evidence=(
-            Evidence("requests whose last byte waited for the client", float((own > 1e7).sum()), "requests"),
-            Evidence("how long, median of these", float(np.median(own[own > 1e7])) if (own > 1e7).any() else 0.0, "ns"),
+            Evidence("requests whose last byte waited for the client", float(waited.sum()), "requests"),
+            Evidence("how long, median of these", _median(own[waited]), "ns"),
+            Evidence("requests with much in the socket's buffer after the last byte", float(much.sum()), "requests"),
+            Evidence("how much, median of these", _median(unsent[much]), "bytes"),
+            Evidence("how long the client takes for it, estimated, median of these", _median(after[much]), "ns"),
             Evidence("how late the front end itself was, median", float(np.median(busy)), "ns"),
         ),
-        examples=facts.request_examples(own),
+        examples=facts.request_examples(own + after),
     )
+
+
+def _after_the_end(facts: Facts) -> tuple[Values, Values]:
+    """What was in the socket's buffer after a streamed answer's last byte, and how long the client takes for it, ns.
+
+    Estimated from the rate at which it took what came before; 0 where little was left, or that is not known.
+    """
+    sent, last, last_output = facts.request("first_sent_ns", "last_sent_ns", "last_output_ns")
+    size, unsent = facts.request("response_bytes", "unsent_bytes")
+    taken, during = size - unsent, last - sent
+    much = (unsent >= limit("unsent")) & (sent < last_output) & (taken > 0) & (during > 0)
+    rate = np.where(much, taken, 1.0) / np.where(much, during, 1.0)
+    return np.where(much, unsent, 0.0), np.where(much, unsent, 0.0) / rate
+
+
+def _median(values: Values) -> float:
+    return float(np.median(values)) if len(values) else 0.0
 
 
 CHECKS: dict[str, Callable[[Facts], Answer]] = {

@@ -62,6 +62,9 @@ THRESHOLDS: tuple[Threshold, ...] = (
     Threshold("late_share", 0.15, "of TTFT or end-to-end latency", "usual is under 5 %: handing a token on is short"),
     Threshold("detokenize_busy", 0.5, "of the front end's lateness", "more than half of what it does"),
     Threshold("client_share", 0.1, "of end-to-end latency", "usual is under 1 %: bytes go into the socket's buffer"),
+    Threshold(
+        "unsent", 65_536, "bytes", "a stream's last chunks, and what is under way on a long line, are less than 64 KiB"
+    ),
     Threshold("waiting_share", 0.1, "of forward", "ranks of one step differ by a few percent"),
     Threshold("one_rank", 0.65, "of the waiting", "chance makes each of two ranks the last half of the time"),
     Threshold("collective_share", 0.3, "of forward", "tensor parallelism within a node costs 10 to 25 %"),

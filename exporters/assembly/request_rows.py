@@ -233,6 +233,8 @@ def request_tables(
         last_token_ns=column(last_token, np.where(completed, ~engine.there, last_token == 0)),
         last_output_ns=front.column(NS),
         last_sent_ns=last_sent.column(NS),
+        response_bytes=column(last_sent[FIRST_ATTRIBUTE], last_sent[FIRST_ATTRIBUTE] == 0),
+        unsent_bytes=column(last_sent[FIRST_ATTRIBUTE + 1], last_sent[FIRST_ATTRIBUTE + 2] == 0),
         end_ns=end,
         **sums,
         **_named(np.where(child.there, child[FIRST_ATTRIBUTE], lives.handle), requests, key),

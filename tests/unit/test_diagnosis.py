@@ -143,6 +143,19 @@ CASES: dict[str, tuple[Engine, Engine]] = {
 }
 
 
+def test_a_client_behind_a_large_buffer_is_slow(tmp_path: Path) -> None:
+    """What the socket still has at the end takes the client as long as its share of the answer says."""
+    found = of(tmp_path / "slow", Engine(unsent=0.75))
+    assert said(found) == ["slow_client"]
+    seen = found.findings[0].seen
+    left, takes = (seen.evidence[place].value for place in (3, 4))
+    assert left == 150_000
+    requests = facts_of(tmp_path / "again", Engine(unsent=0.75)).requests
+    during = (requests["last_sent_ns"] - requests["first_sent_ns"]).to_numpy(float)
+    assert takes == pytest.approx(float(np.median(3 * during)))
+    assert said(of(tmp_path / "little", Engine(unsent=0.3))) == []  # less than what may be under way
+
+
 @pytest.mark.parametrize("cause", CASES)
 def test_a_cause_that_is_there_comes_first(cause: str, tmp_path: Path) -> None:
     found = of(tmp_path / "s", CASES[cause][0])
@@ -307,6 +320,7 @@ SIZES = st.fixed_dictionaries(
         "late": st.floats(0.01, 100),
         "detokenize": st.floats(0, 5),
         "client": st.floats(0.01, 300),
+        "unsent": st.floats(0, 1),
         "grammar": st.floats(0, 50),
         "fixed": st.floats(0.1, 20),
         "per_token": st.floats(0, 0.5),

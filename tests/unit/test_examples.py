@@ -15,11 +15,9 @@ from typing import Any
 
 import pytest
 import yaml
-from backends.tables import MS, Builder
+from backends.recorded.keep import rebuilt
 
 from stagetrace.exporters.sampling import rules_of
-from stagetrace.exporters.session import Manifest, Session
-from stagetrace.instrument.identity import claim_identity
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(path for ending in ("*.yaml", "*.yml") for path in EXAMPLES.rglob(ending))
@@ -120,21 +118,7 @@ def test_a_command_has_the_options_that_are_shown(command: str, options: tuple[s
 
 
 def test_the_notebook_runs(tmp_path: Path) -> None:
-    build = Builder()
-    for step in range(30):
-        begin = step * 10 * MS
-        kind = {"prefill_tokens": 30 + step} if step % 3 == 0 else {"decode_tokens": 4}
-        of = (7, step, "prefill" if step % 3 == 0 else "decode")
-        build.step(7, step, begin, begin + (5 + step % 4) * MS, **kind)
-        build.segment("execute", 1, begin, begin + 5 * MS, of=of)
-        build.request(
-            f"r{step}", arrival_ns=begin, first_output_ns=begin + 20 * MS, last_output_ns=begin + 50 * MS,
-            end_ns=begin + 51 * MS, queue_ns=5 * MS, prefill_ns=9 * MS, decode_ns=30 * MS,
-        )  # fmt: skip
-    session = Session(tmp_path / "session", claim_identity(tmp_path / "session"))
-    for name, table in build.tables().items():
-        session.write_table(name, table, 1)
-    session.write_manifest(Manifest(session=session.identity.session, anchors=[(0, 1)], derived=1, complete=True))
+    session = rebuilt("vllm", tmp_path)
     notebook = json.loads((EXAMPLES / "notebook" / "where_the_time_goes.ipynb").read_text())
     assert notebook["nbformat"] == 4
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]

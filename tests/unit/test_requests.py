@@ -50,9 +50,9 @@ class Life:
         return self
 
     def arrives(self, at: int, prompt: int = 40, most: int = 16, by_http: int = 1) -> Life:
-        """Its way to the scheduler: tokenized in 10 ns, sent in 20, scheduled after 30."""
+        """Its way to the scheduler: tokenized in 10 ns, sent in 20, scheduled after 30. HTTP took 7 ns before that."""
         self.enter("request_tokenize", at, prompt, most, by_http)
-        self.enter("request_dispatch", at + 10, prompt)
+        self.enter("request_dispatch", at + 10, prompt, 7 * by_http)
         return self.enter("queue", at + 30, prompt)
 
     def lives(self, order: list[int] | None = None) -> tuple[OpenRequests, Lives]:
@@ -171,7 +171,8 @@ LIVES = [full, preempted, aborted_in_queue, aborted_in_decode, stopped_by_a_stri
 EXPECTED: dict[str, dict[str, Any]] = {
     "full": {
         "status": "finished", "finish": "length", "partial": False, "prompt_tokens": 40, "output_tokens": 8,
-        "cached_tokens": 16, "max_tokens": 16, "preemptions": 0, "arrival_ns": 1_000, "dispatched_ns": 1_010,
+        "cached_tokens": 16, "max_tokens": 16, "preemptions": 0, "received_ns": 993, "arrival_ns": 1_000,
+        "dispatched_ns": 1_010,
         "queued_ns": 1_030, "scheduled_ns": 1_060, "first_token_ns": 1_200, "first_output_ns": 1_210,
         "first_sent_ns": 1_230, "last_token_ns": 1_500, "last_output_ns": 1_520, "last_sent_ns": 1_550,
         "end_ns": 1_550, "tokenize_ns": 10, "dispatch_ns": 20, "queue_ns": 30, "prefill_ns": 140, "decode_ns": 300,
@@ -180,8 +181,8 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "preempted": {
         "status": "finished", "finish": "stop", "partial": False, "output_tokens": 10, "cached_tokens": 0,
         "preemptions": 2, "scheduled_ns": 1_060, "first_token_ns": 1_200, "last_token_ns": 1_700, "end_ns": 1_710,
-        "last_sent_ns": None, "queue_ns": 30, "prefill_ns": 140 + 50 + 20, "decode_ns": 100 + 50 + 100,
-        "preempted_ns": 100 + 80, "output_ns": 10,
+        "received_ns": None, "last_sent_ns": None, "queue_ns": 30, "prefill_ns": 140 + 50 + 20,
+        "decode_ns": 100 + 50 + 100, "preempted_ns": 100 + 80, "output_ns": 10,
     },
     "aborted_in_queue": {
         "status": "aborted", "finish": "abort", "scheduled_ns": None, "first_token_ns": None, "last_token_ns": None,
@@ -458,7 +459,9 @@ def test_the_wait_for_a_grammar_is_a_part_of_the_queue():
     )
     life.enter("prefill", 1_060, 16, 0, 4, step=3).enter("decode", 1_200, 1, step=4)
     life.happen(Event.DRAFTED, 1_500, 12, 5).happen(Event.FINISHED, 1_500, Finish.STOP, 8, 40, 0, step=11)
-    row, states = life.happen(Event.LAST_OUTPUT, 1_520, Finish.STOP, 8, 40, 16).happen(Event.LAST_SENT, 1_550).rows()
+    life.happen(Event.LAST_OUTPUT, 1_520, Finish.STOP, 8, 40, 16).happen(Event.LAST_SENT, 1_550, 3_000, 0, 1)
+    row, states = life.rows()
+    assert (row["response_bytes"], row["unsent_bytes"]) == (3_000, 0)
     assert (row["queued_ns"], row["queue_ns"], row["grammar_ns"]) == (1_030, 30, 10)
     assert (row["draft_tokens"], row["accepted_tokens"], row["external_tokens"]) == (12, 5, 4)
     causes = [state["a1"] for state in states if state["stage"] == BY_NAME["queue"].id]

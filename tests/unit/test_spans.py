@@ -204,6 +204,21 @@ def test_names_say_the_phase(prefill: int, decode: int, phase: str) -> None:
     assert set(by_name(made(build))) == {f"{name} {phase}" for name in spoken} | {"schedule", "update", "prepare"}
 
 
+def test_what_ran_on_a_device_links_to_what_launched_it() -> None:
+    build = Builder()
+    build.step(INSTANCE, 1, 0, 100, prefill_tokens=5)
+    for step in (1, 2):
+        build.segment("forward", WORKER, 10, 20, of=(INSTANCE, step, "prefill"))
+        build.segment("device_forward", WORKER, 15, 90, of=(INSTANCE, step, "prefill"))
+    build.segment("device_draft", WORKER, 90, 95, of=(INSTANCE, 1, "prefill"))  # its draft is in no commit of these
+    spans = [span for span in made(build).spans if span.name != "step prefill"]
+    host = {span.context for span in spans if span.name == "forward prefill"}
+    ran = [span for span in spans if span.name == "device_forward prefill"]
+    assert {span.links[0].context for span in ran} == host and [span.links[0].step for span in ran] == [1, 2]
+    assert all(span.links[0].context.trace_id == span.context.trace_id for span in ran)
+    assert all(not span.links for span in spans if span not in ran)
+
+
 def test_every_attribute_of_every_stage_is_there_under_its_name() -> None:
     for stage in STAGES:
         if stage.kind is Kind.STATE or stage.name in ("step", "request"):

@@ -1,0 +1,45 @@
+"""The mark: a kernel of one thread that notes the device's own time. Imported only where marks are used: it has Triton.
+
+A stream can capture it into a graph, which then notes the time in every replay, where no Python runs. Under Triton's
+interpreter, where there is no timer, it takes the time from memory.
+"""
+
+# Triton reads the kernels' own source: what stands in an annotation it would have to know.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped, import-not-found, no-any-return"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NONE, CUDA, HIP = range(3)  # which timer
+WORDS = 3  # of a mark in a row: time, step, how often in the step
+HIP_NS = 10  # a tick of AMD's constant clock, 100 MHz
+
+
+@triton.jit
+def _no_time():
+    return 0
+
+
+# Chosen here, since a kernel may only name what its target has.
+_globaltimer = getattr(getattr(tl.extra, "cuda", None), "globaltimer", _no_time)
+_memrealtime = getattr(getattr(tl.extra, "hip", None), "memrealtime", _no_time)
+
+
+@triton.jit(do_not_specialize=["index"])
+def mark_kernel(ring, counter, clock, index, marks: tl.constexpr, depth: tl.constexpr, timer: tl.constexpr):
+    """Notes time and step in the mark's place in the step's row. int64 all: ring (depth, marks, 3), counter (1)."""
+    step = tl.load(counter)
+    at = ring + ((step % depth) * marks + index) * 3
+    noted = tl.load(at + 1)
+    times = tl.load(at + 2)
+    if timer == 1:
+        time = _globaltimer()
+    elif timer == 2:
+        time = _memrealtime() * 10
+    else:
+        time = tl.load(clock)
+    tl.store(at, time)
+    tl.store(at + 2, tl.where(noted == step, times + 1, 1))
+    tl.store(at + 1, step)

@@ -1,0 +1,80 @@
+"""Reads what marks have noted on a device: a row of words for each step, into spans, and counts what is missing. Pure.
+
+A mark has three words in its step's row: the time of the device's own timer, the step's number, and how often it was
+passed in that step. Since every mark carries its step's number, one that a later step has overwritten, or that this
+step never passed, cannot be taken for another's. Of a mark that was passed more than once the last time is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+WORDS = 3
+
+
+class Marked(NamedTuple):
+    """Where two marks are put: around this stage of this layer."""
+
+    stage: str
+    layer: int
+
+
+class MarkSpan(NamedTuple):
+    """What lies between two marks, on the device's timer, in ns."""
+
+    marked: Marked
+    begin: int
+    end: int
+
+
+@dataclass
+class MarkCounts:
+    """What marks did not tell, since the start. What is told is exact whatever these say."""
+
+    rows: int = 0  # steps that were read
+    absent: int = 0  # spans whose marks the step did not pass: a graph without them, or a layer left out
+    overwritten: int = 0  # spans of which a mark belongs to a later step already
+    halves: int = 0  # spans of which one mark alone was passed
+    repeated: int = 0  # spans that were passed more than once: the last time is told
+    backwards: int = 0  # spans that end before they begin: their marks were passed in another order
+
+
+@dataclass
+class MarkReader:
+    """Knows what marks there are: mark 2i begins, and mark 2i + 1 ends, the i-th of `marked`."""
+
+    marked: Sequence[Marked]
+    counts: MarkCounts = field(default_factory=MarkCounts)
+
+    @property
+    def words(self) -> int:
+        """Of a row."""
+        return 2 * WORDS * len(self.marked)
+
+    def read(self, step: int, row: Sequence[int]) -> list[MarkSpan]:
+        """The spans of a step, in the order of `marked`. Raises ValueError when the row has another length."""
+        if len(row) != self.words:
+            raise ValueError(f"a row of {len(row)} words; {len(self.marked)} pairs of marks have {self.words}")
+        counts = self.counts
+        counts.rows += 1
+        found = []
+        for at, marked in zip(range(0, len(row), 2 * WORDS), self.marked, strict=True):
+            begin, begin_step, begin_times, end, end_step, end_times = row[at : at + 2 * WORDS]
+            if begin_step == end_step == step:
+                if begin_times > 1 or end_times > 1:
+                    counts.repeated += 1
+                if end < begin:
+                    counts.backwards += 1
+                else:
+                    found.append(MarkSpan(marked, begin, end))
+            elif begin_step > step or end_step > step:
+                counts.overwritten += 1
+            elif step in (begin_step, end_step):
+                counts.halves += 1
+            else:
+                counts.absent += 1
+        return found
