@@ -208,7 +208,7 @@ def _traced_collectives(experts: Mapping[str, object], opaque: bool) -> bool:
     from vllm.distributed.parallel_state import get_tp_group
 
     tensor_parallel = get_tp_group()
-    in_model = tensor_parallel.world_size > 1 and not tensor_parallel.use_custom_op_call
+    in_model = tensor_parallel.world_size > 1 and not getattr(tensor_parallel, "use_custom_op_call", False)
     return in_model or (not opaque and experts.get("expert_parallel_size", 1) != 1)
 
 
