@@ -81,7 +81,7 @@ fuzz: dev ## every parser of outside input: inputs that once failed, and some th
 fuzz-long: dev ## the same guided by coverage, 110,000 inputs (an hour); INPUTS=N for another number
 	$(DEV) tests/fuzz/campaign.py $(if $(INPUTS),--inputs $(INPUTS))
 
-backends: dev prometheus browser clickhouse-env ## tests against real trace stores
+backends: dev prometheus clickhouse-env $(if $(SELECT),,browser) ## tests against real trace stores
 	$(call pytest,backends)
 
 engines: dev engines-env ## tests against a real vLLM and a real SGLang

@@ -18,6 +18,7 @@ from stagetrace.instrument.device_clock import DRIFT_PPM, RESOLUTION_NS
 from stagetrace.instrument.device_pairs import DevicePairs
 from stagetrace.instrument.hooks import ERRORS_UNTIL_OUT
 from stagetrace.instrument.records import Text
+from stagetrace.instrument.stages import Level
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_STEP_LEVEL = int(Level.STEP)
+
 
 class CudaEvents:
     """Events of the current device, on the current stream. Nothing in here waits."""
@@ -40,6 +43,7 @@ class CudaEvents:
         self.capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing
         raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
         device = torch.cuda.current_device()
+        self._aside = torch.cuda.Stream()
         self.stream: Callable[[], int] = (
             functools.partial(raw, device) if raw else lambda: int(torch.cuda.current_stream().cuda_stream)
         )
@@ -47,6 +51,10 @@ class CudaEvents:
     def event(self) -> Any:
         """A new event with timing."""
         return self._make(enable_timing=True)
+
+    def record_aside(self, event: Any) -> None:
+        """Launches it on a stream of ours, which has nothing else to do and waits for no other."""
+        event.record(self._aside)
 
 
 class DeviceTime:
@@ -110,10 +118,14 @@ class DeviceTime:
         return end
 
     def fetched(self) -> None:
-        """The engine has waited for the device, or has found that it need not."""
-        if self.pairs is not None:
+        """The engine has waited for the device, or has found that it need not; hooks of lower levels say so as well."""
+        pairs, recorder = self.pairs, self._recorder
+        if pairs is not None and recorder is not None:
             try:
-                self.pairs.poll()
+                if recorder.level[0] >= _STEP_LEVEL:
+                    pairs.poll()
+                else:
+                    pairs.forget()
             except Exception:
                 self.failed()
 

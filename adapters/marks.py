@@ -1,10 +1,10 @@
 """Marks on a device, for every engine: rows in its memory, the kernel that notes times in them, and the way back.
 
 A mark is launched from the Python around the work that it delimits, on the engine's stream: in an eager run, and while
-a graph is captured, whose replays then pass it. The step's number is written on that stream before the step's work;
-after the step its row is copied to the host without waiting, and read when the copy is there. On one stream the copy
-comes before the next step's marks; the ring's depth is for streams that run apart. No engine's hooks launch marks yet,
-and nothing here has been run on a GPU.
+a graph is captured, whose replays then pass it. The step's number is written on that stream before the step's work; its
+row is copied to the host after it, without waiting, and read when the copy is there. On one stream the copy comes
+before the next step's marks; the ring's depth is for streams that run apart. No engine's hooks launch marks yet, and
+nothing here has been run on a GPU.
 """
 
 from __future__ import annotations

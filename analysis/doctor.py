@@ -37,6 +37,7 @@ _NO_PROCESS = (
     " stagetrace out."
 )
 _UNREAD = "{count} rings of this session are read by no collector. What to do: `stagetrace collect {path}`."
+_AMISS = ("skipped", "contradictions", "errors")  # in timing a device: docs/numbers.md, Devices
 _NO_TRAFFIC = "no traffic yet"
 
 
@@ -319,12 +320,22 @@ def _process_view(
         ],
         "errors": dict(sorted(process.errors.items())),
         "not_visible_under_compile": list(not_visible_of(process)),
+        "device_time": _device_time_view(process),
         "rings": [
             _ring_view(losses, slots.get(losses.ring) or losses.slots or None, seconds)
             for losses in manifest.losses
             if losses.process == process.key
         ],
     }
+
+
+def _device_time_view(process: Process) -> dict[str, Any] | None:
+    """How a rank's device is timed, and what was amiss; None where it is not one that is."""
+    told = process.info.get("device_time")
+    if not isinstance(told, dict):
+        return None
+    counts = {name: told.get(name) for name in _AMISS}
+    return {"by": str(told.get("by", ""))} | {name: n if isinstance(n, int) else 0 for name, n in counts.items()}
 
 
 def observed_seconds(process: Process, manifest: Manifest) -> float | None:
@@ -391,6 +402,10 @@ def session_parts(view: Mapping[str, Any]) -> list[Part]:
     ]
     if rows:
         shown.append(Grid("Not visible under compile", ("process", "pid", "stages"), rows, text=True))
+    timed = [(each, each["device_time"]) for each in processes if each["device_time"]]
+    if timed:
+        rows = [_safe(*_names(each), told["by"], *(told[name] for name in _AMISS)) for each, told in timed]
+        shown.append(Grid("Devices are timed", ("process", "pid", "by", "left out", *_AMISS[1:]), rows, text=True))
     rows = [_safe(*_names(each), *_ring_cells(one)) for each in processes for one in each["rings"]]
     ring_columns = ("process", "pid", "ring", "slots", "MiB", "holds", "slots read", "losses")
     shown.append(

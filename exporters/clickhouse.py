@@ -211,20 +211,36 @@ class HttpInsert:
             token = blake2b(body, digest_size=16).hexdigest()
             answer = self._server.request(self._session, INSERT, body, insert_deduplication_token=token)
             return Answer(True) if answer.ok and not answer.is_redirect else _refusal(answer)
-        except requests.exceptions.SSLError as error:
-            return Answer(False, reason(error)[:_LONGEST_WHY], True)
         except requests.RequestException as error:
-            return Answer(False, reason(error)[:_LONGEST_WHY], "BadStatusLine" in str(error))
+            why = reason(error)
+            found = next((each for sign, each in _REMEDIES.items() if sign in why), "")
+            hopeless = bool(found) or isinstance(error, requests.exceptions.SSLError) or "BadStatusLine" in why
+            return Answer(False, why[:_LONGEST_WHY], hopeless, found)
 
     def close(self) -> None:
         """As otlp_send.Sender.close."""
         self._session.close()
 
 
+_REMEDIES = {
+    "CERTIFICATE_VERIFY_FAILED": (
+        "nobody who is trusted here has signed its certificate: REQUESTS_CA_BUNDLE names the file of who signed it"
+    ),
+    "WRONG_VERSION_NUMBER": "that port does not speak TLS: begin the URL with http://, or name the port that does",
+}
+_REFUSALS = {
+    401: "it wants a user and a password: http://USER:PASSWORD@HOST:8123/DATABASE",
+    403: "it does not know the user, or the password is another: http://USER:PASSWORD@HOST:8123/DATABASE",
+    404: "it has no such database (the path of the URL), or is no ClickHouse",
+    516: "it does not know the user, or the password is another: http://USER:PASSWORD@HOST:8123/DATABASE",
+}
+
+
 def _refusal(answer: requests.Response) -> Answer:
     said = " ".join(answer.text.split())[:_LONGEST_WHY]
     # ClickHouse answers 403 or 516 to a wrong password, 404 where the database is not there, and 500 to most else.
-    return Answer(False, f"it answers {answer.status_code}: {said}", answer.status_code in (401, 403, 404, 516))
+    found = _REFUSALS.get(answer.status_code, "")
+    return Answer(False, f"it answers {answer.status_code}: {said}", bool(found), found)
 
 
 class ClickHouseSink(SpanSink):

@@ -54,6 +54,19 @@ class Destination:
         """Host and port, as gRPC wants them."""
         return urlsplit(self.endpoint).netloc or self.endpoint
 
+    def host_and_port(self) -> tuple[str, int]:
+        """Where connections go, by the usual port where none is given. Raises ValueError for what is neither."""
+        if self.endpoint.startswith(("unix:", "dns:")):  # gRPC's own names
+            return "", 0
+        parts = urlsplit(self.endpoint if "://" in self.endpoint else f"//{self.endpoint}")
+        try:
+            port = parts.port
+        except ValueError as error:
+            raise ValueError(f"{error} in {self.target}") from error
+        if not parts.hostname:
+            raise ValueError(f"{self.target} names no host: http://127.0.0.1:4317 is an endpoint")
+        return parts.hostname, port or (4317 if self.protocol == "grpc" else 443 if self.secure else 80)
+
     @property
     def name(self) -> str:
         """A short name that is the same for the same destination."""

@@ -71,7 +71,8 @@ def check(destination: Destination) -> None:
         known = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
         raise ValueError(f"OTEL_EXPORTER_OTLP_COMPRESSION must be {known}, not {destination.compression}")
     if destination.protocol == "http/protobuf" and not destination.endpoint.startswith(("http://", "https://")):
-        raise ValueError(f"{destination.target}: an endpoint of http/protobuf begins with http:// or https://")
+        raise ValueError("an endpoint of http/protobuf begins with http:// or https://")
+    destination.host_and_port()
     check_files(destination)
 
 

@@ -10,7 +10,6 @@ import re
 import socket
 import ssl
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from .otel_settings import Destination
@@ -77,7 +76,7 @@ def _about_client(destination: Destination) -> str:
 
 def _look(destination: Destination) -> str:
     """What a connection of our own finds where the server hung up."""
-    host, port = _place(destination)
+    host, port = destination.host_and_port()
     context = ssl.create_default_context(cafile=destination.certificate or None)
     if not destination.secure:
         context.check_hostname = False
@@ -101,9 +100,3 @@ def _look(destination: Destination) -> str:
     except (OSError, ValueError):
         pass  # it waits for us, or is not there
     return ""
-
-
-def _place(destination: Destination) -> tuple[str, int]:
-    parts = urlsplit(destination.endpoint if "://" in destination.endpoint else f"//{destination.endpoint}")
-    usual = {"grpc": 4317}.get(destination.protocol, 443 if destination.secure else 80)
-    return parts.hostname or "", parts.port or usual

@@ -133,6 +133,7 @@ class Timelines:
         self._gather = Gather()
         self._groups: dict[int | None, int] = {}  # process, None for the requests -> id
         self._tracks: dict[tuple[Any, ...], int] = {}
+        self._named: Counter[tuple[int, str]] = Counter()  # timelines by process and name
         self._lanes: dict[tuple[Any, ...], _Lanes] = defaultdict(_Lanes)
         self._reached: dict[int, int] = {}  # track -> end of the last outermost slice
         self._steps: OrderedDict[tuple[int, int], _Step] = OrderedDict()
@@ -187,7 +188,8 @@ class Timelines:
             else:
                 timelines[row["process"], row["thread"]].append(row)
         for (process, thread), rows in timelines.items():
-            track = yield from self._track(process, (process, thread), _timeline_name(rows, thread), processes)
+            name = "" if (process, thread) in self._tracks else self._timeline_name(process, rows)
+            track = yield from self._track(process, (process, thread), name, processes)
             rows.sort(key=lambda row: (row["begin_ns"], -row["end_ns"], -row["sequence"]))
             yield from self._slices(track, [_slice(row, names) for row in rows])
 
@@ -273,6 +275,14 @@ class Timelines:
 
     # Tracks
 
+    def _timeline_name(self, process: int, rows: Sequence[Row]) -> str:
+        """A thread's or stream's name by what is on it; of several in a process the later ones are numbered."""
+        timelines = (BY_ID[row["stage"]].timeline for row in rows)
+        name = next((str(each) for each in timelines if each not in (Timeline.ANY, Timeline.REQUEST)), "thread")
+        self._named[process, name] += 1
+        number = self._named[process, name]
+        return name if number == 1 else f"{name} {number}"
+
     def _track(
         self,
         process: int | None,
@@ -307,14 +317,6 @@ def _group(number: int, key: int | None, processes: Mapping[int, Process]) -> Gr
     name = ", ".join([process.role.replace("_", " "), *ranks])
     rank = process.info.get("rank")
     return Group(number, f"{name} on {process.host}", process.pid, rank + 1 if isinstance(rank, int) else 0)
-
-
-def _timeline_name(rows: Sequence[Row], thread: int) -> str:
-    for row in rows:
-        timeline = BY_ID[row["stage"]].timeline
-        if timeline not in (Timeline.ANY, Timeline.REQUEST):
-            return f"{timeline} {thread}"
-    return f"thread {thread}"
 
 
 def _slice(row: Row, names: Mapping[int, str]) -> _Slice:

@@ -30,14 +30,19 @@ class DeviceClock:
         """A moment of the device's timer lies between two of the host's."""
         lower = launched_ns - device_ns - self._resolution
         upper = seen_ns - device_ns + self._resolution
-        if self._known:
-            grown = self._grown(device_ns)
-            lower, upper = max(lower, self._lower - grown), min(upper, self._upper + grown)
-            if lower > upper:
-                self.contradictions += 1
-                lower = launched_ns - device_ns - self._resolution
-                upper = seen_ns - device_ns + self._resolution
-        self._known, self._at, self._lower, self._upper = True, device_ns, lower, upper
+        if not self._known:
+            self._known, self._at, self._lower, self._upper = True, device_ns, lower, upper
+            return
+        grown = self._grown(device_ns)
+        if device_ns >= self._at:
+            self._at, self._lower, self._upper = device_ns, self._lower - grown, self._upper + grown
+        else:
+            lower, upper = lower - grown, upper + grown
+        if lower > self._upper or upper < self._lower:
+            self.contradictions += 1
+            self._lower, self._upper = lower, upper
+        else:
+            self._lower, self._upper = max(lower, self._lower), min(upper, self._upper)
 
     def host_ns(self, device_ns: int) -> int:
         """The host's time at a moment of the device's timer: the middle of what it can be."""

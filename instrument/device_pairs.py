@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MOST_PAIRS = 192  # under way: of 64 steps with forward, sample and draft
-REFERENCE_NS = 1_000_000_000  # a reference is replaced after so long: times since it are float32 milliseconds
+REFERENCE_NS = 100_000_000  # a reference is replaced after so long: clocks drift, and times since it are float32
 MOST_STREAMS = 16
 STAGES = ("device_forward", "device_sample", "device_draft")
 FORWARD, SAMPLE, DRAFT = range(len(STAGES))
@@ -53,6 +53,9 @@ class Source(Protocol):
 
     def capturing(self) -> bool:
         """Whether the current stream is being captured into a graph."""
+
+    def record_aside(self, event: Any) -> None:
+        """Launches an event on a stream on which there is nothing else, so that it is reached at once."""
 
 
 @dataclass(slots=True)
@@ -107,6 +110,7 @@ class DevicePairs:
         self._unused = True
         self._numbered = 0  # pairs so far
         self._referred = 0  # when the newest reference was launched; 0: there is none
+        self._referring = False  # that one was not reached yet
         self._reference: _Pair | None = None  # the newest that was reached
         self._base = 0  # its time on the device's timer, since the first reference
         self._clock = DeviceClock()
@@ -125,7 +129,7 @@ class DevicePairs:
         if self._pending or self._forgotten:
             self.poll()
         launched = self._now()
-        if launched - self._referred > REFERENCE_NS or not self._referred:
+        if not self._referred or (launched - self._referred > REFERENCE_NS and not self._referring):
             self._refer(launched)
 
     def begin(self, stage: int) -> None:
@@ -215,18 +219,19 @@ class DevicePairs:
         return _Pair(self._source.event(), self._source.event())
 
     def _refer(self, launched: int) -> None:
-        """Launches a new reference, on whatever stream is the current one: the device has one timer."""
+        """Launches a new reference. However far the host is ahead of the device, it is reached at once."""
         pair = None if self._source.capturing() else self._take()
         if pair is None:
             return
         pair.stage, pair.launched = _REFERENCE, launched
-        pair.first.record()
-        self._referred = launched
+        self._source.record_aside(pair.first)
+        self._referred, self._referring = launched, True
         self._pending.append(pair)
 
     def _refers(self, pair: _Pair, seen: int) -> None:
         """A reference was reached: what comes behind it is told by the time since it."""
         before, self._reference = self._reference, pair
+        self._referring = False
         if before is not None:
             self._base += _ns(before.first, pair.first)
             self._free.append(before)
@@ -290,6 +295,7 @@ class DevicePairs:
             self._free.append(self._reference)
         self._reference = None
         self._referred = self._base = 0
+        self._referring = False
         contradictions, self._clock = self._clock.contradictions, DeviceClock()
         self._clock.contradictions = contradictions
         self._unused, self._forgotten = True, False

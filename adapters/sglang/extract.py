@@ -11,13 +11,16 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from stagetrace.instrument.ids import handle
-from stagetrace.instrument.stages import Finish
+from stagetrace.instrument.stages import Finish, QueueCause
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 HEALTH_CHECK = "HEALTH_CHECK"  # how the ids of the requests begin that SGLang's /health makes
 _FINISH_BY_TYPE = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.ABORT}
+# An enum's attributes are slow to look up.
+_KV_SPACE, _BATCH_FULL, _TOKEN_BUDGET = map(int, (QueueCause.KV_SPACE, QueueCause.BATCH_FULL, QueueCause.TOKEN_BUDGET))
+_PAUSED, _TURN = int(QueueCause.PAUSED), int(QueueCause.TURN)
 _CLIENT_ERROR = 400  # from this HTTP status on an abort is an error that the client is told
 
 
@@ -98,6 +101,36 @@ def kv_usage(scheduler: Any) -> float:
     return 1.0 - float(free) / float(scheduler.max_total_num_tokens)
 
 
+def held_back(scheduler: Any, batch: Any, running: Any, preempted: int) -> int:
+    """Why requests that wait were not taken into the batch that was just chosen: a stages.QueueCause.
+
+    In constant time. `batch` is None where there is none; `running`: the batch of those in decode, beside it;
+    `preempted`: how many were thrown out. SGLang notes in `batch_is_full` that nobody can be taken in until a request
+    leaves, for want of a place or of room for KV; what a step may prefill is counted again each time.
+    TURN where none waits, or it cannot be told (priorities, a delayed prefill, LoRA adapters).
+    """
+    if not scheduler.waiting_queue:
+        return _TURN
+    if getattr(scheduler, "_engine_paused", False):
+        return _PAUSED
+    if preempted:
+        return _KV_SPACE
+    prefills = batch is not None and batch.forward_mode.is_extend()
+    requests = len(running.reqs) + (len(batch.reqs) if prefills and batch is not running else 0)
+    if scheduler.req_to_token_pool.available_size() <= 0 or requests >= scheduler.max_running_requests:
+        return _BATCH_FULL
+    if prefills:
+        left = scheduler.max_prefill_tokens - batch.extend_num_tokens
+        if scheduler.chunked_req is not None or left <= 0:
+            return _TOKEN_BUDGET
+        chunk = scheduler.chunked_prefill_size
+        if chunk is not None and batch.extend_num_tokens >= chunk:
+            return _TOKEN_BUDGET
+        if not running.batch_is_full and len(scheduler.waiting_queue[0].origin_input_ids) >= left:
+            return _TOKEN_BUDGET
+    return _KV_SPACE if running.batch_is_full else _TURN
+
+
 def decode_context(batch: Any, per_decode: int = 1) -> int:
     """Sum of the contexts of a ScheduleBatch in decode, the tokens of this step included; its own column, on the host.
 
@@ -170,8 +203,6 @@ def process_info(args: Any, model: Any, parallel: Any, version: str) -> dict[str
         "model_path": str(args.model_path),
         "dtype": str(model.dtype),
         "max_model_len": int(model.context_len),
-        "max_num_seqs": int(args.max_running_requests or 0),
-        "chunked_prefill_size": int(args.chunked_prefill_size or 0),
         "mixed_chunk": bool(args.enable_mixed_chunk),
         "overlap_schedule": not args.disable_overlap_schedule,
         "block_size": int(args.page_size or 1),
@@ -187,6 +218,15 @@ def process_info(args: Any, model: Any, parallel: Any, version: str) -> dict[str
         "world_size": attention_parallel * int(parallel.pp_size),
         "pid": os.getpid(),
     }
+
+
+def limits(scheduler: Any) -> dict[str, int]:
+    """The limits that a Scheduler goes by, which it works out where its arguments name none; those that there are."""
+    found = {
+        "max_num_seqs": getattr(scheduler, "max_running_requests", None),
+        "chunked_prefill_size": getattr(scheduler, "chunked_prefill_size", None),
+    }
+    return {name: int(value) for name, value in found.items() if value}
 
 
 def rank_of(parallel: Any) -> int:

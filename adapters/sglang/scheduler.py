@@ -17,10 +17,11 @@ from stagetrace.adapters.device import device_info
 from stagetrace.adapters.device_time import on_device
 from stagetrace.adapters.kernel_window import KernelWindow
 from stagetrace.adapters.members import Members
+from stagetrace.adapters.waiting import Waiting
 from stagetrace.instrument.around import Around
 from stagetrace.instrument.recorder import now
 from stagetrace.instrument.records import HEAD, TAILS, Change, Event, RecordType, header_word
-from stagetrace.instrument.stages import BY_NAME, Finish, GraphMode, IdleReason, Level
+from stagetrace.instrument.stages import BY_NAME, Finish, GraphMode, IdleReason, Level, QueueCause
 
 from . import extract, layers, nodes, startup
 from .worker import DEVICE, RANK
@@ -54,6 +55,8 @@ _DECODE = header_word(RecordType.STATE, BY_NAME["decode"].id)
 _PREEMPTED = header_word(RecordType.STATE, BY_NAME["preempted"].id)
 _FINISHED = header_word(RecordType.EVENT, Event.FINISHED)
 _DRAFTED = header_word(RecordType.EVENT, Event.DRAFTED)
+_WAITED = header_word(RecordType.EVENT, Event.WAITED)
+_WAITS_FOR_GRAMMAR, _WAITS_ITS_TURN = int(QueueCause.GRAMMAR), int(QueueCause.TURN)
 _CHUNK = header_word(RecordType.MEMBER, Change.CHUNK)
 
 
@@ -72,6 +75,8 @@ class Tracker:
         self.pipeline = pipeline  # between its own work it waits for the other stages
         self.live: dict[str, int] = {}  # request -> handle, 0 for a health check, from queue to end
         self.waiting: set[str] = set()  # of these: not scheduled yet, or not again
+        self.waits = Waiting()  # of these: in the queue, not thrown out of the batch
+        self.compiling: set[str] = set()  # of these: their grammar is not there yet
         self.prefilling: set[str] = set()
         self.batch: list[Any] = []  # the requests of the last step, as the engine has them
         self.members = Members(recorder, instance)
@@ -102,6 +107,8 @@ class Tracker:
         begun = [*scheduler.running_batch.reqs, *(last.reqs if last else ()), *([chunked] if chunked else ())]
         self.live = {each.rid: self._handle(each) for each in (*queued, *begun) if not each.finished()}
         self.waiting = {each.rid for each in queued}
+        self.waits.forget()
+        self.compiling.clear()
         self.prefilling = {chunked.rid} if chunked else set()
         self.in_flight, self.verified = {}, {}
         self.batch = []
@@ -114,9 +121,11 @@ class Tracker:
 
     # Requests
 
-    def queued(self, request: Any, since: float) -> None:
-        """A request was taken in, at `since` on SGLang's clock."""
+    def queued(self, request: Any, since: float, cause: int = _WAITS_ITS_TURN) -> None:
+        """A request was taken in, at `since` on SGLang's clock; `cause`: what it waits for first."""
         if request.rid in self.live:
+            if request.rid in self.compiling and cause == _WAITS_ITS_TURN:
+                self.compiled(request, now())
             return  # it comes back: after a retraction, or when its grammar is compiled
         time_ns = extract.time_ns(since) or now()
         handle = self.live[request.rid] = self._handle(request)
@@ -124,7 +133,29 @@ class Tracker:
         if handle:
             if self.idle and not self.woken:
                 self.woken = extract.time_ns(request.time_stats.scheduler_recv_time) or time_ns
-            self.recorder.state(_QUEUE, time_ns, handle, self.instance, 0, len(request.origin_input_ids))
+            if cause == _WAITS_FOR_GRAMMAR:
+                self.compiling.add(request.rid)
+            else:
+                self.waits.begins(request.rid, time_ns)
+            self.recorder.state(_QUEUE, time_ns, handle, self.instance, 0, len(request.origin_input_ids), cause)
+
+    def compiled(self, request: Any, time_ns: int) -> None:
+        """A request's grammar is there: from now on it waits for its turn."""
+        self.compiling.discard(request.rid)
+        handle = self.live[request.rid]
+        self.waits.begins(request.rid, time_ns)
+        self.recorder.state(_QUEUE, time_ns, handle, self.instance, 0, len(request.origin_input_ids), _WAITS_ITS_TURN)
+
+    def has_waited(self, rid: str, handle: int, until: int, time_ns: int) -> None:
+        """A request left the queue at `time_ns`: records what held it back until `until`, and for how long."""
+        for cause, ns in self.waits.ends(rid, until):
+            self.recorder.state(_WAITED, time_ns, handle, self.instance, 0, cause, ns)
+
+    def consider(self, scheduler: Any, batch: Any, running: Any, begin: int) -> None:
+        """A batch was chosen, at `begin`, or none. Micro-batches of a pipeline have limits of their own: not told."""
+        waits = self.waits
+        if (waits.since or waits.held != _WAITS_ITS_TURN) and not self.pipeline:
+            waits.holds_back(extract.held_back(scheduler, batch, running, self.preempted), begin)
 
     def preempt(self, request: Any) -> None:
         """A request was thrown out of the running batch."""
@@ -142,7 +173,9 @@ class Tracker:
         handle = self.live.pop(request.rid, None)
         self.waiting.discard(request.rid)
         self.prefilling.discard(request.rid)
+        self.compiling.discard(request.rid)
         if handle:
+            self.has_waited(request.rid, handle, time_ns, time_ns)
             self.recorder.state(
                 _FINISHED,
                 time_ns,
@@ -266,6 +299,8 @@ class Tracker:
                     stats = request.time_stats
                     entered = extract.time_ns(stats.last_forward_entry_time)
                     again = 1 if request.retraction_count else 0
+                    if rid in self.waits.since:
+                        self.has_waited(rid, handle, begin, max(entered, begin))
                     recorder.state(_PREFILL, max(entered, begin), handle, instance, step, cached, again)
             elif rid not in prefilling:
                 decodes += 1
@@ -380,7 +415,7 @@ def opens_recorder(hook: Hook) -> Around:
         RANK.per_decode = extract.per_decode(server_args)
         RANK.window = KernelWindow(hook.recorder)
         info = extract.process_info(server_args, self.model_config, parallel, __version__)
-        info["data_parallel_rank"] = dp_rank
+        info |= {**extract.limits(self), "data_parallel_rank": dp_rank}
         if extract.is_first(parallel):
             hook.recorder.open("engine_core", {**info, "instance": RANK.instance})
             _Here.tracker = Tracker(hook.recorder, RANK.instance, parallel.pp_size > 1, RANK.per_decode)
@@ -410,7 +445,7 @@ def wait_for_grammar(hook: Hook) -> Around:
     def after(req: Any, result: Any) -> None:
         tracker = _Here.tracker
         if tracker is not None and result:
-            tracker.queued(req, req.time_stats.scheduler_recv_time)
+            tracker.queued(req, req.time_stats.scheduler_recv_time, _WAITS_FOR_GRAMMAR)
 
     return Around(after=after)
 
@@ -460,12 +495,13 @@ def completed(hook: Hook) -> Around:
 def schedule(hook: Hook) -> Around:
     """Scheduler.get_next_batch_to_run: a batch was chosen, or none. Its step's number is known when it is run."""
 
-    def after(result: Any, begin: int, end: int) -> None:
+    def after(self: Any, result: Any, begin: int, end: int) -> None:
         tracker = _Here.tracker
         if tracker is not None:
             batch = getattr(result, "batch_to_run", result)
             if batch is not None:
                 tracker.chosen = (batch, begin, end)
+            tracker.consider(self, batch, getattr(result, "running_batch", None) or self.running_batch, begin)
 
     return Around(after=after)
 

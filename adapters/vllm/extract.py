@@ -10,12 +10,12 @@ import os
 from operator import mul
 from typing import TYPE_CHECKING, Any
 
+from stagetrace.adapters.waiting import OWN
 from stagetrace.instrument.stages import Finish, GraphMode, QueueCause
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-OWN = 0  # in place of a QueueCause: those that wait are each held back by something of their own
 # An enum's attributes are slow to look up.
 _KV_SPACE, _BATCH_FULL, _TOKEN_BUDGET = map(int, (QueueCause.KV_SPACE, QueueCause.BATCH_FULL, QueueCause.TOKEN_BUDGET))
 _PAUSED, _TURN = int(QueueCause.PAUSED), int(QueueCause.TURN)

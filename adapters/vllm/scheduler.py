@@ -7,6 +7,7 @@ from _thread import get_ident
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from stagetrace.adapters.waiting import Waiting
 from stagetrace.instrument.around import Around
 from stagetrace.instrument.ids import new_instance
 from stagetrace.instrument.recorder import now
@@ -84,11 +85,7 @@ class Tracker:
         self.compiling: dict[str, int] = {}  # requests queued before their grammar was compiled -> when
         self.connected = False  # whether there is a KV connector
         self.transferring: set[str] = set()  # requests that wait for KV from elsewhere
-        # Time that waiting requests were held back so far, by QueueCause, in ns; replaced when it grows.
-        self.held_ns: tuple[int, ...] = (0,) * len(QueueCause)
-        self.held = _WAITS_ITS_TURN  # what holds them back now: TURN stands for nothing that is known
-        self.held_since = 0
-        self.since: dict[str, tuple[int, ...]] = {}  # requests that wait -> held_ns when they began to
+        self.waits = Waiting()
         self.dropped_requests: set[str] = set()  # those that ended while a step that has them was in flight
         self.accepted = 0  # draft tokens, of the step that is in update
         self.finished: Sequence[_Ended] | None = None  # held back while in update
@@ -119,8 +116,7 @@ class Tracker:
         self.last_end = self.preempted = self.snapshot_at = 0
         self.compiling.clear()
         self.transferring.clear()
-        self.since.clear()
-        self.held = _WAITS_ITS_TURN
+        self.waits.forget()
 
     # Requests
 
@@ -132,7 +128,7 @@ class Tracker:
             cause = _WAITS_FOR_GRAMMAR
             self.compiling[request.request_id] = time_ns
         else:
-            self.begins_to_wait(request.request_id, time_ns)
+            self.waits.begins(request.request_id, time_ns)
         self.recorder.state(_QUEUE, time_ns, handle, self.instance, 0, request.num_prompt_tokens, cause)
 
     def compiled(self, request: Any, handle: int) -> None:
@@ -141,45 +137,19 @@ class Tracker:
         time_ns = max(getattr(request, COMPILED_ATTRIBUTE, 0), queued)
         self.recorder.state(_QUEUE, time_ns, handle, self.instance, 0, request.num_prompt_tokens, _WAITS_ITS_TURN)
 
-    def begins_to_wait(self, request_id: str, time_ns: int) -> None:
-        """A request waits from now on to be scheduled."""
-        if self.held == _WAITS_ITS_TURN:
-            self.since[request_id] = self.held_ns
-        else:
-            self.since[request_id] = self._held_until(time_ns)
-
-    def _held_until(self, time_ns: int) -> tuple[int, ...]:
-        """What `held_ns` would be, were it brought up to that time."""
-        held = [*self.held_ns]
-        held[self.held] += max(time_ns - self.held_since, 0)
-        return tuple(held)
-
-    def holds_back(self, cause: int, time_ns: int) -> None:
-        """From now on this is what holds waiting requests back."""
-        if cause == self.held:
-            return
-        if self.held != _WAITS_ITS_TURN:
-            self.held_ns = self._held_until(time_ns)
-        self.held, self.held_since = cause, time_ns
-
     def has_waited(self, request: Any, handle: int, time_ns: int) -> None:
         """A request waits no longer: records what held it back, and for how long."""
-        since = self.since.pop(request.request_id, None)
-        if since is None or (since is self.held_ns and self.held == _WAITS_ITS_TURN):
-            return
         own = _WAITS_FOR_LORA if request.lora_request is not None else _WAITS_FOR_CONNECTOR if self.connected else 0
-        for held, (before, after) in enumerate(zip(since, self._held_until(time_ns), strict=True)):
-            cause = held or own
-            if cause and after != before and held != _WAITS_ITS_TURN:
-                self.recorder.state(_WAITED, time_ns, handle, self.instance, 0, cause, after - before)
+        for cause, ns in self.waits.ends(request.request_id, time_ns, own):
+            self.recorder.state(_WAITED, time_ns, handle, self.instance, 0, cause, ns)
 
     def consider(self, scheduler: Any, output: Any, begin: int) -> None:
         """A batch was chosen, at `begin`, while requests were waiting."""
         while _COMPILED:
             request_id = _COMPILED.popleft()
             if request_id in self.compiling:
-                self.begins_to_wait(request_id, begin)
-        self.holds_back(extract.held_back(scheduler, output, self.preempted), begin)
+                self.waits.begins(request_id, begin)
+        self.waits.holds_back(extract.held_back(scheduler, output, self.preempted), begin)
 
     def transfer_begins(self, request: Any, tokens: int) -> None:
         """A request's KV is to be fetched from elsewhere."""
@@ -203,7 +173,7 @@ class Tracker:
         if request.num_preemptions:
             self.recorder.state(_PREEMPTED, time_ns, handle, self.instance, 0, request.num_output_tokens)
             return
-        self.begins_to_wait(request_id, time_ns)
+        self.waits.begins(request_id, time_ns)
         self.recorder.state(_QUEUE, time_ns, handle, self.instance, 0, request.num_prompt_tokens, _WAITS_ITS_TURN)
 
     def preempt(self, request: Any) -> None:
@@ -233,7 +203,7 @@ class Tracker:
         if drafted is not None:
             self.recorder.state(_DRAFTED, time_ns, handle, self.instance, self.step, *drafted)
         self.transferring.discard(request_id)
-        if request_id in self.since:
+        if request_id in self.waits.since:
             self.has_waited(request, handle, time_ns)
         if self.finished is not None:
             self.finished = (*self.finished, (request_id, handle, words))
@@ -257,7 +227,8 @@ class Tracker:
         recorder = self.recorder
         if recorder.epoch[0] != self.epoch:
             self.resume(scheduler)
-        if self.since or self.compiling or self.held != _WAITS_ITS_TURN:
+        waits = self.waits
+        if waits.since or self.compiling or waits.held != _WAITS_ITS_TURN:
             self.consider(scheduler, output, begin)
         if not output.total_num_scheduled_tokens:
             return  # a flush of finished requests: no step, its time is `between`
@@ -329,7 +300,7 @@ class Tracker:
             self.prefilling[request_id] = request.num_tokens
             if request_id in self.compiling:
                 self.compiled(request, handle)
-            if request_id in self.since:
+            if request_id in self.waits.since:
                 self.has_waited(request, handle, begin)
             again = 1 if request.num_preemptions else 0
             cached = cached_of.get(request_id, 0)
@@ -488,7 +459,7 @@ def paused(hook: Hook) -> Around:
     recorder = hook.recorder
 
     def after(self: Any, pause_state: Any) -> None:
-        tracker_of(self, recorder).holds_back(_PAUSED if pause_state else _WAITS_ITS_TURN, now())
+        tracker_of(self, recorder).waits.holds_back(_PAUSED if pause_state else _WAITS_ITS_TURN, now())
 
     return Around(after=after)
 

@@ -155,7 +155,10 @@ def worker_sample_tokens(hook: Hook) -> Around:
 
 
 def output_fetched(_: Hook) -> Around:
-    """get_output of what a step gave: it has waited for the step, on a thread of its own where steps overlap."""
+    """get_output of what a step gave: it has waited for the step, on a thread of its own where steps overlap.
+
+    While another thread captured a graph, asking for an event would break that; so would what the engine does here.
+    """
     return on_device(Around(), after=DEVICE.fetched)
 
 

@@ -17,7 +17,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import requests
+from backends.authority import Authority
 from backends.exported import export, export_otlp
+from backends.receiver import HttpReceiver
 from backends.tables import MS, TRACE_ID, Builder, serving
 from backends.test_rotel import agent
 from unit.commands import commands_in, wait_for
@@ -298,6 +300,30 @@ def test_a_password_is_not_shown() -> None:
     server = Server("https://me:geheim@host:8443/traces?secure=1")
     assert server.target == "https://host:8443/traces (ClickHouse)" and server.database == "traces"
     assert "geheim" not in server.name
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("the database", "no such database"),
+        ("the password", "USER:PASSWORD@HOST"),
+        ("nobody signed it", "REQUESTS_CA_BUNDLE"),
+        ("no TLS", "begin the URL with http://"),
+    ],
+)
+def test_what_is_wrong_is_named_with_what_to_do(tmp_path: Path, wrong: str, says: str) -> None:
+    certificate = Authority(tmp_path / "authority").sign("server", "IP:127.0.0.1")
+    with HttpReceiver(certificate=certificate) as secure, HttpReceiver() as plain:
+        plain.status = 404 if wrong == "the database" else 516  # as ClickHouse answers
+        url = {"nobody signed it": secure.endpoint, "no TLS": f"https://127.0.0.1:{plain.port}"}.get(
+            wrong, plain.endpoint
+        )
+        sink = ClickHouseSink(Server(f"{url}/default"), b"key")
+        build = Builder()
+        build.step(7, 1, 1 * MS, 2 * MS, decode_tokens=1)
+        assert not sink.send(sink.spans(build.tables(), Manifest(anchors=[(0, 10**18)])).spans)
+        assert sink.hopeless and says in sink.remedy, sink.why
+        sink.shutdown()
 
 
 def test_the_command_sends_and_says_what_is_wrong(tmp_path: Path, clickhouse: ClickHouse) -> None:

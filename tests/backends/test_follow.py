@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -18,6 +19,7 @@ from backends.receiver import GrpcReceiver, HttpReceiver, Receiver
 from backends.tables import MS, Builder, serving
 from unit.commands import RECORDING, Commands, commands_in, said, wait_for
 
+from stagetrace.analysis.step_light import with_light
 from stagetrace.exporters import follow
 from stagetrace.exporters.follow import Follower, Taken
 from stagetrace.exporters.otel_settings import destination
@@ -361,6 +363,28 @@ def test_live_and_later_sampled_exports_are_the_same(tmp_path: Path) -> None:
     assert failed.attributes["stagetrace.sampling.weight"] == 1.0
     for state in session.read_exports().values():
         assert state.left_out["steps_sampled_out"] == state.left_out["segments_sampled_out"] == 120 - len(steps)
+
+
+def test_a_real_engines_session_live_and_later_is_the_same(recording: Session, tmp_path: Path) -> None:
+    shutil.copytree(recording.path, tmp_path / "session")
+    session = Session.open(tmp_path / "session")
+    shutil.rmtree(session.path / "exports", ignore_errors=True)
+    whole = session.read_manifest()
+    with HttpReceiver() as live, GrpcReceiver() as later:
+        for derived in range(1, whole.derived + 1):  # commit by commit; the exporting process ends in between
+            whole.complete = derived == whole.derived
+            session.write_manifest(replace(whole, derived=derived))
+            follower = follower_of(session, live, timeout_s=5, enrich=with_light(session))
+            follower.follow(lambda derived=derived, follower=follower: follower.state.commit >= derived)
+            follower.close()
+        finish(follower_of(session, live, timeout_s=5, enrich=with_light(session)))
+        finish(follower_of(session, later, timeout_s=5, enrich=with_light(session)))
+        one, two = (
+            sorted((item.span.SerializeToString(deterministic=True), sorted(item.resource.items())) for item in items)
+            for items in (live.received(), later.received())
+        )
+    assert one == two and len({span for span, _ in one}) == len(one) > 800
+    assert any("stagetrace.operations" in item.attributes for item in later.received()), "with the speed of light"
 
 
 # The commands

@@ -90,6 +90,18 @@ def test_tls_is_by_the_scheme_and_else_by_insecure(endpoint: str, insecure: str,
     assert (wanted.secure, wanted.address) == (secure, address)
 
 
+@pytest.mark.parametrize(
+    ("protocol", "endpoint"),
+    [
+        *(("grpc", each) for each in ("http://a:99999", "http://", "a:port", "https://:4317")),
+        *(("http/protobuf", each) for each in ("http://a:99999", "http://", "a:4318", "ftp://a:4318")),
+    ],
+)
+def test_an_endpoint_that_is_none_is_told(protocol: str, endpoint: str) -> None:
+    with pytest.raises(BadSettings, match=r"[Pp]ort|host|begins with http"):
+        sent({"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_EXPORTER_OTLP_PROTOCOL": protocol})
+
+
 def test_secrets_are_not_shown() -> None:
     wanted = destination({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://a:1", "OTEL_EXPORTER_OTLP_HEADERS": "key=geheim"})
     assert wanted is not None and wanted.headers == {"key": "geheim"}

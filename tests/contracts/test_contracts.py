@@ -9,7 +9,9 @@ from contracts import facts
 from contracts.facts import HOW, fetch, judge, judged, kept, package_of, ranged, tables, targets_of
 from contracts.sources import LOCK, CannotFetch, Release, locked
 
+from stagetrace.adapters import device_time
 from stagetrace.adapters.inspect import ENGINES
+from stagetrace.adapters.sglang import worker as sglang_worker
 from stagetrace.instrument.around import Parameters, source
 from stagetrace.instrument.hooks import FITS, Hook, release_of
 from stagetrace.instrument.recorder import Recorder
@@ -82,8 +84,14 @@ def test_what_stands_for_another_names_a_row(engine: str):
     assert {point.stands_for for point in tables()[engine]} - {""} <= targets
 
 
+@pytest.mark.parametrize("gpu", [False, True], ids=["processor", "GPU"])
 @each_release
-def test_what_the_handlers_ask_for_is_a_parameter_in_every_release(release: Release):
+def test_what_the_handlers_ask_for_is_a_parameter_in_every_release(
+    release: Release, gpu: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Also of the handlers as they are where PyTorch was built for a GPU."""
+    for module in (device_time, sglang_worker):
+        monkeypatch.setattr(module, "built", lambda: gpu)
     found = kept(release)
     for point in of_engine(release):
         if ranged(point, release):

@@ -36,6 +36,7 @@ from stagetrace.instrument.hooks import ERRORS_UNTIL_OUT
 from stagetrace.instrument.stages import BY_ID, BY_NAME, AttentionKind, Collective, Level
 
 if TYPE_CHECKING:
+    import pandas as pd
     from engines.conftest import Calibrated
 
 MENDS = Path(__file__).with_name("mends")
@@ -243,6 +244,30 @@ def spread(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     return recorded(model, directory, *arguments, requests=6, **env)
 
 
+def assert_dispatched(spread: Recorded) -> None:
+    """Each rank counts the experts of its own tokens, dispatches these, and gets back what all ranks' have become."""
+    experts, tokens = spread.frames["experts"], scheduled(spread)
+
+    def own(rows: pd.DataFrame) -> np.ndarray:
+        return tokens.loc[list(zip(rows["instance"], rows["step"], strict=True))].to_numpy()
+
+    assert experts["instance"].nunique() == 2 and len(experts) == LAYERS * len(tokens)
+    assert (experts["tokens"].to_numpy() == own(experts)).all()
+    assert [sum(counts) for counts in experts["counts"]] == (TOP_K * own(experts)).tolist()
+    rows = {
+        stage: spread.segments(stage).sort_values(["instance", "step", "begin_ns"])
+        for stage in ("moe_route", "expert_dispatch", "expert_compute", "expert_combine", "collective")
+    }
+    for stage in ("moe_route", "expert_dispatch", "expert_combine"):
+        assert (rows[stage]["a1"].to_numpy() == own(rows[stage])).all(), stage
+    size, computed = HIDDEN * TYPE_BYTES, rows["expert_compute"]["a1"].to_numpy()
+    assert (computed >= own(rows["expert_compute"])).all()
+    sent = {op: rows["collective"][rows["collective"]["a0"] == op]["a2"] for op in Collective}
+    assert (rows["expert_dispatch"]["a2"] == size * rows["expert_dispatch"]["a1"]).all()
+    assert (sent[Collective.DISPATCH].to_numpy() == rows["expert_dispatch"]["a2"].to_numpy()).all()
+    assert (sent[Collective.COMBINE].to_numpy() == size * computed).all()
+
+
 @pytest.mark.matrix
 def test_experts_of_other_ranks(moe: Recorded, spread: Recorded) -> None:
     """Every token is dispatched and combined in every layer, and counted once.
@@ -263,6 +288,7 @@ def test_experts_of_other_ranks(moe: Recorded, spread: Recorded) -> None:
         assert {names[group] for group in rows["a1"]} == {"ep:0 (ranks 0-1)"}
         assert set(rows["parent_stage"]) == {BY_NAME[stage].id}
     assert Collective.ALL_GATHER not in set(collectives["a0"]), "what a dispatch is made of is not counted again"
+    assert_dispatched(spread)
     infos = [process.info for process in spread.recording.manifest.processes if "ep_rank" in process.info]
     assert sorted((info["ep_rank"], info["local_experts"]) for info in infos) == [(0, "0-3"), (1, "4-7")]
     found = {row.op for row in summarise(spread.recording.session).layers.collectives}

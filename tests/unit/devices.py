@@ -4,11 +4,13 @@ them. It has no way to wait. Its timer begins elsewhere than the host's clock an
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
 
 NEVER = 1 << 62
+ASIDE = -1  # a stream on which there is nothing else
 
 
 @dataclass
@@ -18,9 +20,9 @@ class FakeEvent:
     device: FakeDevice
     reached: int | None = None  # host ns; None: it was not recorded
 
-    def record(self) -> None:
+    def record(self, stream: int | None = None) -> None:
         assert not self.device.capturing_now, "recorded in a capture: it would be part of the graph"
-        self.reached = self.device.launch(0)
+        self.reached = self.device.launch(0, stream)
 
     def query(self) -> bool:
         assert not self.device.capturing_now, "asked in a capture, which that would break"
@@ -56,11 +58,15 @@ class FakeDevice:
         own = 77_000_000_000 + host_ns + host_ns * self.drift_ppm // 1_000_000
         return own // self.resolution * self.resolution
 
-    def launch(self, width: int) -> int:
-        """Work on the current stream; when it will be done."""
-        begin = max(self.free.get(self.current, 0), self.now + self.latency)
-        self.free[self.current] = begin + width
+    def launch(self, width: int, stream: int | None = None) -> int:
+        """Work on a stream, the current one if none is named; when it will be done."""
+        stream = self.current if stream is None else stream
+        begin = max(self.free.get(stream, 0), self.now + self.latency)
+        self.free[stream] = begin + width
         return begin + width
+
+    def record_aside(self, event: FakeEvent) -> None:
+        event.record(ASIDE)
 
     def event(self) -> FakeEvent:
         self.made += 1
@@ -71,3 +77,19 @@ class FakeDevice:
 
     def capturing(self) -> bool:
         return self.capturing_now
+
+
+class LiveDevice(FakeDevice):
+    """One whose clock is the host's own."""
+
+    @property
+    def now(self) -> int:  # type: ignore[override]
+        return time.monotonic_ns()
+
+    @now.setter
+    def now(self, _: int) -> None:
+        pass
+
+    def wait(self) -> None:
+        """As an engine waits for what it has launched."""
+        time.sleep(max(0, max(self.free.values()) - self.now) / 1e9)

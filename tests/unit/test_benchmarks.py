@@ -23,6 +23,7 @@ import measure
 import record_cost
 import rings
 import soak
+import timeline_scale
 from stream import Seen
 from windows import STOPPED, WITH, WITHOUT, Window, client_figures, cpu_figures, cpu_seconds, difference, differences
 
@@ -124,6 +125,15 @@ def test_collector_prints_tables_and_one_object_last() -> None:
         assert 0 < low <= found[key] <= high, key
     assert found["cpu_pct_at_200_steps"] > 0
     assert found["peak_rss_mb"] > 0
+
+
+def test_timeline_scale_writes_whole_timelines() -> None:
+    done = run("timeline_scale.py", "--quick", "--records", "30000", "--formats", "perfetto", "--json")
+    found = json.loads(done.stdout.splitlines()[-1])
+    (figures,) = found["formats"]["perfetto"].values()
+    assert figures["events"] > 30_000 and figures["bytes"] > 1_000_000 and found["flat"]
+    assert timeline_scale.flat([300.0]) and timeline_scale.flat([200.0, 300.0, 320.0])
+    assert not timeline_scale.flat([200.0, 300.0, 340.0])
 
 
 def test_analysis_scale_measures_commands_by_the_number_of_records() -> None:

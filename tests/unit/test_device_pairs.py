@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from unit.devices import NEVER, FakeDevice, FakeEvent
+from unit.devices import NEVER, FakeDevice, FakeEvent, LiveDevice
 
 from stagetrace.instrument.device_clock import DRIFT_PPM, DeviceClock
 from stagetrace.instrument.device_pairs import DRAFT, FORWARD, MOST_PAIRS, MOST_STREAMS, SAMPLE, STAGES, DevicePairs
@@ -210,7 +212,8 @@ def test_a_switch_while_another_thread_polls_is_left_to_that_one():
 def test_what_a_broken_step_left_open_is_given_up():
     rank = Rank()
     rank.pairs.step_begins()
-    rank.pairs.begin(FORWARD)  # the engine raises
+    for stage in (SAMPLE, DRAFT):
+        rank.pairs.begin(stage)  # the engine raises
     rank.step(2)
     rank.wait()
     rank.pairs.poll()
@@ -242,6 +245,46 @@ def test_a_draft_is_inside_sampling_whatever_the_clocks():
     assert forward.end <= sample.begin <= draft.begin <= draft.end <= sample.end
 
 
+def test_a_draft_in_sampling_that_was_broken_off_is_before_what_comes_then():
+    rank = Rank()
+    rank.pairs.step_begins()
+    rank.begin(SAMPLE)
+    rank.span(DRAFT, 1, MS)
+    rank.step(2)
+    rank.wait()
+    rank.pairs.poll()
+    draft, forward, _ = rank.spans
+    assert draft.stage == "device_draft" and forward.stage == "device_forward"
+    assert draft.begin < draft.end <= forward.begin
+
+
+def test_sampling_is_around_a_draft_that_was_placed_when_less_was_known():
+    rank = Rank()
+    rank.pairs.step_begins()
+    rank.begin(SAMPLE)
+    rank.span(DRAFT, 1, 10 * US)
+    rank.device.now += 10 * MS  # the offset may be anything up to so much: the draft is placed in the middle
+    rank.pairs.poll()
+    rank.end(SAMPLE, 1)
+    rank.device.now += 10 * US
+    rank.pairs.poll()
+    draft, sample = rank.spans
+    assert draft.error > 4 * MS and draft.end > rank.truth[1, "device_draft"][0][1] + 4 * MS
+    assert sample.begin <= draft.begin <= draft.end <= sample.end
+    assert abs(sample.end - rank.truth[1, "device_sample"][0][1]) <= sample.error
+
+
+def test_a_span_is_around_those_in_it_even_when_the_clocks_contradict_themselves():
+    rank = Rank()
+    rank.pairs.step_begins()
+    rank.pairs.begin(SAMPLE)
+    rank.pairs.begin(DRAFT)
+    outer, inner = rank.pairs._open[SAMPLE], rank.pairs._open[DRAFT]
+    assert outer is not None and inner is not None and inner.around == outer.number
+    assert rank.pairs._placed(inner, 100, 300) == (100, 300, 0)
+    assert rank.pairs._placed(outer, 200, 250) == (100, 300, 100), "its error is larger by what it was moved"
+
+
 def test_streams_have_timelines_of_their_own_but_no_more_than_a_few():
     rank = Rank()
     rank.pairs.step_begins()
@@ -252,6 +295,50 @@ def test_streams_have_timelines_of_their_own_but_no_more_than_a_few():
     rank.pairs.poll()
     assert [span.thread for span in rank.spans] == [*range(1, MOST_STREAMS + 1)]
     assert rank.pairs.skipped == 2
+
+
+def test_threads_that_poll_at_once_and_a_switch_in_between():
+    """One launches, two fetch, and now and then the level is switched: nothing is written twice, nothing is lost."""
+    steps, most = 4000, 60
+    device = LiveDevice()  # the other would need a lock
+    rank = Rank(device, most)
+    stop = threading.Event()
+    failed: list[BaseException] = []
+
+    def fetch() -> None:
+        try:
+            while not stop.is_set():
+                rank.pairs.poll()
+        except BaseException as error:
+            failed.append(error)
+
+    fetchers = [threading.Thread(target=fetch) for _ in range(2)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for fetcher in fetchers:
+            fetcher.start()
+        for step in range(1, steps + 1):
+            rank.step(step, 10 * US, 2 * US)
+            if step % 97 == 0:
+                rank.pairs.forget()
+        device.wait()
+    finally:
+        stop.set()
+        for fetcher in fetchers:
+            fetcher.join()
+        sys.setswitchinterval(interval)
+    rank.pairs.poll()
+    assert not failed
+    keys = [(span.step, span.stage) for span in rank.spans]
+    assert len({*keys}) == len(keys) > 0
+    thrown_away = 2 * steps - len(keys) - rank.pairs.skipped
+    assert 0 <= thrown_away <= most * (1 + steps // 97), "what was under way at a switch"
+    assert rank.device.made == 2 * rank.pairs._made <= 2 * most and len(rank.pairs._turn) == 1
+    assert len(rank.pairs._free) + (rank.pairs._reference is not None) == rank.pairs._made
+    for span in rank.spans:
+        begin, end = rank.truth[span.step, span.stage][0]
+        assert abs(span.begin - begin) <= span.error and abs(span.end - end) <= span.error
 
 
 # The clock
@@ -272,6 +359,21 @@ def test_a_clock_that_drifts_too_fast_is_noticed():
         rank.pairs.poll()
         rank.device.now += SECOND
     assert rank.pairs.contradictions == 0
+
+
+def test_a_device_that_is_never_idle_has_a_clock_as_good():
+    """The host is a step ahead all the time: that an event was launched says little of when it was reached."""
+    rank, ends = Rank(FakeDevice(drift_ppm=30)), [0]
+    for step in range(1, 300):
+        rank.step(step, 18 * MS, MS)
+        ends.append(rank.device.free[7])
+        rank.device.now = max(rank.device.now, ends[-2]) + 30 * US
+        rank.pairs.poll()
+    assert rank.device.now > 5 * SECOND and len(rank.spans) > 580
+    assert all(span.error < 60 * US for span in rank.spans[10:]) and rank.pairs.contradictions == 0
+    for span in rank.spans:
+        begin, end = rank.truth[span.step, span.stage][0]
+        assert abs(span.begin - begin) <= span.error and abs(span.end - end) <= span.error
 
 
 @given(

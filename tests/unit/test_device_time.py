@@ -9,20 +9,25 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from unit.devices import FakeDevice
+from unit.devices import ASIDE, FakeDevice, LiveDevice
 from unit.rings import opened, read_all
+from unit.sessions import SessionBuilder
 
 from stagetrace.adapters.device_time import DeviceTime, built, on_device
 from stagetrace.adapters.sglang import scheduler as sglang_scheduler
 from stagetrace.adapters.sglang import worker as sglang
 from stagetrace.adapters.vllm import hooks as vllm_hooks
 from stagetrace.adapters.vllm import worker as vllm
+from stagetrace.analysis.gap import Part, spent
+from stagetrace.analysis.load import load
+from stagetrace.analysis.report import summarise
+from stagetrace.analysis.speed_of_light import own_times
 from stagetrace.exporters.assembly.assemble import Assembler
 from stagetrace.instrument.around import Around, wrap
 from stagetrace.instrument.device_pairs import FORWARD
 from stagetrace.instrument.hooks import ERRORS_UNTIL_OUT, Hook, HookPoint
 from stagetrace.instrument.records import LEVEL_OFFSET
-from stagetrace.instrument.stages import BY_ID, Level
+from stagetrace.instrument.stages import BY_ID, STEP_COMPOSITION, Level
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,22 +41,6 @@ INSTANCE = 9
 V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 
 
-class LiveDevice(FakeDevice):
-    """One whose clock is the host's own."""
-
-    @property
-    def now(self) -> int:  # type: ignore[override]
-        return time.monotonic_ns()
-
-    @now.setter
-    def now(self, _: int) -> None:
-        pass
-
-    def wait(self) -> None:
-        """As an engine waits for what it has launched."""
-        time.sleep(max(0, max(self.free.values()) - self.now) / 1e9)
-
-
 def torch_with(device: FakeDevice) -> Any:
     def event(enable_timing: bool) -> Any:
         assert enable_timing
@@ -60,6 +49,7 @@ def torch_with(device: FakeDevice) -> Any:
     cuda = SimpleNamespace(
         Event=event,
         current_device=lambda: 0,
+        Stream=lambda: ASIDE,
         is_current_stream_capturing=device.capturing,
         is_initialized=lambda: True,
         current_stream=lambda: SimpleNamespace(cuda_stream=device.stream()),
@@ -208,6 +198,45 @@ def test_vllm_steps_that_overlap_are_fetched_on_a_thread_of_their_own(
     assert rows[-1]["a1"] > 5 * MS, "it was launched long before it ran"
 
 
+def test_what_the_hooks_record_is_what_the_report_reads(
+    device: LiveDevice, ring: tuple[Recorder, RingReader], tmp_path: Path
+):
+    """Four steps of a worker, through ring, assembly and session, to the devices' tables and the parts of the gap."""
+    recorder, reader = ring
+    said = vllm.DEVICE.open("cuda", recorder)
+    worker = Worker(device, recorder)
+    begun = time.monotonic_ns()
+    for number in range(1, 5):
+        begin = time.monotonic_ns()
+        recorder.step_begin(begin, begin, INSTANCE, number, [1, 0, 4] + [0] * (len(STEP_COMPOSITION) - 3))
+        worker.step(number)
+        recorder.step_end(time.monotonic_ns(), INSTANCE, number)
+        time.sleep(0.002)
+    ended = time.monotonic_ns()
+    assembler = Assembler(recorder.key)
+    assembler.add(read_all(reader))
+    tables = assembler.finish()
+    builder = SessionBuilder(tmp_path / "read", level="step")
+    builder.process(reader.key, "worker", info={"device": "cuda", "instance": INSTANCE, **said})
+    session = builder.write()
+    for name in ("steps", "segments"):
+        session.write_table(name, tables[name], 3)
+    summary = summarise(session)
+    (found,) = summary.device
+    assert found.busy_ns + sum(each.total_ns for each in found.still) == found.observed_ns <= ended - begun
+    assert found.busy_ns >= 4 * 4 * MS - 8 * (found.clock_error_most_ns or 0) and found.launch_delay.count == 4
+    (line,) = (each for each in summary.stages.timelines if each.name == "device")
+    assert {stage.stage: stage.count for stage in line.stages} == {"device_forward": 4, "device_sample": 4}
+    frames = load(session)
+    steps = frames["steps"]
+    assert steps["status"].tolist() == ["complete"] * 4
+    begins = (steps["end_ns"] - own_times(steps)).to_numpy()
+    parts = spent(steps, begins, frames["segments"], frames.manifest, {})
+    assert parts.launch_told
+    assert (parts.times[[part.value for part in Part]].sum(axis=1) == parts.times["time"]).all()
+    assert parts.times["kernel"].min() > 3 * MS, "as long as the device was busy"
+
+
 def test_vllm_below_the_level_nothing_is_recorded_nor_kept(device: LiveDevice, ring: tuple[Recorder, RingReader]):
     recorder = ring[0]
     vllm.DEVICE.open("cuda", recorder)
@@ -233,7 +262,9 @@ def test_every_function_of_vllms_table_has_its_part(device: LiveDevice, ring: tu
     assert len(fetched) == 2 and all(handlers[target](hook).after is not None for target in fetched)
 
 
-def test_sglang_with_overlap(device: LiveDevice, ring: tuple[Recorder, RingReader]):
+@pytest.mark.parametrize("level", [Level.STEP, Level.REQUEST])
+def test_sglang_with_overlap(device: LiveDevice, ring: tuple[Recorder, RingReader], level: Level):
+    """Three steps are launched before the first result; until then the level may be switched."""
     recorder = ring[0]
     sglang.DEVICE.open("cuda", recorder)
     sglang.RANK.instance = INSTANCE
@@ -247,18 +278,19 @@ def test_sglang_with_overlap(device: LiveDevice, ring: tuple[Recorder, RingReade
         forward(drafter, None)
         sample()
 
-    run_batch = hooked(run, sglang_scheduler.run_batch, recorder)
-    result = hooked(lambda batch: device.wait(), sglang_scheduler.process_result, recorder)
+    run_batch = hooked(run, sglang_scheduler.run_batch, recorder, Level.REQUEST)
+    result = hooked(lambda batch: device.wait(), sglang_scheduler.process_result, recorder, Level.REQUEST)
     mode = SimpleNamespace(is_extend=lambda: False)
     for number in range(3):
         mode.is_idle = mode.is_prebuilt = lambda: False
         batch = SimpleNamespace(forward_mode=mode, reqs=[1, 2])
         run_batch(SimpleNamespace(forward_ct=number), batch)
     assert not spans_written(ring)
+    assert recorder.ring is not None
+    recorder.ring.memory[LEVEL_OFFSET] = level
     result(batch)
-    assert [(row["stage"], row["step"]) for row in spans(ring)] == [
-        (stage, step) for step in (1, 2, 3) for stage in ("device_forward", "device_draft", "device_sample")
-    ]
+    expected = [(stage, step) for step in (1, 2, 3) for stage in ("device_forward", "device_draft", "device_sample")]
+    assert [(row["stage"], row["step"]) for row in spans(ring)] == (expected if level == Level.STEP else [])
 
 
 def spans_written(ring: tuple[Recorder, RingReader]) -> bool:

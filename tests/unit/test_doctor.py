@@ -553,6 +553,19 @@ def test_strings_from_outside_cannot_steer_the_terminal(tmp_path: Path):
     assert "\\x1b]0;owned\\x07\\u202ered[bold]not bold[/bold]" in text
 
 
+def test_how_devices_are_timed(tmp_path: Path):
+    told = {"by": "event pairs", "skipped": 7, "contradictions": 1, "errors": 0}
+    builder = recorded(tmp_path, hook("a:b", "installed"), info={"device_time": told})
+    builder.process(key=PROCESS + 1, pid=2, info={"device_time": {"by": "nothing", "errors": 5, "skipped": "many"}})
+    builder.process(key=PROCESS + 2, pid=3, info={"device_time": "x"})
+    builder.write()
+    found = [process["device_time"] for process in viewed(tmp_path, status=0)["processes"]]
+    assert found == [told, {"by": "nothing", "skipped": 0, "contradictions": 0, "errors": 5}, None]
+    lines = [line.split() for line in doctor(tmp_path).stdout.splitlines()]
+    assert ["engine_core", "1", "event", "pairs", "7", "1", "0"] in lines
+    assert ["engine_core", "2", "nothing", "0", "0", "5"] in lines
+
+
 def test_a_session_without_processes(tmp_path: Path):
     SessionBuilder(tmp_path).write()
     (trouble,) = viewed(tmp_path, status=2)["troubles"]

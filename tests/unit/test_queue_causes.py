@@ -132,11 +132,11 @@ def told(row: dict[str, Any]) -> dict[str, int]:
 def test_time_by_cause(at: At) -> None:
     """It came while the batch was full since before; then the cache was; then nothing held it back that is known."""
     one = request()
-    at.tracker.holds_back(QueueCause.BATCH_FULL, 500)
+    at.tracker.waits.holds_back(QueueCause.BATCH_FULL, 500)
     at.tracker.queued(one)
-    at.tracker.holds_back(QueueCause.BATCH_FULL, 1_300)  # goes on
-    at.tracker.holds_back(QueueCause.KV_SPACE, 1_400)
-    at.tracker.holds_back(QueueCause.TURN, 1_450)
+    at.tracker.waits.holds_back(QueueCause.BATCH_FULL, 1_300)  # goes on
+    at.tracker.waits.holds_back(QueueCause.KV_SPACE, 1_400)
+    at.tracker.waits.holds_back(QueueCause.TURN, 1_450)
     at.clock[0] = 1_500
     at.tracker.free(one)
     (row,), _ = at.rows()
@@ -156,7 +156,7 @@ def test_what_holds_back_one_alone(at: At, more: dict[str, Any], connected: bool
     one = request(**more)
     at.tracker.connected = connected
     at.tracker.queued(one)
-    at.tracker.holds_back(extract.OWN, 1_100)
+    at.tracker.waits.holds_back(extract.OWN, 1_100)
     at.clock[0] = 1_300
     at.tracker.free(one)
     (row,), _ = at.rows()
@@ -167,7 +167,7 @@ def test_a_transfer_of_kv_divides_the_queue(at: At) -> None:
     one, other = request("one"), request("other")
     for each in (one, other):
         at.tracker.queued(each)
-    at.tracker.holds_back(QueueCause.BATCH_FULL, 1_100)
+    at.tracker.waits.holds_back(QueueCause.BATCH_FULL, 1_100)
     at.clock[0] = 1_200
     at.tracker.transfer_begins(one, 32)
     at.clock[0] = 1_300
@@ -179,7 +179,7 @@ def test_a_transfer_of_kv_divides_the_queue(at: At) -> None:
     row = next(row for row in rows if row["kv_transfer_ns"])
     assert (row["queue_ns"], row["kv_transfer_ns"], told(row)) == (260, 100, {"batch_full_ns": 160})
     assert states[row["handle"]] == ["queue", "kv_transfer", "queue", "output"]
-    assert not (at.tracker.transferring or one.request_id in at.tracker.since)
+    assert not (at.tracker.transferring or one.request_id in at.tracker.waits.since)
 
 
 def test_a_request_that_was_preempted_is_so_again_when_its_kv_is_there(at: At) -> None:
@@ -199,7 +199,7 @@ def test_a_request_that_was_preempted_is_so_again_when_its_kv_is_there(at: At) -
 
 def test_a_grammar_is_waited_for_before_anything_else(at: At) -> None:
     one = request(use_structured_output=True)
-    at.tracker.holds_back(QueueCause.BATCH_FULL, 900)
+    at.tracker.waits.holds_back(QueueCause.BATCH_FULL, 900)
     at.tracker.queued(one)
     one._stagetrace_compiled = 1_150
     scheduler._COMPILED.append(one.request_id)

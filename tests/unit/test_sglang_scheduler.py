@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from unit.rings import opened, read_all
 
+from stagetrace.adapters.sglang import extract, worker
 from stagetrace.adapters.sglang import scheduler as hooks
-from stagetrace.adapters.sglang import worker
 from stagetrace.adapters.sglang.scheduler import Tracker
 from stagetrace.exporters.assembly.assemble import Assembler
 from stagetrace.instrument import records
-from stagetrace.instrument.stages import BY_NAME, IdleReason, Level
+from stagetrace.instrument.stages import BY_NAME, IdleReason, Level, QueueCause
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,6 +75,7 @@ class Batch:
     extend: list[tuple[int, int]] = field(default_factory=list)  # prefix and tokens of each; none: decode
     chunked_req: Req | None = None
     forward_iter: int = 0
+    batch_is_full: bool = False
 
     @property
     def forward_mode(self) -> Any:
@@ -117,15 +118,22 @@ class Engine:
         self.max_total_num_tokens, self.forward_ct = 1000, 0
         self.token_to_kv_pool_allocator = SimpleNamespace(available_size=lambda: 500)
         self.tree_cache = SimpleNamespace(evictable_size=lambda: 250)
+        self.req_to_token_pool = SimpleNamespace(available_size=lambda: 4)
+        self.max_running_requests, self.max_prefill_tokens, self.chunked_prefill_size = 4, 64, None
 
     def add(self, request: Req) -> Req:
         self.tracker.queued(request, request.time_stats.wait_queue_entry_time)
         return request
 
+    def choose(self, batch: Batch | None, begin: int) -> None:
+        """Schedules, at `begin`."""
+        given = {"self": self, "result": SimpleNamespace(batch_to_run=batch, running_batch=self.running_batch)}
+        self.after("schedule", **given, begin=begin, end=time.monotonic_ns())
+
     def launch(self, batch: Batch, outcome: Any = None) -> Batch:
         """Schedules and runs a batch, which gives `outcome`; the copy with which its result will come."""
         begin = time.monotonic_ns()
-        self.after("schedule", result=SimpleNamespace(batch_to_run=batch), begin=begin, end=time.monotonic_ns())
+        self.choose(batch, begin)
         run, forward = self.hook["run_batch"], self.hook["forward"]
         _call(run.before, {"self": self, "batch": batch, "begin": time.monotonic_ns()})
         self.forward_ct += 1
@@ -172,6 +180,47 @@ def engine(tmp_path: Path) -> Iterator[tuple[Engine, RingReader]]:
     worker.RANK.instance = worker.RANK.step = 0
 
 
+def waiting(**more: Any) -> Any:
+    """A scheduler with one request in its queue, and places for four."""
+    found = SimpleNamespace(
+        waiting_queue=[Req("waits", 50)], req_to_token_pool=SimpleNamespace(available_size=lambda: 2),
+        max_running_requests=4, max_prefill_tokens=64, chunked_prefill_size=32, chunked_req=None,
+    )  # fmt: skip
+    for name, value in more.items():
+        setattr(found, name, value)
+    return found
+
+
+def prefill(tokens: int, requests: int = 1) -> Batch:
+    return Batch([Req(f"p{number}", 1) for number in range(requests)], [(0, tokens), *[(0, 0)] * (requests - 1)])
+
+
+RUNNING, FULL = Batch([Req("r1", 1), Req("r2", 1)]), Batch([Req("r1", 1)], batch_is_full=True)
+NO_PLACE = SimpleNamespace(available_size=lambda: 0)
+
+
+@pytest.mark.parametrize(
+    ("engine", "batch", "running", "preempted", "expected"),
+    [
+        (waiting(waiting_queue=[]), RUNNING, FULL, 0, QueueCause.TURN),
+        (waiting(_engine_paused=True), RUNNING, FULL, 0, QueueCause.PAUSED),
+        (waiting(), RUNNING, RUNNING, 1, QueueCause.KV_SPACE),
+        (waiting(max_running_requests=2), RUNNING, RUNNING, 0, QueueCause.BATCH_FULL),
+        (waiting(), prefill(8, 2), RUNNING, 0, QueueCause.BATCH_FULL),
+        (waiting(req_to_token_pool=NO_PLACE), RUNNING, FULL, 0, QueueCause.BATCH_FULL),
+        (waiting(chunked_req=object()), prefill(8), RUNNING, 0, QueueCause.TOKEN_BUDGET),
+        (waiting(), prefill(32), RUNNING, 0, QueueCause.TOKEN_BUDGET),
+        (waiting(chunked_prefill_size=None), prefill(64), RUNNING, 0, QueueCause.TOKEN_BUDGET),
+        (waiting(chunked_prefill_size=None), prefill(20), RUNNING, 0, QueueCause.TOKEN_BUDGET),  # 50 do not fit into 44
+        (waiting(chunked_prefill_size=None), prefill(20), FULL, 0, QueueCause.KV_SPACE),
+        (waiting(), RUNNING, FULL, 0, QueueCause.KV_SPACE),
+        (waiting(), None, RUNNING, 0, QueueCause.TURN),
+    ],
+)
+def test_what_holds_requests_back(engine: Any, batch: Any, running: Any, preempted: int, expected: QueueCause) -> None:
+    assert extract.held_back(engine, batch, running, preempted) == expected
+
+
 def tables(engine: Engine, reader: RingReader, **amiss: int) -> dict[str, list[dict[str, Any]]]:
     """The rows of the tables; `amiss` is what was not as it should be, by the assembler's count."""
     assembler = Assembler(engine.recorder.key)
@@ -179,6 +228,27 @@ def tables(engine: Engine, reader: RingReader, **amiss: int) -> dict[str, list[d
     found = {name: table.to_pylist() for name, table in assembler.finish().items()}
     assert dict(+assembler.counts) == amiss
     return found
+
+
+def test_time_by_cause_and_for_a_grammar(engine: tuple[Engine, RingReader]) -> None:
+    """Two wait for room; one of them had to wait for its grammar first."""
+    loop, reader = engine
+    first, compiled = loop.add(Req("first", 6)), Req("compiled", 5)
+    loop.tracker.queued(compiled, compiled.time_stats.scheduler_recv_time, int(QueueCause.GRAMMAR))
+    loop.running_batch, loop.waiting_queue = Batch([Req("r", 1)], batch_is_full=True), [first]
+    held = time.monotonic_ns()
+    loop.choose(None, held)
+    loop.add(compiled)  # its grammar is there
+    loop.running_batch, loop.waiting_queue = Batch([]), []
+    loop.result(loop.launch(Batch([first, compiled], [(0, 6), (0, 5)])), first, compiled)
+    assert not loop.tracker.waits.since and not loop.tracker.compiling
+    found = tables(loop, reader)
+    (step,), rows = found["steps"], {row["handle"]: row for row in found["requests"]}
+    one, other = (rows[loop.recorder.handle(rid)] for rid in ("first", "compiled"))
+    assert one["kv_space_ns"] == step["begin_ns"] - held < one["queue_ns"]
+    assert one["grammar_ns"] is None
+    assert 0 < other["kv_space_ns"] < one["kv_space_ns"]
+    assert 0 < other["grammar_ns"] <= other["queue_ns"] - other["kv_space_ns"]
 
 
 def test_overlap(engine: tuple[Engine, RingReader]) -> None:

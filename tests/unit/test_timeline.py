@@ -168,7 +168,7 @@ def test_a_session_is_drawn_with_its_processes_requests_and_counters(session: Se
     check(read)
     assert sorted(read.groups.values()) == ["api on node-7", "engine on node-7", "requests", "worker, rank 0 on node-7"]
     assert Counter(read.names("steps")) == {"step prefill": 2, "step mixed": 1, "step decode": 1}
-    assert Counter(read.names("scheduler 1020")) == {
+    assert Counter(read.names("scheduler")) == {
         **dict.fromkeys(("schedule", "execute", "grammar", "update"), 4),
         **dict.fromkeys(("between", "emit", "idle"), 1),
     }
@@ -277,7 +277,17 @@ def test_rank_steps_that_overlap_go_to_lanes_of_their_own() -> None:
         build.segment("forward", WORKER, begin + 10, begin + 40, of=(7, step, "decode"))
     read = written([build.tables()], Manifest(anchors=[(0, 1)]), "perfetto")
     check(read)
-    assert sorted(name for _, name in read.tracks.values()) == ["rank 120", "rank steps", "rank steps, overlapping 1"]
+    assert sorted(name for _, name in read.tracks.values()) == ["rank", "rank steps", "rank steps, overlapping 1"]
+
+
+def test_threads_of_one_kind_are_numbered() -> None:
+    builds = [Builder(), Builder()]
+    for build in builds:  # in both commits
+        for thread in (1, 2):
+            build.segment("forward", WORKER, 10 * thread, 10 * thread + 5, of=(7, 1, "decode"))
+            build.rows["segments"][-1]["thread"] = thread
+    read = written([build.tables() for build in builds], Manifest(anchors=[(0, 1)]), "perfetto")
+    assert sorted(name for _, name in read.tracks.values()) == ["rank", "rank 2"]
 
 
 def test_what_cannot_be_drawn_is_counted() -> None:

@@ -12,10 +12,12 @@ from engines.sglang.generate import Answer, generate_together
 from quickstart.servers import MODEL_SCRIPT, SGLANG
 
 from stagetrace.instrument.ids import handle
-from stagetrace.instrument.stages import BY_NAME
+from stagetrace.instrument.stages import BY_NAME, QUEUE_CAUSES
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pandas as pd
 
     from stagetrace.analysis.load import Frames
 
@@ -61,10 +63,19 @@ def checked(recording: Recording, answers: list[Answer]) -> Frames:
     return frames
 
 
+def assert_waited(requests: pd.DataFrame, *expected: str) -> None:
+    """Some had to wait for each of these; what a request is told to have waited for is no longer than its queue."""
+    causes = requests[[f"{cause.name.lower()}_ns" for cause in QUEUE_CAUSES]]
+    assert {name for name in causes if causes[name].notna().any()} >= {*expected}
+    assert (causes.sum(axis=1) + requests["grammar_ns"].fillna(0) <= requests["queue_ns"]).all()
+
+
 def test_without_overlap_and_with_retractions(dense_model: Path, tmp_path: Path) -> None:
-    recording, answers = run(dense_model, tmp_path, "--disable-overlap-schedule", **RETRACTS)
+    room = ("--max-total-tokens", "1100")  # less than they have together
+    recording, answers = run(dense_model, tmp_path, "--disable-overlap-schedule", *room, **RETRACTS)
     frames = checked(recording, answers)
     steps, requests, states = frames["steps"], frames["requests"], frames["states"]
+    assert_waited(requests, "kv_space_ns")
     assert requests["preemptions"].sum() == steps["preempted"].sum() > 0
     again = states[(states["stage"] == BY_NAME["prefill"].id) & (states["a1"] == 1)]
     assert len(again) == requests["preemptions"].sum(), "each comes back by a prefill"
@@ -77,8 +88,13 @@ def test_without_overlap_and_with_retractions(dense_model: Path, tmp_path: Path)
 
 @pytest.mark.matrix
 def test_prefill_and_decode_in_one_step(dense_model: Path, tmp_path: Path) -> None:
-    recording, answers = run(dense_model, tmp_path, "--enable-mixed-chunk")
-    steps = checked(recording, answers)["steps"]
+    recording, answers = run(dense_model, tmp_path, "--enable-mixed-chunk", "--max-running-requests", "4")
+    frames = checked(recording, answers)
+    steps = frames["steps"]
+    assert_waited(frames["requests"], "batch_full_ns", "token_budget_ns")
+    assert steps["members"].max() == 4
+    full = frames["requests"].sort_values("queued_ns").dropna(subset=["batch_full_ns"])
+    assert (full["batch_full_ns"] <= full["scheduled_ns"] - full["queued_ns"]).all()
     mixed = steps[steps["phase"] == "mixed"]
     assert len(mixed) > 0
     assert (mixed["decode_tokens"] == mixed["decode_requests"]).all()

@@ -1,0 +1,450 @@
+"""Times on a GPU by event pairs and by marks against torch.profiler's, and what each of them costs there.
+
+    python benchmarks/gpu/device_time.py [--json] [--quick] [--layers 4,16,64]
+    torchrun --nproc-per-node 2 benchmarks/gpu/device_time.py      # with collectives
+
+It needs a CUDA or HIP device, and a Python that has PyTorch and Triton; neither an engine nor stagetrace need be
+installed: the pairs and marks are those of the checkout that it lies in. Exit status 2: there is no such device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+import types
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from figures import Agreement, Kernel, Misfit, agreement, cost, microseconds, steps_of, table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+MODES = ("eager", "compiled", "piecewise graphs", "full graph")
+STEPS, ROUNDS, RUNS = 20, 15, 20  # profiled; of each alternative; in a round
+CALLS = 2000  # of a pair, for the host's cost
+NO_GPU = (
+    "{why}. What to do: run it where there is a CUDA or HIP device, with a Python that has PyTorch and Triton for it"
+    " (an engine's has both): copy the checkout there, and `python benchmarks/gpu/device_time.py`."
+)
+
+
+def main() -> int:
+    """Measures and prints. Exit status: 1 where something waits for the device, or the profile is not understood."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--quick", action="store_true", help="few rounds: whether it runs, no figures to keep")
+    parser.add_argument("--layers", default="4,16,64", help="layer counts at which costs are measured")
+    options = parser.parse_args()
+    why = missing()
+    if why:
+        print(NO_GPU.format(why=why), file=sys.stderr)
+        return 2
+    borrow_stagetrace()
+    os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # one knows nothing of an operator's layout
+    try:
+        counts = [int(each) for each in options.layers.split(",")]
+    except ValueError:
+        parser.error(f"--layers takes numbers with commas between, not {options.layers}")
+    found = measure(counts, options.quick, device())
+    if int(os.environ.get("RANK", "0")) == 0:
+        show(found)
+        if options.json:
+            print(json.dumps(found))
+    return 1 if found["waits"] or found["misfits"] else 0
+
+
+def missing() -> str:
+    """What this machine or Python lacks; empty: nothing."""
+    for name in ("torch", "triton"):
+        try:
+            __import__(name)
+        except ImportError:
+            return f"This Python has no {name}"
+    import torch
+
+    return "" if torch.cuda.is_available() else "PyTorch finds no GPU here"
+
+
+def borrow_stagetrace() -> None:
+    """Makes the checkout's packages importable where stagetrace is not installed."""
+    try:
+        import stagetrace.instrument.device_pairs  # noqa: F401
+    except ImportError:
+        package = types.ModuleType("stagetrace")
+        package.__path__ = [str(CHECKOUT)]
+        sys.modules["stagetrace"] = package
+
+
+# Runs of the model
+
+
+class Timed(NamedTuple):
+    """The marks and pairs of this process, and what the pairs wrote."""
+
+    marks: Any
+    pairs: Any
+    written: list[tuple[int, int, int, int]]  # step, begin, end (host ns), clock error
+    order: list[int]  # of the marks in a step
+
+
+def timed(layers: int, device: Any, several: bool, event: Callable[[], Any], source: Any) -> Timed:
+    """Marks around each stage of each layer and around the whole, and a pool of pairs."""
+    from stagetrace.adapters.marks import Marks
+    from stagetrace.instrument.device_marks import Marked
+    from stagetrace.instrument.device_pairs import DevicePairs
+    from stagetrace.instrument.records import TAILS
+
+    stages = ("attention", "collective", "moe") if several else ("attention", "moe")
+    marked = [Marked("forward", -1), *(Marked(stage, layer) for layer in range(layers) for stage in stages)]
+    written: list[tuple[int, int, int, int]] = []
+
+    def put(head: bytes, begin: int, end: int, tail: bytes) -> None:
+        _, step, _, _, error = TAILS[3].unpack(tail)
+        written.append((step, begin, end, error))
+
+    inner = [mark for number in range(1, len(marked)) for mark in (2 * number, 2 * number + 1)]
+    return Timed(Marks(marked, device, event), DevicePairs(source, put), written, [0, *inner, 1])
+
+
+def mark_stages(marks: Any | None) -> None:
+    """Has marks launched around every stage of what runs, or is captured, from now on; None: no longer."""
+    from block import Around
+
+    if marks is None:
+        Around.before = Around.after = staticmethod(lambda stage, layer: None)
+        return
+    places = {(marked.stage, marked.layer): 2 * number for number, marked in enumerate(marks.reader.marked)}
+    Around.before = staticmethod(lambda stage, layer: marks.mark(places[stage, layer]))
+    Around.after = staticmethod(lambda stage, layer: marks.mark(places[stage, layer] + 1))
+
+
+def runner(mode: str, model: Any, x: Any) -> Callable[[], Any]:
+    """What runs the model's forward pass in a mode, warm. Graphs capture what is around the stages just now."""
+    import torch
+
+    if mode == "eager":
+        run: Callable[[], Any] = lambda: model(x)  # noqa: E731
+    elif mode == "compiled":
+        compiled = torch.compile(model, fullgraph=True)
+        run = lambda: compiled(x)  # noqa: E731
+    elif mode == "full graph":
+        run = captured(lambda: model(x))[0].replay
+    else:
+        run = pieces(model, x)
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    return run
+
+
+def captured(function: Callable[[], Any]) -> tuple[Any, Any]:
+    """A graph of what a function launches, and what it returned, which a replay writes anew."""
+    import torch
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph, result
+
+
+def pieces(model: Any, x: Any) -> Callable[[], Any]:
+    """Graphs of everything but attention, which is launched between them, as engines do."""
+    from block import attend
+
+    steps: list[tuple[Any, Any, Any, Any, Any, Any, int]] = []
+    for layer in model.layers:
+        before, (q, k, v) = captured(lambda layer=layer, x=x: layer.before_attention(x))
+        attended = attend(q, k, v, layer.layer).clone()
+        after, x = captured(lambda layer=layer, x=x, attended=attended: layer.after_attention(x, attended))
+        steps.append((before, q, k, v, attended, after, layer.layer))
+
+    def run() -> Any:
+        for before, q, k, v, attended, after, layer in steps:
+            before.replay()
+            attended.copy_(attend(q, k, v, layer))
+            after.replay()
+        return x
+
+    return run
+
+
+def step(number: int, run: Callable[[], Any], timed: Timed) -> None:
+    """One step, marked and timed as an engine's would be. Nothing in it waits."""
+    from stagetrace.instrument.device_pairs import FORWARD
+
+    marks, pairs = timed.marks, timed.pairs
+    marks.begin_step(number)
+    pairs.step_begins()
+    pairs.begin(FORWARD)
+    marks.mark(0)
+    run()
+    marks.mark(1)
+    pairs.end(FORWARD, 1, number, 0)
+    marks.end_step(number)
+
+
+# Measurements
+
+
+def device() -> Any:
+    """The device of this rank, which is the current one from now on."""
+    import torch
+
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def measure(counts: Sequence[int], quick: bool, device: Any) -> dict[str, Any]:
+    """Everything, as one object."""
+    import torch
+    import torch.distributed as dist
+    from block import Model, Size
+
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several:
+        dist.init_process_group("nccl")
+    where = {"device": device, "dtype": torch.bfloat16}
+    steps, rounds = (5, 3) if quick else (STEPS, ROUNDS)
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "accuracy": {},
+        "misfits": {},  # of modes: why their profile is not understood
+        "costs": [],
+        "waits": False,
+    }
+    with torch.inference_mode():
+        size = Size()
+        x = torch.randn(size.tokens, size.hidden, **where)
+        model = Model(size, **where)
+        for mode in MODES:
+            try:
+                found["accuracy"][mode] = accuracy(mode, model, x, steps, several, device)
+            except Misfit as error:
+                found["misfits"][mode] = str(error)
+        found["waits"] = waits(model, x, several, device)
+        found["pair_host_ns"] = pair_host_ns(several, device)
+        for layers in counts:
+            model = Model(Size(layers=layers), **where)
+            found["costs"] += [costs(mode, model, x, rounds, several, device) for mode in ("eager", "full graph")]
+    if several:
+        dist.destroy_process_group()
+    return found
+
+
+def sources() -> tuple[Callable[[], Any], Any]:
+    """Events as the product makes them."""
+    from stagetrace.adapters.device_time import CudaEvents
+
+    events = CudaEvents()
+    return events.event, events
+
+
+def accuracy(mode: str, model: Any, x: Any, steps: int, several: bool, device: Any) -> dict[str, Any]:
+    """Spans of marks and pairs beside the profiler's times of the same steps."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    found = timed(len(model.layers), device, several, *sources())
+    mark_stages(found.marks)
+    run = runner(mode, model, x)
+    offset = time.time_ns() - time.monotonic_ns()
+    spans: dict[int, list[Any]] = {}
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        for number in range(1, steps + 1):
+            step(number, run, found)
+            torch.cuda.synchronize()
+            found.pairs.poll()
+            spans |= dict(found.marks.read())
+    mark_stages(None)
+    kernels = [
+        Kernel(event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in profiler.profiler.kineto_results.events()
+        if event.device_type() == torch.autograd.DeviceType.CUDA
+    ]
+    return compared(kernels, spans, found, offset)
+
+
+def compared(kernels: Sequence[Kernel], spans: dict[int, list[Any]], found: Timed, offset: int) -> dict[str, Any]:
+    """The measurements of some steps, numbered from 1, as agreements. `offset`: wall less monotonic time, in ns."""
+    truth = steps_of(kernels, found.order)
+    if len(truth) != len(spans):
+        raise Misfit(f"{len(truth)} steps in the profile, {len(spans)} were run")
+    pairs = {number: (begin, end, error) for number, begin, end, error in found.written}
+    by_stage: dict[str, list[tuple[int, int]]] = {}
+    whole, apart = [], []
+    for number, of_step in enumerate(truth, 1):
+        for at, marked in enumerate(found.marks.reader.marked):
+            for span in spans.get(number, []):
+                if span.marked == marked:
+                    durations = (span.end - span.begin, of_step[at].last - of_step[at].first)
+                    by_stage.setdefault(marked.stage, []).append(durations)
+        if number in pairs:
+            begin, end, _ = pairs[number]
+            whole.append((end - begin, of_step[0].closed - of_step[0].opened))
+            apart.append((begin + offset, of_step[0].opened))
+    times = sorted({time for row in spans.values() for span in row for time in (span.begin, span.end)})
+    return {
+        "marks": {stage: vars(agreement(each)) for stage, each in by_stage.items()},
+        "pairs": vars(agreement(whole)),
+        "begins": vars(agreement(apart)),
+        "clock_error_ns": max((error for _, _, error in pairs.values()), default=None),
+        "contradictions": found.pairs.contradictions,
+        "timer_resolution_ns": math.gcd(*(after - before for before, after in pairwise(times))),
+        "missing": vars(found.marks.reader.counts),
+    }
+
+
+def waits(model: Any, x: Any, several: bool, device: Any) -> bool:
+    """Whether marks or pairs make the host wait, as PyTorch sees it."""
+    import torch
+
+    found = timed(len(model.layers), device, several, *sources())
+    mark_stages(found.marks)
+    run = runner("eager", model, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(1, 40):
+            step(number, run, found)
+            found.pairs.poll()
+            found.marks.read()
+    except RuntimeError as error:
+        print(f"something waits: {error}", file=sys.stderr)
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        mark_stages(None)
+        torch.cuda.synchronize()
+    return False
+
+
+def pair_host_ns(several: bool, device: Any) -> float:
+    """What a pair takes on the host: begin, end, its share of a step's begin and of the poll that reads it."""
+    import torch
+
+    from stagetrace.instrument.device_pairs import FORWARD
+
+    pairs = timed(1, device, several, *sources()).pairs
+    took = 0
+    for number in range(1, CALLS + 1):
+        begin = time.perf_counter_ns()
+        pairs.step_begins()
+        pairs.begin(FORWARD)
+        pairs.end(FORWARD, 1, number, 0)
+        took += time.perf_counter_ns() - begin
+        torch.cuda.synchronize()
+        begin = time.perf_counter_ns()
+        pairs.poll()
+        took += time.perf_counter_ns() - begin
+    return took / CALLS
+
+
+def costs(mode: str, model: Any, x: Any, rounds: int, several: bool, device: Any) -> dict[str, Any]:
+    """What a mark and a pair add to a step, with this many layers: runs with and without, in turn."""
+    import torch
+
+    from stagetrace.instrument.device_pairs import FORWARD
+
+    found = timed(len(model.layers), device, several, *sources())
+    plain = runner(mode, model, x)
+    mark_stages(found.marks)
+    marked = runner(mode, model, x)
+    mark_stages(None)
+    number = 0
+
+    def paired() -> None:
+        nonlocal number
+        number += 1
+        found.pairs.step_begins()
+        found.pairs.begin(FORWARD)
+        plain()
+        found.pairs.end(FORWARD, 1, number, 0)
+
+    def with_marks() -> None:
+        if mode == "eager":
+            mark_stages(found.marks)
+        marked()
+        mark_stages(None)
+
+    alternatives = {"plain": plain, "marks": with_marks, "pairs": paired}
+    took: dict[str, list[float]] = {name: [] for name in alternatives}
+    for _ in range(rounds):
+        for name, run in alternatives.items():
+            torch.cuda.synchronize()
+            begin = time.perf_counter_ns()
+            for _ in range(RUNS):
+                run()
+            torch.cuda.synchronize()
+            took[name].append((time.perf_counter_ns() - begin) / RUNS)
+            found.pairs.poll()
+    marks = len(found.order) - 2
+    return {
+        "mode": mode,
+        "layers": len(model.layers),
+        "step_ns": sorted(took["plain"])[rounds // 2],
+        "marks": marks,
+        "mark": vars(cost(took["plain"], took["marks"], marks)),
+        "pair": vars(cost(took["plain"], took["pairs"], 1)),
+    }
+
+
+# What is shown
+
+
+def show(found: dict[str, Any]) -> None:
+    """Two tables and the rest as lines."""
+    print(f"{found['device']}, {found['ranks']} ranks, PyTorch {found['torch']}\n")
+    rows = []
+    for mode, each in found["accuracy"].items():
+        spans = [(f"marks, {stage}", one) for stage, one in each["marks"].items()]
+        spans += [("pair, forward", each["pairs"]), ("pair, begin on the host's clock", each["begins"])]
+        for name, one in spans:
+            about = Agreement(**one)
+            share = "-" if about.within is None else f"{100 * about.within:.0f} %"
+            rows.append(
+                [mode, name, str(about.count), microseconds(about.median_ns), microseconds(about.worst_ns), share]
+            )
+    print(table(("mode", "what", "spans", "off by, median us", "most us", "within 2 us or 2 %"), rows), end="\n\n")
+    rows = [
+        [
+            each["mode"],
+            str(each["layers"]),
+            microseconds(each["step_ns"]),
+            str(each["marks"]),
+            *(spread(each[what]) for what in ("mark", "pair")),
+        ]
+        for each in found["costs"]
+    ]
+    print(table(("mode", "layers", "step us", "marks", "a mark us", "a pair us"), rows), end="\n\n")
+    for mode, each in found["accuracy"].items():
+        print(
+            f"{mode}: clock error at most {microseconds(each['clock_error_ns'])} us, {each['contradictions']}"
+            f" contradictions, the timer counts in {each['timer_resolution_ns']} ns, not told: {each['missing']}"
+        )
+    for mode, why in found["misfits"].items():
+        print(f"{mode}: its profile is not understood: {why}")
+    print(f"a pair takes {microseconds(found['pair_host_ns'])} us on the host; waits for the device: {found['waits']}")
+
+
+def spread(cost: dict[str, float]) -> str:
+    """A median and its quartiles."""
+    middle, low, high = (microseconds(cost[name]) for name in ("median", "low", "high"))
+    return f"{middle} ({low} to {high})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
