@@ -290,21 +290,6 @@ def test_what_is_inlined_is_said_to_be_not_visible(inlined: Ran) -> None:
     assert any(said.values())
 
 
-@pytest.mark.matrix
-def test_code_in_which_hooked_functions_are_inlined_is_shared_as_well(
-    inlined: Ran, shared_model: Path, engine_python: Path, tmp_path: Path
-) -> None:
-    """The compiler goes through the hooks of the MoE, and leaves nothing of them."""
-    assert not inlined.dynamo["graph_break"] and not inlined.dynamo["recompiles"]
-    cache = inlined.session.parent / "cache"
-    warm = run(engine_python, shared_model, tmp_path, cache, False)
-    assert warm.counts["num_aot_artifacts_loaded"] == inlined.counts["num_aot_artifacts_saved"] == 1
-    assert warm.counts["num_aot_compiles"] == 0 and warm.outputs == inlined.outputs
-    cold = run(engine_python, shared_model, tmp_path, tmp_path / "cache", False)
-    assert cold.counts == inlined.counts and cold.outputs == inlined.outputs
-    assert cold.code == inlined.code
-
-
 def stagetrace(*arguments: str, **env: str) -> str:
     """What a command of stagetrace prints."""
     done = subprocess.run(
