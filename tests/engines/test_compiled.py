@@ -71,6 +71,7 @@ class Ran:
     counts: dict[str, int]  # vLLM's own, of graphs and artifacts
     dynamo: dict[str, dict[str, int]]
     session: Path
+    code: dict[str, bytes]  # what was in vLLM's cache right after
 
     def frames(self) -> Frames:
         return load(Session.open(self.session))
@@ -89,7 +90,7 @@ def run(engine_python: Path, model: Path, directory: Path, cache: Path, armed: b
     assert done.returncode == 0, done.stderr
     assert FAILED_TO_HASH not in done.stdout + done.stderr
     said = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"outputs"')))
-    return Ran(said["outputs"], said["counts"], said["dynamo"], session)
+    return Ran(said["outputs"], said["counts"], said["dynamo"], session, compiled_code(cache))
 
 
 def compiled_code(cache: Path) -> dict[str, bytes]:
@@ -146,26 +147,25 @@ def test_the_hooks_are_in_no_graph(armed: Ran) -> None:
 def test_unarmed_takes_what_armed_has_compiled(
     armed: Ran, shared_model: Path, engine_python: Path, cache: Path, tmp_path: Path
 ) -> None:
-    before = compiled_code(cache)
     unarmed = run(engine_python, shared_model, tmp_path, cache, False, **OPAQUE)
     assert unarmed.counts["num_aot_artifacts_loaded"] == 1
     assert unarmed.counts["num_aot_compiles"] == unarmed.counts["num_backend_compilations"] == 0
     assert unarmed.outputs == armed.outputs, "not the same to the last bit"
-    assert compiled_code(cache) == before
+    # Beside the model a process may compile small functions of PyTorch's or vLLM's that were not compiled before.
+    assert armed.code.items() <= unarmed.code.items(), "what was there is not as it was"
 
 
 @pytest.mark.matrix
 def test_armed_takes_what_unarmed_has_compiled_and_compiles_the_same(
-    armed: Ran, shared_model: Path, engine_python: Path, cache: Path, tmp_path: Path
+    armed: Ran, shared_model: Path, engine_python: Path, tmp_path: Path
 ) -> None:
     """Compiled in caches of their own: the same keys, and the same code byte for byte."""
     cold = run(engine_python, shared_model, tmp_path, tmp_path / "cache", False, **OPAQUE)
     assert cold.counts == armed.counts and cold.dynamo == armed.dynamo
     assert cold.outputs == armed.outputs
-    code = compiled_code(tmp_path / "cache")
-    assert code == compiled_code(cache)
-    assert any(path.endswith("computation_graph.py") for path in code)
-    assert any(path.endswith("cache_key_factors.json") for path in code)
+    assert cold.code == armed.code
+    assert any(path.endswith("computation_graph.py") for path in cold.code)
+    assert any(path.endswith("cache_key_factors.json") for path in cold.code)
     warm = run(engine_python, shared_model, tmp_path, tmp_path / "cache", True, **OPAQUE)
     assert warm.counts["num_aot_artifacts_loaded"] == 1 and warm.counts["num_aot_compiles"] == 0
     assert warm.outputs == armed.outputs
@@ -288,21 +288,6 @@ def test_what_is_inlined_is_said_to_be_not_visible(inlined: Ran) -> None:
         name: sorted(hidden) for name in said if name.startswith("forward ")
     }
     assert any(said.values())
-
-
-@pytest.mark.matrix
-def test_code_in_which_hooked_functions_are_inlined_is_shared_as_well(
-    inlined: Ran, shared_model: Path, engine_python: Path, tmp_path: Path
-) -> None:
-    """The compiler goes through the hooks of the MoE, and leaves nothing of them."""
-    assert not inlined.dynamo["graph_break"] and not inlined.dynamo["recompiles"]
-    cache = inlined.session.parent / "cache"
-    warm = run(engine_python, shared_model, tmp_path, cache, False)
-    assert warm.counts["num_aot_artifacts_loaded"] == inlined.counts["num_aot_artifacts_saved"] == 1
-    assert warm.counts["num_aot_compiles"] == 0 and warm.outputs == inlined.outputs
-    cold = run(engine_python, shared_model, tmp_path, tmp_path / "cache", False)
-    assert cold.counts == inlined.counts and cold.outputs == inlined.outputs
-    assert compiled_code(tmp_path / "cache") == compiled_code(cache)
 
 
 def stagetrace(*arguments: str, **env: str) -> str:
