@@ -70,6 +70,7 @@ class Engine:
         self.kv_cache_manager = KVCacheManager.__new__(KVCacheManager)
         self.kv_cache_manager.block_pool = BlockPool(1024, enable_caching=False, hash_block_size=16)
         self.step: Any = None
+        self.begun: list[Any] = []
 
     def schedule(self) -> Any:
         """The step that was made for this call."""
@@ -80,7 +81,9 @@ class Engine:
         return len(self.running), len(self.waiting)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> None:
-        """Nothing is made of what the model gave."""
+        """Of what the model gave only a request's first token is kept."""
+        for request in self.begun:
+            request.append_output_token_ids(7)
 
 
 class Unhooked(Engine):
@@ -98,6 +101,7 @@ class Load:
         self.made = 0
         self.step = 0
         self.changed = False  # whether the last step had other requests than the one before
+        self.begun: list[Any] = []  # those that get their first token in the step
         self.prefilling: Any = None
         self.requests = [self._request(PROMPT, PROMPT + 1) for _ in range(batch)]
         if case == "mixed":
@@ -111,6 +115,8 @@ class Load:
         sampling = SamplingParams(max_tokens=1 << 20)
         request = Request(f"chatcmpl-{self.made:032x}", [7] * prompt, sampling, None)
         request.num_computed_tokens = computed
+        if computed > prompt:
+            request.append_output_token_ids([7] * (computed - prompt))
         return request
 
     def next(self) -> tuple[Any, list[Any]]:
@@ -151,6 +157,8 @@ class Load:
             output.num_scheduled_tokens[request.request_id] = q
             output.total_num_scheduled_tokens += q
             request.num_computed_tokens += q
+        prompts = (each for each, _ in (*chunks, *started) if not each.num_output_tokens)
+        self.begun = [each for each in prompts if each.num_computed_tokens >= each.num_prompt_tokens]
         if self.case == "join_leave":
             self.requests.append(started[0][0])
         return output
@@ -203,6 +211,7 @@ def timer(engine: Engine, load: Load, before: Callable[[], None], other_work: in
         for _ in range(STEPS):
             others.next()
             engine.step, engine.running = load.next()
+            engine.begun = load.begun
             if load.changed:
                 engine.requests = {request.request_id: request for request in engine.running}
             ran = load.ran(engine.step)
