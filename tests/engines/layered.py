@@ -1,4 +1,4 @@
-"""A real vLLM recorded at level layer, and what holds of every such recording."""
+"""A real vLLM recorded at level layer, and what holds of every such recording of either engine."""
 
 from __future__ import annotations
 

@@ -14,6 +14,16 @@ from typing import TYPE_CHECKING, Any
 import httpx2 as httpx
 import numpy as np
 import pytest
+from engines.layered import (
+    AT_LAYER,
+    EXPERTS,
+    HIDDEN,
+    LAYERS,
+    TOP_K,
+    TYPE_BYTES,
+    assert_nested,
+    assert_whole,
+)
 from engines.recording import Recording, record
 from engines.server import Server, environment, serve
 from engines.sglang.generate import Answer, generate, generate_together
@@ -23,7 +33,7 @@ from stagetrace.analysis.layers import with_waiting
 from stagetrace.analysis.report import summarise
 from stagetrace.exporters.session import names_of
 from stagetrace.instrument.ids import handle
-from stagetrace.instrument.stages import BY_ID, BY_NAME, AttentionKind, Collective, Level
+from stagetrace.instrument.stages import BY_NAME, AttentionKind, Collective
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,8 +41,6 @@ if TYPE_CHECKING:
     from stagetrace.analysis.load import Frames
 
 HERE = Path(__file__).parent
-LAYERS, EXPERTS, TOP_K, HIDDEN, TYPE_BYTES = 4, 8, 2, 256, 2  # of the tiny model (examples/quickstart/model.py)
-AT_LAYER = ("--level", "layer", "--no-report")
 ARGUMENTS = ("--skip-server-warmup", "--chunked-prefill-size", "2048")
 TWO_CORES = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 
@@ -97,26 +105,6 @@ def recorded(model: Path, directory: Path, *arguments: str, profiled: bool = Fal
             time.sleep(0.5)  # a step that was launched for a request that had just ended
             httpx.post(f"{server.root_url}/stop_profile", timeout=60).raise_for_status()
     return Recorded(recording, recording.frames(), answers, profile)
-
-
-def assert_whole(one: Recorded) -> None:
-    """Nothing was lost, cut or failed, and every step is complete."""
-    manifest = one.recording.manifest
-    assert manifest.counts["accounting_conflict"] == 0
-    assert sum(losses.lost for losses in manifest.losses) == 0
-    assert not any(process.errors for process in manifest.processes)
-    assert not [hook for process in manifest.processes for hook in process.hooks if hook["status"] in ("out", "error")]
-    assert set(one.frames["steps"]["status"]) == {"complete"}
-
-
-def assert_nested(one: Recorded) -> None:
-    """Every segment of a layer is in a step, and inside forward or inside another of a layer."""
-    segments = one.frames["segments"]
-    layers = segments[segments["stage"].map(lambda stage: BY_ID[stage].level) == Level.LAYER]
-    assert layers["step"].notna().all()
-    parents = segments.set_index(["process", "sequence"])["stage"]
-    found = {int(parents[key]) for key in zip(layers["process"], layers["parent"], strict=True)}
-    assert {stage for stage in found if BY_ID[stage].level != Level.LAYER} == {BY_NAME["forward"].id}
 
 
 def by_step(rows: pd.DataFrame) -> pd.Series[int]:
