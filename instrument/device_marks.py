@@ -11,16 +11,48 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 WORDS = 3
+PLACES = ("attention", "mlp", "moe", "collective")
+"""Around what of a layer marks can be put: the stages device_attention and so on (stages.py)."""
+MARKS = "STAGETRACE_MARKS"  # some of PLACES, with commas between
+MARK_LAYERS = "STAGETRACE_MARK_LAYERS"  # in how many layers
+DEFAULT_LAYERS = 4
 
 
 class Marked(NamedTuple):
-    """Where two marks are put: around this stage of this layer."""
+    """Where two marks are put: around this stage of this layer, the n-th time that it comes (collectives do)."""
 
     stage: str
     layer: int
+    number: int = 0
+
+
+class Choice(NamedTuple):
+    """What is to have marks: chosen when the engine starts."""
+
+    places: tuple[str, ...] = ()
+    layers: int = DEFAULT_LAYERS
+
+
+def choice(environment: Mapping[str, str]) -> Choice:
+    """What the environment chooses; what it names wrongly is left out (`stagetrace run` has checked it before)."""
+    named = {name.strip() for name in environment.get(MARKS, "").split(",")}
+    try:
+        layers = max(int(environment.get(MARK_LAYERS, DEFAULT_LAYERS)), 1)
+    except ValueError:
+        layers = DEFAULT_LAYERS
+    return Choice(tuple(place for place in PLACES if place in named), layers)
+
+
+def spread(layers: Collection[int], most: int) -> list[int]:
+    """So many of the layers, spread evenly, the first and the last among them (of one: the first). Pure."""
+    ordered = sorted(set(layers))
+    if len(ordered) <= most:
+        return ordered
+    last = len(ordered) - 1
+    return [ordered[round(at * last / max(most - 1, 1))] for at in range(most)]
 
 
 class MarkSpan(NamedTuple):
