@@ -3,8 +3,7 @@
 A mark is launched from the Python around the work that it delimits, on the engine's stream: in an eager run, and while
 a graph is captured, whose replays then pass it. The step's number is written on that stream before the step's work; its
 row is copied to the host after it, without waiting, and read when the copy is there. On one stream the copy comes
-before the next step's marks; the ring's depth is for streams that run apart. No engine's hooks launch marks yet, and
-nothing here has been run on a GPU.
+before the next step's marks; the ring's depth is for streams that run apart. marking.py puts them around layers.
 """
 
 from __future__ import annotations
@@ -69,16 +68,17 @@ class Marks:
             num_warps=1,
         )
 
-    def end_step(self, step: int) -> None:
-        """The step has been launched: its row is copied as soon as the device is there."""
+    def end_step(self, step: int) -> bool:
+        """The step has been launched: its row is copied as soon as the device is there. False: no buffer is free."""
         if not self._free:
             self.left_out += 1
-            return
+            return False
         buffer = self._free.pop()
         buffer.copy_(self._ring[step % self._depth].reshape(-1), non_blocking=True)
         event = self._event()
         event.record()
         self._copies.append((step, buffer, event))
+        return True
 
     def read(self) -> list[tuple[int, list[MarkSpan]]]:
         """The spans of the steps whose rows are there, oldest first, on the device's timer."""
