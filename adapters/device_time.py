@@ -72,9 +72,14 @@ class DeviceTime:
         self.marks = LayerMarks(rank)
 
     def open(self, kind: str, recorder: Recorder) -> dict[str, object]:
-        """The rank runs on a device of this kind, as the engine names it. What its process is to say of it."""
+        """The rank runs on a device of this kind, as the engine names it. What its process is to say of it.
+
+        A second call finds it done.
+        """
         if kind != "cuda" or not built():
             return {}
+        if self.event is not None:
+            return {"device_time": self._said()}
         self._recorder = recorder
         try:
             events = CudaEvents()

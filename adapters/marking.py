@@ -267,7 +267,7 @@ class LayerMarks:
             if pair is None or not spans or spans[0].marked != FORWARD:
                 self._unplaced += 1
             else:
-                self._empty = min(self._empty, *(end - begin for marked, begin, end in spans if marked == EMPTY))
+                self._empty = min([self._empty, *(end - begin for marked, begin, end in spans if marked == EMPTY)])
                 empty = self._empty if self._empty <= MOST_EMPTY_NS else 0
                 for (stage, layer, _), begin, end, error in placed(spans, pair, empty):
                     head = _pack_head(self._headers[stage], pair.timeline)

@@ -186,6 +186,7 @@ def attach(hook: Hook, runner: Any) -> None:
         others[target].told_objects()
     places += [Place(MOE, layer_of(name, module), module, "forward") for name, module in modules if is_moe(module)]
     places += _collective_places()
+    DEVICE.open(str(runner.device), hook.recorder)
     marks = DEVICE.marks.put(hook.recorder, places, attentions, runner.device, DEVICE.event)
     _Model.info = {"visible": sorted(seen), "not_visible_under_compile": [], **experts, **marks}
 

@@ -386,3 +386,12 @@ def test_an_empty_span_that_waited_for_the_host_is_no_measure(engine: Engine, mo
     widen[0] = 1
     engine.step(2)
     assert engine.timer.marks._said()["empty_ns"] == US
+
+
+def test_a_row_without_an_empty_span_is_written_all_the_same(engine: Engine, ring: tuple[Recorder, RingReader]):
+    engine.put()
+    mark = engine.timer.marks._mark
+    engine.timer.marks._mark = lambda number: number in (2, 3) or mark(number)  # type: ignore[assignment, method-assign]
+    engine.step(1)
+    assert {row["stage"] for row in rows(ring)} == {"forward", "attention", "moe", "collective"}
+    assert engine.timer.marks._said()["empty_ns"] is None and engine.timer.marks._errors == 0
