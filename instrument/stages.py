@@ -558,7 +558,12 @@ STAGES: tuple[Stage, ...] = (
         for number, place, what, inside in (
             (60, "attention", "one layer's attention", ("device_forward",)),
             (61, "mlp", "one layer's dense feed-forward block", ("device_forward",)),
-            (62, "moe", "one layer's experts: routing, dispatch, computation, combine", ("device_mlp", "device_forward")),
+            (
+                62,
+                "moe",
+                "one layer's experts, from their routing to their combine",
+                ("device_mlp", "device_forward"),
+            ),
             (
                 63,
                 "collective",
