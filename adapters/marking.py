@@ -14,7 +14,7 @@ import sys
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stagetrace.instrument.device_marks import Marked, choice, placed, spread
+from stagetrace.instrument.device_marks import EMPTY, FORWARD, MOST_EMPTY_NS, Marked, choice, placed, spread
 from stagetrace.instrument.hooks import ERRORS_UNTIL_OUT
 from stagetrace.instrument.records import HEAD, TAILS, RecordType, Text, header_word
 from stagetrace.instrument.stages import BY_NAME, Level
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ATTENTION, MLP, MOE, COLLECTIVE = "attention", "mlp", "moe", "collective"
-FORWARD = Marked("forward", -1)
 COLLECTIVES_OF_A_LAYER = 2  # those behind its attention: as many as tensor parallelism has
+_EMPTY, _FIRST = 1, 2  # the empty span, and the first that is put around something: one comes before the other
 _LAYER_LEVEL = int(Level.LAYER)
 _pack_head, _pack_tail = HEAD.pack, TAILS[3].pack
 
@@ -67,6 +67,7 @@ class LayerMarks:
         self._awaited: set[tuple[int, int]] = set()  # instance and step of passes whose row is still to be written
         self._pairs: dict[tuple[int, int], Pair] = {}  # of these, as far as they are there
         self._turn = deque([None])  # whoever takes what is in it may poll: a pop is atomic
+        self._empty = MOST_EMPTY_NS + 1  # ns of the shortest empty span so far
         self._unplaced = 0
         self._told = 0  # of what was amiss
         self._errors = 0
@@ -95,7 +96,7 @@ class LayerMarks:
             return {"marks": {"by": "nothing", "why": why, "errors": 0}}
         layers = spread([place.layer for place in places if place.layer >= 0], chosen.layers)
         marked = marked_of(chosen.places, layers, places)
-        found = {one.stage for one in marked[1:]}
+        found = {one.stage for one in marked} - {FORWARD.stage, EMPTY.stage}
         self._info = {
             "by": "marks",
             "stages": [stage for stage in chosen.places if stage in found],
@@ -140,6 +141,9 @@ class LayerMarks:
             if index < 0 or index in self._open:
                 return function(*given, **named)
             self._open.add(index)
+            if index == _FIRST:
+                self._mark(2 * _EMPTY)
+                self._mark(2 * _EMPTY + 1)
             self._mark(2 * index)
             try:
                 return function(*given, **named)
@@ -263,7 +267,9 @@ class LayerMarks:
             if pair is None or not spans or spans[0].marked != FORWARD:
                 self._unplaced += 1
             else:
-                for (stage, layer, _), begin, end, error in placed(spans, pair):
+                self._empty = min(self._empty, *(end - begin for marked, begin, end in spans if marked == EMPTY))
+                empty = self._empty if self._empty <= MOST_EMPTY_NS else 0
+                for (stage, layer, _), begin, end, error in placed(spans, pair, empty):
                     head = _pack_head(self._headers[stage], pair.timeline)
                     recorder.put(head, begin, end, _pack_tail(instance, step, layer, rank, error))
             if pair is not None:
@@ -299,7 +305,8 @@ class LayerMarks:
             return {**self._info, "errors": self._errors}
         counts = {name: count for name, count in vars(marks.reader.counts).items() if name != "rows"}
         lost = {"left_out": marks.left_out, **counts, "unplaced": self._unplaced}
-        return {**self._info, **lost, "errors": self._errors}
+        empty = self._empty if self._empty <= MOST_EMPTY_NS else None
+        return {**self._info, "empty_ns": empty, **lost, "errors": self._errors}
 
 
 def _always(index: int) -> Callable[[], int]:
@@ -307,12 +314,12 @@ def _always(index: int) -> Callable[[], int]:
 
 
 def marked_of(chosen: Sequence[str], layers: Sequence[int], places: Sequence[Place]) -> list[Marked]:
-    """What gets marks, the forward pass first: of the layers what they have of the chosen. Pure.
+    """What gets marks, the forward pass and the empty span first: of the layers what they have of the chosen. Pure.
 
     Of the last layer's collectives nothing says when they end: what follows could be another pass's. It has none.
     """
     there = {(place.stage, place.layer) for place in places}
-    found = [FORWARD]
+    found = [FORWARD, EMPTY]
     for layer in layers:
         found += [Marked(stage, layer) for stage in chosen if (stage, layer) in there]
     if COLLECTIVE in chosen and (COLLECTIVE, -1) in there:

@@ -73,19 +73,33 @@ class Pair(NamedTuple):
     record: tuple[bytes, int, int, bytes]  # to be written behind those of the spans, since they are inside it
 
 
-def placed(spans: Sequence[MarkSpan], pair: Pair) -> list[tuple[Marked, int, int, int]]:
-    """Spans on the host's clock, each with the error of its times; the first is the whole pass, and only places them.
+FORWARD = Marked("forward", -1)  # around the whole pass: tells where in the event pair the others are
+EMPTY = Marked("empty", -1)  # two marks with nothing between: what of a span is the marks' own
+MOST_EMPTY_NS = 3000  # an empty span that is longer waited for the host
+
+
+def trimmed(begin: int, end: int, empty: int) -> tuple[int, int]:
+    """A span without what an empty one takes: half of it behind the first mark, half before the last. Pure."""
+    half = min(empty, end - begin) // 2
+    return begin + half, end - half
+
+
+def placed(spans: Sequence[MarkSpan], pair: Pair, empty: int) -> list[tuple[Marked, int, int, int]]:
+    """Spans on the host's clock, each with the error of its times; the first is FORWARD and only places the others.
 
     Its marks come right behind the pair's first event, and before its last: the middles are taken for the same moment.
-    What the one is longer than the other is an error of either time, and no span leaves the pair. Pure.
+    What the one is longer than the other is an error of either time, and no span leaves the pair. `empty`: ns that an
+    empty span takes, 0 where that is not known. Pure.
     """
     _, first, last = spans[0]
     offset = (pair.begin + pair.end - first - last) // 2
     error = pair.error + -(-abs((pair.end - pair.begin) - (last - first)) // 2)
     found = []
-    for marked, begin, end in spans[1:]:
-        at = min(max(begin + offset, pair.begin), pair.end)
-        found.append((marked, at, min(max(end + offset, at), pair.end), error))
+    for span in spans[1:]:
+        if span.marked != EMPTY:
+            begin, end = trimmed(span.begin, span.end, empty)
+            at = min(max(begin + offset, pair.begin), pair.end)
+            found.append((span.marked, at, min(max(end + offset, at), pair.end), error))
     return found
 
 

@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import random
 import sys
 import time
 import types
@@ -99,12 +100,12 @@ class Timed(NamedTuple):
 def timed(layers: int, device: Any, several: bool, event: Callable[[], Any], source: Any) -> Timed:
     """Marks around each stage of each layer and around the whole, and a pool of pairs."""
     from stagetrace.adapters.marks import Marks
-    from stagetrace.instrument.device_marks import Marked
+    from stagetrace.instrument.device_marks import EMPTY, FORWARD, Marked
     from stagetrace.instrument.device_pairs import DevicePairs
     from stagetrace.instrument.records import TAILS
 
     stages = ("attention", "collective", "moe") if several else ("attention", "moe")
-    marked = [Marked("forward", -1), *(Marked(stage, layer) for layer in range(layers) for stage in stages)]
+    marked = [FORWARD, EMPTY, *(Marked(stage, layer) for layer in range(layers) for stage in stages)]
     written: list[tuple[int, int, int, int]] = []
 
     def put(head: bytes, begin: int, end: int, tail: bytes) -> None:
@@ -123,7 +124,15 @@ def mark_stages(marks: Any | None) -> None:
         Around.before = Around.after = staticmethod(lambda stage, layer: None)
         return
     places = {(marked.stage, marked.layer): 2 * number for number, marked in enumerate(marks.reader.marked)}
-    Around.before = staticmethod(lambda stage, layer: marks.mark(places[stage, layer]))
+    first, empty = 4, 2
+
+    def before(stage: str, layer: int) -> None:
+        if places[stage, layer] == first:
+            marks.mark(empty)
+            marks.mark(empty + 1)
+        marks.mark(places[stage, layer])
+
+    Around.before = staticmethod(before)
     Around.after = staticmethod(lambda stage, layer: marks.mark(places[stage, layer] + 1))
 
 
@@ -294,7 +303,11 @@ def accuracy(mode: str, model: Any, x: Any, steps: int, several: bool, device: A
 
 def compared(kernels: Sequence[Kernel], spans: dict[int, list[Any]], found: Timed, offset: int) -> dict[str, Any]:
     """The measurements of some steps, numbered from 1, as agreements. `offset`: wall less monotonic time, in ns."""
+    from stagetrace.instrument.device_marks import EMPTY, FORWARD, MOST_EMPTY_NS, trimmed
+
     truth = steps_of(kernels, found.order)
+    empties = [span.end - span.begin for row in spans.values() for span in row if span.marked == EMPTY]
+    empty = min(empties, default=MOST_EMPTY_NS + 1)
     if len(truth) != len(spans):
         raise Misfit(f"{len(truth)} steps in the profile, {len(spans)} were run")
     pairs = {number: (begin, end, error) for number, begin, end, error in found.written}
@@ -303,8 +316,10 @@ def compared(kernels: Sequence[Kernel], spans: dict[int, list[Any]], found: Time
     for number, of_step in enumerate(truth, 1):
         for at, marked in enumerate(found.marks.reader.marked):
             for span in spans.get(number, []):
-                if span.marked == marked:
-                    durations = (span.end - span.begin, of_step[at].last - of_step[at].first)
+                if span.marked == marked != EMPTY:
+                    taken = empty if marked != FORWARD and empty <= MOST_EMPTY_NS else 0
+                    begin, end = trimmed(span.begin, span.end, taken)
+                    durations = (end - begin, of_step[at].last - of_step[at].first)
                     by_stage.setdefault(marked.stage, []).append(durations)
         if number in pairs:
             begin, end, _ = pairs[number]
@@ -317,6 +332,7 @@ def compared(kernels: Sequence[Kernel], spans: dict[int, list[Any]], found: Time
         "begins": vars(agreement(apart)),
         "clock_error_ns": max((error for _, _, error in pairs.values()), default=None),
         "contradictions": found.pairs.contradictions,
+        "empty_ns": empty,
         "timer_resolution_ns": math.gcd(*(after - before for before, after in pairwise(times))),
         "missing": vars(found.marks.reader.counts),
     }
@@ -366,12 +382,14 @@ def experts_counted(mode: str, model: Any, x: Any, steps: int, device: Any) -> d
     experts, layers = model.layers[0].size.experts, range(len(model.layers))
     padding = torch.arange(len(x), device=device) % 5 == 0
     Around.chosen = staticmethod(seen)
-    model(x)
+    run = model if "graph" in mode else runner(mode, model, x)
+    run(x) if "graph" in mode else run()
     rank = types.SimpleNamespace(instance=1, step=0, rank=0)
     recorder = types.SimpleNamespace(experts=write)
     counts = DeviceCounts(types.SimpleNamespace(recorder=recorder), rank, layers, experts, device)  # type: ignore[arg-type]
     Around.chosen = staticmethod(lambda layer, chosen: counts.count(layer, chosen, padding))
-    run = runner(mode, model, x)
+    if "graph" in mode:
+        run = runner(mode, model, x)
     for rank.step in range(1, steps + 1):
         counts.begin()
         run()
@@ -457,10 +475,11 @@ def costs(mode: str, model: Any, x: Any, rounds: int, several: bool, device: Any
         marked()
         mark_stages(None)
 
-    alternatives = {"plain": plain, "marks": with_marks, "pairs": paired}
+    alternatives = {"plain": plain, "marks": with_marks, "pairs": paired, "plain again": plain}
     took: dict[str, list[float]] = {name: [] for name in alternatives}
     for _ in range(rounds):
-        for name, run in alternatives.items():
+        for name in random.sample([*alternatives], len(alternatives)):
+            run = alternatives[name]
             torch.cuda.synchronize()
             begin = time.perf_counter_ns()
             for _ in range(RUNS):
@@ -476,6 +495,7 @@ def costs(mode: str, model: Any, x: Any, rounds: int, several: bool, device: Any
         "marks": marks,
         "mark": vars(cost(took["plain"], took["marks"], marks)),
         "pair": vars(cost(took["plain"], took["pairs"], 1)),
+        "nothing": vars(cost(took["plain"], took["plain again"], 1)),
     }
 
 
@@ -502,15 +522,16 @@ def show(found: dict[str, Any]) -> None:
             str(each["layers"]),
             microseconds(each["step_ns"]),
             str(each["marks"]),
-            *(spread(each[what]) for what in ("mark", "pair")),
+            *(spread(each[what]) for what in ("mark", "pair", "nothing")),
         ]
         for each in found["costs"]
     ]
-    print(table(("mode", "layers", "step us", "marks", "a mark us", "a pair us"), rows), end="\n\n")
+    print(table(("mode", "layers", "step us", "marks", "a mark us", "a pair us", "nothing us"), rows), end="\n\n")
     for mode, each in found["accuracy"].items():
         print(
             f"{mode}: clock error at most {microseconds(each['clock_error_ns'])} us, {each['contradictions']}"
-            f" contradictions, the timer counts in {each['timer_resolution_ns']} ns, not told: {each['missing']}"
+            f" contradictions, the timer counts in {each['timer_resolution_ns']} ns, an empty span takes"
+            f" {microseconds(each['empty_ns'])} us, not told: {each['missing']}"
         )
     for mode, why in found["misfits"].items():
         print(f"{mode}: its profile is not understood: {why}")

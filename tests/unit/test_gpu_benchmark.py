@@ -100,7 +100,9 @@ def test_measurements_beside_the_profilers(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(Misfit, match="2 steps in the profile, 1 were run"):
         device_time.compared(kernels, {1: []}, device_time.Timed(marks, pairs, [], [0, 2, 3, 1]), 0)
     spread = {"median": 900.0, "low": 800.0, "high": 1100.0}
-    costs = [{"mode": "eager", "layers": 4, "step_ns": 2e6, "marks": 16, "mark": spread, "pair": spread}]
+    costs = [
+        {"mode": "eager", "layers": 4, "step_ns": 2e6, "marks": 16, "mark": spread, "pair": spread, "nothing": spread}
+    ]
     whole = {"device": "a GPU", "ranks": 1, "torch": "2", "accuracy": {"eager": found}, "costs": costs}
     others = {"host_ns": {"a mark": 7000}, "experts": {"eager": {"right": 7, "of": 8}}}
     device_time.show(whole | others | {"waits": False, "misfits": {"compiled": "3 marks"}})
