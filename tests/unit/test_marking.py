@@ -27,6 +27,7 @@ from stagetrace.instrument.device_marks import (
     choice,
     placed,
     spread,
+    trimmed,
 )
 from stagetrace.instrument.device_pairs import FORWARD as FORWARD_PAIR
 from stagetrace.instrument.device_pairs import DevicePairs
@@ -368,3 +369,20 @@ def test_spans_stay_in_their_pair():
         (Marked("moe", 1), 114, 154, 11),
     ]
     assert [row[1:3] for row in placed(spans, Pair(1, 50, 140, 7, RECORD), 0)] == [(50, 95), (105, 140)], "clipped"
+
+
+def test_an_empty_span_is_taken_off_but_no_more_than_there_is():
+    assert trimmed(100, 200, 10) == (105, 195) and trimmed(100, 104, 10) == (102, 102)
+    spans = [MarkSpan(FORWARD, 1000, 1100), MarkSpan(EMPTY, 1001, 1011), MarkSpan(Marked("moe", 0), 1011, 1060)]
+    assert placed(spans, Pair(1, 50, 150, 7, RECORD), 10) == [(Marked("moe", 0), 66, 105, 7)]
+
+
+def test_an_empty_span_that_waited_for_the_host_is_no_measure(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    engine.put()
+    widen, launch = [9], engine.device.launch
+    monkeypatch.setattr(engine.device, "launch", lambda width, stream=None: launch(width * widen[0], stream))
+    engine.step(1)
+    assert engine.timer.marks._said()["empty_ns"] is None
+    widen[0] = 1
+    engine.step(2)
+    assert engine.timer.marks._said()["empty_ns"] == US
