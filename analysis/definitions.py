@@ -823,8 +823,15 @@ DEFINITIONS: tuple[Definition, ...] = (
             "marks_per_step",
             "1",
             "marks that a step passes at most, each a kernel of one thread",
-            "two for each place, and two around the pass",
+            "two for each place, two around the pass, two with nothing between",
             "what they cost: see performance.md",
+        ),
+        (
+            "empty_ns",
+            "ns",
+            "of marks: what two of them with nothing between take, which is taken off every span, half at either end",
+            "the shortest so far in any step; null until one took at most 3 us: nothing is taken off till then",
+            "all that launching takes: a stage's first kernel can begin later than a mark would",
         ),
         (
             "passed_steps",

@@ -403,7 +403,7 @@ def session_parts(view: Mapping[str, Any]) -> list[Part]:
         shown.append(Grid("Devices are timed", ("process", "pid", "by", "left out", *_AMISS[1:]), rows, text=True))
     rows = [_safe(*_names(each), *_mark_cells(each["marks"])) for each in processes if each["marks"]]
     if rows:
-        mark_columns = ("process", "pid", "by", "around", "in layers", "marks a step", "not told")
+        mark_columns = ("process", "pid", "by", "around", "in layers", "marks a step", "an empty span", "not told")
         shown.append(Grid("Marks on devices", mark_columns, rows, text=True))
     rows = [_safe(*_names(each), *_ring_cells(one)) for each in processes for one in each["rings"]]
     ring_columns = ("process", "pid", "ring", "slots", "MiB", "holds", "slots read", "losses")
@@ -430,7 +430,8 @@ def _mark_cells(told: Mapping[str, Any]) -> Iterable[object]:
     amiss = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in told["not_told"].items())
     layers = ", ".join(map(str, told["marked_layers"]))
     per_step = f"up to {told['marks_per_step']}" if told["marks_per_step"] else MISSING
-    return told["by"], ", ".join(told["stages"]) or MISSING, layers or MISSING, per_step, amiss or "none"
+    empty = MISSING if told["empty_ns"] is None else f"{told['empty_ns']} ns"
+    return told["by"], ", ".join(told["stages"]) or MISSING, layers or MISSING, per_step, empty, amiss or "none"
 
 
 def _ring_cells(one: Mapping[str, Any]) -> Iterable[object]:

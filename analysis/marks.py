@@ -48,6 +48,7 @@ class MarkInfo:
     layers: tuple[int, ...] = ()  # that have some
     per_step: int = 0  # marks that a step passes at most
     not_visible: tuple[str, ...] = ()  # of PLACES, that were chosen and could not have marks
+    empty_ns: int | None = None  # of the shortest span with nothing in it, which is taken off the others
     not_told: Mapping[str, int] = field(default_factory=dict)  # of NOT_TOLD those that are not 0
 
     @property
@@ -107,6 +108,7 @@ def mark_info(process: Process) -> MarkInfo | None:
         layers=tuple(layer for layer in layers if isinstance(layer, int)),
         per_step=_count(told.get("per_step")),
         not_visible=tuple(str(name) for name in hidden),
+        empty_ns=_count(told.get("empty_ns")) or None,
         not_told={name: count for name, count in counts.items() if count},
     )
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 _ABOUT = (
     "Of the layers with marks alone, in steps that passed them; `all layers` supposes that the others are like them."
-    " Launch gaps around a stage's kernels are in its time. A collective's time has the wait for other ranks in it:"
-    " marks of one rank do not tell it from moving bytes."
+    " Launch gaps around a stage's kernels are in its time, but for what two marks with nothing between them take."
+    " A collective's time has the wait for other ranks in it: marks of one rank do not tell it from moving bytes."
 )
 
 
@@ -35,6 +35,7 @@ def info_dict(info: MarkInfo) -> dict[str, Any]:
         "stages": list(info.stages),
         "marked_layers": list(info.layers),
         "marks_per_step": info.per_step,
+        "empty_ns": info.empty_ns,
         "not_visible": list(info.not_visible),
         "not_told": dict(info.not_told),
     }
