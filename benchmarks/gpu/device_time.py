@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 MODES = ("eager", "compiled", "piecewise graphs", "full graph")
+AHEAD, BEHIND = "host ahead", "host in step"
 STEPS, ROUNDS, RUNS = 20, 15, 20  # profiled; of each alternative; in a round
-CALLS = 2000  # of a pair, for the host's cost
+AHEAD_CYCLES = 60_000_000  # for which a device is kept busy so that the host gets ahead of it: 30 ms or so
+CALLS = 500  # of each, for the host's cost
 NO_GPU = (
     "{why}. What to do: run it where there is a CUDA or HIP device, with a Python that has PyTorch and Triton for it"
     " (an engine's has both): copy the checkout there, and `python benchmarks/gpu/device_time.py`."
@@ -223,6 +225,7 @@ def measure(counts: Sequence[int], quick: bool, device: Any) -> dict[str, Any]:
         "torch": torch.__version__,
         "ranks": int(os.environ.get("WORLD_SIZE", "1")),
         "accuracy": {},
+        "experts": {},
         "misfits": {},  # of modes: why their profile is not understood
         "costs": [],
         "waits": False,
@@ -232,12 +235,16 @@ def measure(counts: Sequence[int], quick: bool, device: Any) -> dict[str, Any]:
         x = torch.randn(size.tokens, size.hidden, **where)
         model = Model(size, **where)
         for mode in MODES:
-            try:
-                found["accuracy"][mode] = accuracy(mode, model, x, steps, several, device)
-            except Misfit as error:
-                found["misfits"][mode] = str(error)
+            for ahead in (True, False):
+                regime = f"{mode}, {AHEAD if ahead else BEHIND}"
+                try:
+                    found["accuracy"][regime] = accuracy(mode, model, x, steps, several, device, ahead)
+                except Misfit as error:
+                    found["misfits"][regime] = str(error)
+        for mode in MODES:
+            found["experts"][mode] = experts_counted(mode, model, x, steps, device)
         found["waits"] = waits(model, x, several, device)
-        found["pair_host_ns"] = pair_host_ns(several, device)
+        found["host_ns"] = host_ns(several, device)
         for layers in counts:
             model = Model(Size(layers=layers), **where)
             found["costs"] += [costs(mode, model, x, rounds, several, device) for mode in ("eager", "full graph")]
@@ -254,8 +261,12 @@ def sources() -> tuple[Callable[[], Any], Any]:
     return events.event, events
 
 
-def accuracy(mode: str, model: Any, x: Any, steps: int, several: bool, device: Any) -> dict[str, Any]:
-    """Spans of marks and pairs beside the profiler's times of the same steps."""
+def accuracy(mode: str, model: Any, x: Any, steps: int, several: bool, device: Any, ahead: bool) -> dict[str, Any]:
+    """Spans of marks and pairs beside the profiler's times of the same steps.
+
+    `ahead`: all of a step is launched before the device comes to it, as where it is the device that takes long. Else
+    the device waits for what the host launches, also between a mark and the kernel behind it.
+    """
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -266,6 +277,8 @@ def accuracy(mode: str, model: Any, x: Any, steps: int, several: bool, device: A
     spans: dict[int, list[Any]] = {}
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         for number in range(1, steps + 1):
+            if ahead:
+                torch.cuda._sleep(AHEAD_CYCLES)
             step(number, run, found)
             torch.cuda.synchronize()
             found.pairs.poll()
@@ -332,25 +345,89 @@ def waits(model: Any, x: Any, several: bool, device: Any) -> bool:
     return False
 
 
-def pair_host_ns(several: bool, device: Any) -> float:
-    """What a pair takes on the host: begin, end, its share of a step's begin and of the poll that reads it."""
+def experts_counted(mode: str, model: Any, x: Any, steps: int, device: Any) -> dict[str, Any]:
+    """Tokens by expert as they are counted on the device, in graphs as well, beside a count of the same choices."""
+    import torch
+    from block import Around
+
+    from stagetrace.adapters.experts import DeviceCounts
+
+    written: dict[tuple[int, int], list[int]] = {}
+    truth: dict[int, Any] = {}
+
+    def write(instance: int, step: int, rank: int, layer: int, tokens: int, counts: bytes, width: int) -> None:
+        written[step, layer] = [
+            int.from_bytes(counts[at : at + width], "little") for at in range(0, len(counts), width)
+        ]
+
+    def seen(layer: int, chosen: Any) -> None:
+        truth[layer] = torch.bincount(chosen[~padding].reshape(-1), minlength=experts).tolist()
+
+    experts, layers = model.layers[0].size.experts, range(len(model.layers))
+    padding = torch.arange(len(x), device=device) % 5 == 0
+    Around.chosen = staticmethod(seen)
+    model(x)
+    rank = types.SimpleNamespace(instance=1, step=0, rank=0)
+    recorder = types.SimpleNamespace(experts=write)
+    counts = DeviceCounts(types.SimpleNamespace(recorder=recorder), rank, layers, experts, device)  # type: ignore[arg-type]
+    Around.chosen = staticmethod(lambda layer, chosen: counts.count(layer, chosen, padding))
+    run = runner(mode, model, x)
+    for rank.step in range(1, steps + 1):
+        counts.begin()
+        run()
+        counts.end()
+        if rank.step % 4 == 0:
+            torch.cuda.synchronize()
+    torch.cuda.synchronize()
+    counts.begin()
+    Around.chosen = staticmethod(lambda layer, chosen: None)
+    right = sum(written.get((step, layer)) == truth[layer] for step in range(1, steps + 1) for layer in layers)
+    return {"right": right, "of": steps * len(layers), "left_out": counts.left_out}
+
+
+def host_ns(several: bool, device: Any) -> dict[str, float]:
+    """What the host does for a pair and for a mark, each beside what it cannot do without; ns, medians."""
     import torch
 
     from stagetrace.instrument.device_pairs import FORWARD
 
-    pairs = timed(1, device, several, *sources()).pairs
-    took = 0
-    for number in range(1, CALLS + 1):
-        begin = time.perf_counter_ns()
+    timed_ = timed(1, device, several, *sources())
+    pairs, marks = timed_.pairs, timed_.marks
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    number = 0
+
+    def pair() -> None:
+        nonlocal number
+        number += 1
         pairs.step_begins()
         pairs.begin(FORWARD)
         pairs.end(FORWARD, 1, number, 0)
-        took += time.perf_counter_ns() - begin
-        torch.cuda.synchronize()
-        begin = time.perf_counter_ns()
-        pairs.poll()
-        took += time.perf_counter_ns() - begin
-    return took / CALLS
+
+    def bare_pair() -> None:
+        first.record()
+        last.record()
+
+    def bare_read() -> None:
+        last.query()
+        first.elapsed_time(last)
+
+    x = torch.zeros(1, device=device)
+    alternatives: dict[str, Callable[[], Any]] = {
+        "pair, launching": pair,
+        "pair, reading": pairs.poll,
+        "two bare records": bare_pair,
+        "bare query and elapsed_time": bare_read,
+        "mark": lambda: marks.mark(0),
+        "add_ of one number": lambda: x.add_(1),
+    }
+    took: dict[str, list[int]] = {name: [] for name in alternatives}
+    for _ in range(CALLS):
+        for name, function in alternatives.items():
+            begin = time.perf_counter_ns()
+            function()
+            took[name].append(time.perf_counter_ns() - begin)
+            torch.cuda.synchronize()
+    return {name: sorted(each)[CALLS // 2] for name, each in took.items()}
 
 
 def costs(mode: str, model: Any, x: Any, rounds: int, several: bool, device: Any) -> dict[str, Any]:
@@ -437,7 +514,11 @@ def show(found: dict[str, Any]) -> None:
         )
     for mode, why in found["misfits"].items():
         print(f"{mode}: its profile is not understood: {why}")
-    print(f"a pair takes {microseconds(found['pair_host_ns'])} us on the host; waits for the device: {found['waits']}")
+    for mode, each in found["experts"].items():
+        print(f"{mode}: tokens by expert right in {each['right']} of {each['of']} layers of steps")
+    rows = [[name, microseconds(ns)] for name, ns in found["host_ns"].items()]
+    print("\n" + table(("on the host", "us"), rows), end="\n\n")
+    print(f"waits for the device: {found['waits']}")
 
 
 def spread(cost: dict[str, float]) -> str:
