@@ -1,10 +1,12 @@
 """Device time of a real vLLM on a GPU against torch.profiler's, and what arming it costs a decode step.
 
-    python benchmarks/gpu/engine.py [--json] [--quick] [--models dense,moe] [--modes eager,graphs,compiled] [--keep DIR]
+    python benchmarks/gpu/engine.py [--json] [--quick] [--models dense,moe] [--modes eager,graphs,compiled]
+                                    [--marks attention,moe] [--mark-layers N] [--keep DIR]
 
 For each model and mode two engines run at once, one of them under `stagetrace run`, the other as it is. Both decode the
 same batches in turn; then the recorded one decodes under the profiler, and what stagetrace recorded of the device in
-these steps is laid beside the kernels that ran. The models have random weights and need no download.
+these steps is laid beside the kernels that ran. The models have random weights and need no download. With --marks it
+records at level layer, and what marks tell of single layers, in graphs as well, is compared too.
 
 It needs a CUDA or HIP device and a Python that has vLLM and stagetrace's dependencies; where stagetrace itself is not
 installed, the checkout that this lies in is lent. Exit status 1: an engine failed or nothing could be compared;
@@ -30,11 +32,27 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from figures import Agreement, Compared, Quartiles, Span, compared, microseconds, quartiles, stretches, table
+from figures import (
+    Agreement,
+    Compared,
+    Misfit,
+    Quartiles,
+    Span,
+    agreement,
+    compared,
+    kernels_of,
+    microseconds,
+    quartiles,
+    steps_of,
+    stretches,
+    table,
+)
 from served import BEGINS, ENDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    import pandas as pd
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -119,6 +137,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="few rounds: whether it runs, no figures to keep")
     parser.add_argument("--models", default=",".join(MODELS), help="which models, with commas between")
     parser.add_argument("--modes", default=",".join(MODES), help="how vLLM runs them, with commas between")
+    parser.add_argument("--marks", default="", help="marks around these parts of layers; recorded at level layer then")
+    parser.add_argument("--mark-layers", type=int, default=4, help="in so many layers")
     parser.add_argument("--settings", default="{}", help="further arguments of vllm.LLM, as a JSON object")
     parser.add_argument("--keep", type=Path, help="keep sessions, logs and profiles in this new directory")
     options = parser.parse_args()
@@ -143,7 +163,9 @@ def main() -> int:
         folder = options.keep or Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="stagetrace-gpu-")))
         folder.mkdir(parents=True, exist_ok=True)
         lent = lend(Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="stagetrace-lent-"))))
-        found = measure(*chosen, further, ROUNDS // 4 if options.quick else ROUNDS, folder.resolve(), lent)
+        marks = ("--level", "layer", "--marks", options.marks, "--mark-layers", str(options.mark_layers))
+        run = marks if options.marks else ()
+        found = measure(*chosen, further, ROUNDS // 4 if options.quick else ROUNDS, folder.resolve(), lent, run)
         show(found)
         if options.json:
             print(json.dumps(found))
@@ -198,7 +220,16 @@ def lend(folder: Path) -> str:
 class Engine:
     """An engine in processes of its own; `ask` it for what served.Served can do."""
 
-    def __init__(self, folder: Path, name: str, settings: dict[str, Any], lent: str, session: Path | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        settings: dict[str, Any],
+        lent: str,
+        session: Path | None = None,
+        run: Sequence[str] = (),
+    ):
+        """`run` are options of `stagetrace run`, for one that is recorded into a session."""
         self._log = folder / f"{name}.log"
         self._file: Any = None
         address = Path(tempfile.mkdtemp(prefix="stagetrace-ask-")) / "socket"  # a socket's path has to be short
@@ -209,7 +240,7 @@ class Engine:
         self._listener.settimeout(1.0)
         command = [sys.executable, str(HERE / "served.py"), str(address), json.dumps(settings)]
         if session is not None:
-            command = [*_STAGETRACE, "run", "--no-report", "--session", str(session), "--", *command]
+            command = [*_STAGETRACE, "run", "--no-report", "--session", str(session), *run, "--", *command]
         environment = {
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
@@ -275,12 +306,14 @@ _STAGETRACE = (sys.executable, "-m", "stagetrace.cli.main")
 
 
 @contextmanager
-def engines(folder: Path, settings: dict[str, Any], session: Path, lent: str) -> Iterator[tuple[Engine, Engine]]:
+def engines(
+    folder: Path, settings: dict[str, Any], session: Path, lent: str, run: Sequence[str]
+) -> Iterator[tuple[Engine, Engine]]:
     """One as it is, and one that is recorded, both still starting; ended on leaving."""
     with ExitStack() as closing:
         started = []
         for name, recorded in (("plain", None), ("recorded", session)):
-            started.append(Engine(folder, name, settings, lent, recorded))
+            started.append(Engine(folder, name, settings, lent, recorded, run))
             closing.callback(started[-1].close)
         yield started[0], started[1]
 
@@ -289,7 +322,13 @@ def engines(folder: Path, settings: dict[str, Any], session: Path, lent: str) ->
 
 
 def measure(
-    models: Sequence[str], modes: Sequence[str], further: dict[str, Any], rounds: int, folder: Path, lent: str
+    models: Sequence[str],
+    modes: Sequence[str],
+    further: dict[str, Any],
+    rounds: int,
+    folder: Path,
+    lent: str,
+    run: Sequence[str],
 ) -> dict[str, Any]:
     """Everything, as one object."""
     found: dict[str, Any] = {"runs": [], "failed": {}}
@@ -303,7 +342,7 @@ def measure(
             print(f"{model}, {mode} ...", file=sys.stderr, flush=True)
             settings = SETTINGS | MODES[mode] | {"model": str(described)} | further
             try:
-                found["runs"].append({"model": model, "mode": mode} | one(place, settings, rounds, lent))
+                found["runs"].append({"model": model, "mode": mode} | one(place, settings, rounds, lent, run))
             except Failed as error:
                 found["failed"][f"{model}, {mode}"] = str(error)
                 print(error, file=sys.stderr, flush=True)
@@ -311,11 +350,11 @@ def measure(
     return found
 
 
-def one(folder: Path, settings: dict[str, Any], rounds: int, lent: str) -> dict[str, Any]:
+def one(folder: Path, settings: dict[str, Any], rounds: int, lent: str, run: Sequence[str]) -> dict[str, Any]:
     """One model in one mode. Raises Failed."""
     session, profile = folder / "session", folder / "profile.json"
     load = {"width": WIDTH, "prompt": PROMPT}
-    with engines(folder, settings, session, lent) as (plain, recorded):
+    with engines(folder, settings, session, lent, run) as (plain, recorded):
         info = [engine.ready() for engine in (plain, recorded)][1]
         for engine in (plain, recorded, plain, recorded):  # a kernel is compiled when it is first needed
             engine.ask("generate", **load, tokens=TOKENS)
@@ -344,11 +383,17 @@ def beside(session: Path, profile: Path, offset: int) -> dict[str, Any]:
     from stagetrace.exporters.session import Session, SessionError
     from stagetrace.instrument.stages import BY_NAME
 
-    kernels = stretches(json.loads(profile.read_text("utf-8")), BEGINS, ENDS)
+    trace = json.loads(profile.read_text("utf-8"))
+    kernels = stretches(trace, BEGINS, ENDS)
+    columns = {
+        "segments": ["stage", "begin_ns", "end_ns", "step", "a0", "a2"],
+        "steps": ["instance", "step", "prefill_tokens", "decode_tokens"],
+        "experts": ["instance", "step", "layer", "counts"],
+    }
     try:
         recorded = Session.open(session)
-        segments = load(recorded, columns={"segments": ["stage", "begin_ns", "end_ns", "step", "a2"]})["segments"]
-        summary = summarise(recorded)
+        frames = load(recorded, columns=columns)
+        segments, summary = frames["segments"], summarise(recorded)
     except SessionError as error:
         raise Failed(f"what was recorded cannot be read: {error}") from error
     stages = {}
@@ -363,7 +408,57 @@ def beside(session: Path, profile: Path, offset: int) -> dict[str, Any]:
             found = compared(spans, theirs, offset)
             stages[stage] = vars(found) | {name: vars(getattr(found, name)) for name in ("length", "ahead", "behind")}
             stages[stage] |= {"spans": len(spans), "profiled": len(theirs)}
-    return {"compared": stages, "report": [device_dict(each, summary.names) for each in summary.device]}
+    said = [info for process in recorded.read_manifest().processes if (info := process.info.get("marks"))]
+    profiled = sorted(step for stage, step in kernels if stage == STAGES[0])
+    return {
+        "compared": stages,
+        "report": [device_dict(each, summary.names) for each in summary.device],
+        "marks": said,
+        "layers": marked_beside(said[0], kernels_of(trace), segments, profiled) if said else {},
+        "experts": experts_right(frames["steps"], frames["experts"]),
+    }
+
+
+def marked_beside(
+    said: dict[str, Any], kernels: Sequence[Any], segments: pd.DataFrame, profiled: Sequence[int]
+) -> dict[str, Any]:
+    """What marks told of layers beside the kernels between them, by stage; why not, where that cannot be said."""
+    from stagetrace.instrument.stages import BY_NAME
+
+    if said.get("by") != "marks":
+        return {"why": said.get("why")}
+    marked = [(stage, layer) for layer in said["layers"] for stage in said["stages"]]
+    order = [0, *range(2, 2 * (len(marked) + 2)), 1]  # the pass, the empty span in front of the first, the others
+    try:
+        steps = steps_of(kernels, order)
+    except Misfit as error:
+        return {"why": str(error)}
+    if len(steps) != len(profiled):
+        return {"why": f"{len(steps)} steps have marks in the profile, {len(profiled)} were profiled"}
+    found: dict[str, list[tuple[int, int]]] = {}
+    for stage in said["stages"]:
+        rows = segments[segments["stage"] == BY_NAME[f"device_{stage}"].id]
+        times = zip(rows["step"], rows["a0"], rows["end_ns"] - rows["begin_ns"], strict=True)
+        spans = {(int(step), int(layer)): int(lasted) for step, layer, lasted in times}
+        for step, between in zip(profiled, steps, strict=True):
+            for number, (of, layer) in enumerate(marked, 2):
+                if of == stage and (step, layer) in spans:
+                    lasted = between[number].last - between[number].first
+                    found.setdefault(stage, []).append((spans[step, layer], lasted))
+    return {
+        stage: vars(agreement(pairs)) | {"kernels_ns": sorted(theirs for _, theirs in pairs)[len(pairs) // 2]}
+        for stage, pairs in found.items()
+    }
+
+
+def experts_right(steps: pd.DataFrame, experts: pd.DataFrame) -> dict[str, int]:
+    """In how many layers of steps every token was counted for as many experts as the model has it sent to."""
+    if not len(experts):
+        return {"right": 0, "of": 0}
+    both = experts.merge(steps, on=["instance", "step"])
+    counted = [int(sum(row)) for row in both["counts"]]
+    wanted = (both["prefill_tokens"] + both["decode_tokens"]) * MODELS["moe"]["num_experts_per_tok"]
+    return {"right": sum(a == b for a, b in zip(counted, wanted, strict=True)), "of": len(both)}
 
 
 # What is shown
@@ -400,6 +495,7 @@ def show(found: dict[str, Any]) -> None:
             )
     columns = ("run", "span", "steps", "off by, median us", "most us", "within 2 us or 2 %", "begins before us")
     print(table((*columns, "ends after us", "outside", "kernels run"), rows), end="\n\n")
+    show_layers(found["runs"])
     rows = [
         [
             f"{each['model']}, {each['mode']}",
@@ -424,6 +520,28 @@ def show(found: dict[str, Any]) -> None:
             )
     for name, why in found["failed"].items():
         print(f"{name}: failed: {why.splitlines()[0]}")
+
+
+def show_layers(runs: Sequence[dict[str, Any]]) -> None:
+    """What marks told, and tokens by expert, where layers were recorded."""
+    rows = []
+    for each in runs:
+        name = f"{each['model']}, {each['mode']}"
+        for said in each["marks"]:
+            print(f"{name}: marks: {said}")
+        if why := each["layers"].get("why"):
+            print(f"{name}: marks are not compared: {why}")
+            continue
+        for stage, said in each["layers"].items():
+            about = Agreement(**{key: value for key, value in said.items() if key != "kernels_ns"})
+            cells = (about.median_ns, about.worst_ns)
+            kernels = microseconds(said["kernels_ns"])
+            rows.append([name, stage, str(about.count), kernels, *map(microseconds, cells), share(about.within)])
+        if each["experts"]["of"]:
+            print(f"{name}: tokens by expert right in {each['experts']['right']} of {each['experts']['of']} layers")
+    columns = ("run", "marks around", "spans", "kernels us", "off by, median us", "most us", "within 2 us or 2 %")
+    if rows:
+        print("\n" + table(columns, rows), end="\n\n")
 
 
 def share(value: float | None) -> str:

@@ -153,6 +153,17 @@ def stretches(trace: Mapping[str, Any], begins: str, ends: str) -> dict[tuple[st
     return found
 
 
+def kernels_of(trace: Mapping[str, Any]) -> list[Kernel]:
+    """All that ran on the device, from a trace as torch.profiler exports it."""
+    base = int(trace.get("baseTimeNanoseconds", 0))
+    found = []
+    for event in trace["traceEvents"]:
+        if event.get("ph") == "X" and event.get("cat") in _RUNS:
+            begin = base + round(1000 * float(event["ts"]))
+            found.append(Kernel(event["name"], begin, begin + round(1000 * float(event["dur"]))))
+    return found
+
+
 def _covered(times: Iterable[tuple[int, int]]) -> int:
     """How long at least one of these intervals lasted; they are in the order of their begins."""
     covered, reached = 0, 0

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 
 import engine
-from figures import Quartiles, Span, Stretch, compared, quartiles, stretches
+from figures import Kernel, Quartiles, Span, Stretch, compared, kernels_of, quartiles, stretches
 
 BEGINS, ENDS = "begins ", "ends "
 BASE = 1_700_000_000_000_000_000
@@ -115,6 +116,9 @@ def test_what_is_shown(capsys: pytest.CaptureFixture[str]):
         "cost_pct": {"median": 0.25, "low": -0.1, "high": 0.6},
         "report": [report],
         "device": {"by": "event pairs"},
+        "marks": [{"by": "marks"}],
+        "layers": {"attention": length | {"kernels_ns": 9000}},
+        "experts": {"right": 7, "of": 8},
     }
     engine.show({"runs": [run], "failed": {"dense, eager": "an engine did not start\nits log"}})
     text = capsys.readouterr().out
@@ -123,6 +127,49 @@ def test_what_is_shown(capsys: pytest.CaptureFixture[str]):
     assert "moe, graphs V2 FULL yes 1.50 (1.00 to 2.00) 0.25 (-0.10 to 0.60)" in lines
     assert "busy 60.0 %, still 40.0 % no work; launch delay p50 12.00 us" in text and "most - us" in text
     assert "dense, eager: failed: an engine did not start" in lines
+    assert "moe, graphs attention 31 9.00 0.90 4.00 97 %" in lines
+    assert "moe, graphs: tokens by expert right in 7 of 8 layers" in lines
+    engine.show_layers([run | {"layers": {"why": "4 marks in the profile"}}])
+    assert "marks are not compared: 4 marks in the profile" in capsys.readouterr().out
+
+
+def test_marks_beside_the_kernels_between_them():
+    """Two steps of two layers; in the second step's last layer the mark's span is 3 us longer than its kernel."""
+    us = 1000
+    said = {"by": "marks", "stages": ["attention"], "layers": [0, 11]}
+    kernels, rows = [], []
+    for number, step in enumerate((7, 8)):
+        at = 1_000 * us * number
+        for name in "mmmmkmkmkmm":  # the pass, the empty span, a layer, what is between, the other layer, the pass
+            width = {"m": 1, "k": 10}[name] * us
+            kernels.append(Kernel({"m": "mark_kernel", "k": "gemm"}[name], at, at + width))
+            at += width
+        for layer in (0, 11):
+            lasted = (10 + 3 * (number == 1 and layer == 11)) * us
+            rows.append({"stage": 60, "step": step, "a0": layer, "begin_ns": 0, "end_ns": lasted})
+    found = engine.marked_beside(said, kernels, pd.DataFrame(rows), [7, 8])
+    assert found["attention"] == {
+        "count": 4, "median_ns": 0, "worst_ns": 3 * us, "within": 0.75, "kernels_ns": 10 * us
+    }  # fmt: skip
+    assert (
+        engine.marked_beside(said, kernels[:-1], pd.DataFrame(rows), [7, 8])["why"]
+        == "15 marks in the profile, 8 in a step"
+    )
+    assert "1 were profiled" in engine.marked_beside(said, kernels, pd.DataFrame(rows), [7])["why"]
+    assert engine.marked_beside({"by": "nothing", "why": "no"}, [], pd.DataFrame(rows), []) == {"why": "no"}
+
+
+def test_every_token_is_counted_for_as_many_experts_as_it_is_sent_to():
+    steps = pd.DataFrame({"instance": [1, 1], "step": [1, 2], "prefill_tokens": [3, 0], "decode_tokens": [1, 2]})
+    counts = [[8, 8], [4, 5]]
+    experts = pd.DataFrame({"instance": [1, 1], "step": [1, 2], "layer": [0, 0], "counts": counts})
+    assert engine.experts_right(steps, experts) == {"right": 1, "of": 2}
+    assert engine.experts_right(steps, experts[:0]) == {"right": 0, "of": 0}
+
+
+def test_kernels_of_a_trace():
+    found = kernels_of({"traceEvents": step_of(3, 100.0), "baseTimeNanoseconds": BASE})
+    assert len(found) == 6 and Kernel("first", BASE + 120_000, BASE + 130_000) in found
 
 
 def test_the_checkout_is_lent_with_its_plugin(tmp_path: Path):
