@@ -2,7 +2,7 @@
 
 On the CPU a layer's choice is counted at once. On a device it is added to a buffer there, with operations that a stream
 can capture into a graph as well; after a step the buffer is copied without waiting, and written when the copy is there.
-That way has been tried with tensors of the CPU alone, not on a device, nor in a graph.
+It has been run on NVIDIA devices, in graphs too (docs/performance.md).
 PyTorch is the engine's: it is imported by the time that anything here runs.
 """
 

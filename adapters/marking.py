@@ -256,7 +256,7 @@ class LayerMarks:
             launched = self._launched.pop(number, None)
             if launched is not None:  # else it was forgotten
                 self._rows.append((launched, spans))
-        rows, pairs = self._rows, self._pairs
+        rows, pairs, told = self._rows, self._pairs, False
         while rows:
             (instance, step, rank), spans = rows[0]
             pair = pairs.pop((instance, step), None)
@@ -267,7 +267,11 @@ class LayerMarks:
             if pair is None or not spans or spans[0].marked != FORWARD:
                 self._unplaced += 1
             else:
-                self._empty = min([self._empty, *(end - begin for marked, begin, end in spans if marked == EMPTY)])
+                was, self._empty = (
+                    self._empty,
+                    min([self._empty, *(end - begin for marked, begin, end in spans if marked == EMPTY)]),
+                )
+                told = told or was > MOST_EMPTY_NS >= self._empty
                 empty = self._empty if self._empty <= MOST_EMPTY_NS else 0
                 for (stage, layer, _), begin, end, error in placed(spans, pair, empty):
                     head = _pack_head(self._headers[stage], pair.timeline)
@@ -275,7 +279,7 @@ class LayerMarks:
             if pair is not None:
                 recorder.put(*pair.record)
         amiss = self._unplaced + sum(vars(marks.reader.counts).values()) - marks.reader.counts.rows + marks.left_out
-        if amiss > 2 * self._told:  # so that it is told a few times in all
+        if told or amiss > 2 * self._told:  # so that it is told a few times in all
             self._told = amiss
             self._tell()
 

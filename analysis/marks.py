@@ -201,6 +201,8 @@ def _stage(
     inside = int(duration[rows["place"].isin(around.index).to_numpy()].sum())
     share = inside / int(around.sum()) if around.sum() else None
     estimated = share * having / len(layers) if share is not None and having and len(layers) <= having else None
+    if estimated is not None and estimated > 1:  # they are not alike: a kernel was compiled in one, say
+        estimated = None
     return MarkedStage(
         stage=name,
         phase=phase,

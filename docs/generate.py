@@ -68,7 +68,7 @@ LEVELS = {
 TIMELINES = {
     Timeline.SCHEDULER: "the thread that runs the scheduler's loop",
     Timeline.RANK: "the thread that runs one rank's worker; it may be the scheduler's",
-    Timeline.DEVICE: "one stream of a device: its own times, put on the host's clock (not run on a GPU so far)",
+    Timeline.DEVICE: "one stream of a device: its own times, put on the host's clock",
     Timeline.FRONT_END: "a thread of the process that talks to clients",
     Timeline.REQUEST: "no thread: the life of a request",
     Timeline.ANY: "whichever thread it happened on",
