@@ -22,7 +22,8 @@ NUMBERS = (
         "share",
         "0 to 1",
         "the cause's part of all requests' time in the phase, and the 95 % interval of a bootstrap over blocks of"
-        " consecutive requests or steps; its lower end has to reach the threshold",
+        " consecutive requests or steps; its lower end has to reach the threshold, or the share itself where events are"
+        " few and the time that they took is counted (prefill_delays_decode, compile_in_window)",
         "how it would be on another day: the interval knows this session alone",
     ),
     (
