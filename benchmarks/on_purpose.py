@@ -274,14 +274,9 @@ def sglang_clean(chance: random.Random) -> Planned:
 def sglang_batch_cap(chance: random.Random) -> Planned:
     cap = chance.randint(1, 3)
     asks = _asks(chance, 16 * cap + 12, (15, 60), (25, 60))
-    return Planned(
-        "batch_cap",
-        ("batch_cap",),
-        asks,
-        cap * chance.randint(3, 5),
-        ("--max-running-requests", str(cap)),
-        engine=SGLANG,
-    )
+    width = cap * chance.randint(3, 5)
+    arguments, advised = (("--max-running-requests", str(most)) for most in (cap, 64))
+    return Planned("batch_cap", ("batch_cap",), asks, width, arguments, engine=SGLANG, advised=advised)
 
 
 def sglang_long_prompts(chance: random.Random) -> Planned:
@@ -295,6 +290,7 @@ PLANS: dict[str, Callable[[random.Random], Planned]] = {
         *(
             clean,
             clean_mixed,
+            clean_ranks,
             kv_cache,
             batch_cap,
             token_budget,

@@ -63,7 +63,8 @@ CAUSES: tuple[Cause, ...] = (
     Cause(
         "arrival_above_capacity",
         "requests arrive faster than the engine can serve them",
-        "the number of requests in the engine grows as long as they arrive, and it is busy all the while",
+        "it is busy all the while, and the number of requests in it grows as long as they arrive, or they wait for a"
+        " place in a full batch that would give hardly more tokens if it were larger",
         "that a larger batch would not help: where the batch is full and steps do not get longer with it, that is"
         " batch_cap",
         (Phase.THROUGHPUT,),

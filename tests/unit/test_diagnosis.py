@@ -316,6 +316,27 @@ def test_prompts_of_half_are_divided_by_length_and_by_engine(tmp_path: Path) -> 
     assert _prompts_of_half(elsewhere, facts.own, *all_of_it) == 0
 
 
+def test_a_burst_that_is_over_is_not_more_than_the_engine_can_serve(tmp_path: Path) -> None:
+    prompts = iter([20] * 100 + [1300] * 25 + [20] * 35)
+    burst = Engine(
+        requests=160, width=None, rate=20, output=20, fixed=2, budget=8192, cap=256, prompt=lambda _: next(prompts)
+    )
+    found = of(tmp_path / "s", burst)
+    assert "arrival_above_capacity" not in said(found)
+    later, late, at_the_end = (each.value for each in found.quiet["arrival_above_capacity"].evidence[1:4])
+    assert late > 2 * later and at_the_end < 0.5 * late
+
+
+def test_waiting_for_a_batch_that_is_large_enough_is_more_than_the_engine_can_serve(tmp_path: Path) -> None:
+    """A level load: requests wait for a place, and twice the places would give hardly more tokens."""
+    dear = Engine(requests=60, width=24, cap=8, prompt=5, output=lambda chance: chance.randint(5, 90), per_token=2.0)
+    found = of(tmp_path / "s", replace(dear, fixed=0.5))
+    assert said(found) == ["arrival_above_capacity"]
+    evidence = found.findings[0].seen.evidence
+    assert evidence[2].value < 1.2 * evidence[1].value, "it does not grow"
+    assert said(of(tmp_path / "t", replace(dear, fixed=20.0, per_token=0.05))) == ["batch_cap"]
+
+
 # Little, nothing, several
 
 
