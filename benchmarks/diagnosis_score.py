@@ -147,7 +147,7 @@ def read_case(directory: Path) -> Case:
 
 
 def plans(seed: int, rounds: int, only: list[str]) -> list[tuple[str, Planned]]:
-    """The sessions of a seed, by the name of their folder; clean ones are more, spread among the others."""
+    """The servers to record of a seed, by the name of their folder: `rounds` of each kind."""
     names = [name for name in PLANS if name in only or not only]
     chosen = []
     for number in range(rounds):
@@ -237,7 +237,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Score the diagnosis on sessions with known causes.")
     parser.add_argument("--seed", type=int, default=1, help="of everything that is left to chance (1)")
     parser.add_argument(
-        "--rounds", type=int, default=1, help="sessions of each cause (1); four times as many clean ones"
+        "--rounds", type=int, default=1, help="servers of each kind (1): a session each; a clean one gives two or four"
     )
     parser.add_argument("--only", choices=sorted(PLANS), nargs="+", default=[], help="these sessions alone")
     parser.add_argument("--keep", type=Path, help="keep the sessions here; those that are there are not recorded again")

@@ -118,6 +118,7 @@ CAUSES: tuple[Cause, ...] = (
                     "more blocks (on the CPU: VLLM_CPU_KVCACHE_SPACE; a bound such as"
                     " --num-gpu-blocks-override or --kv-cache-memory-bytes goes first)",
                 ),
+                Try("--num-gpu-blocks-override", "leave this flag out, where it is set: it bounds the blocks"),
                 Try("--kv-cache-dtype fp8", "twice the blocks, if the model bears it"),
                 Try("--max-num-seqs N", "fewer at once, so that none is thrown out"),
             ),

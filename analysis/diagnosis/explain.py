@@ -36,7 +36,8 @@ NUMBERS = (
         "recoverable",
         "ns",
         "at most so much of the measured time could be saved: where some of it is usual, what is above that; of a"
-        " queue, less what the larger batch makes steps longer; of a token budget, the fixed cost of steps saved",
+        " queue, less what a batch of at most twice the size makes steps longer; of a token budget, the fixed cost of"
+        " steps saved",
         "a promise: what takes its place is known only once it has been tried",
     ),
     (

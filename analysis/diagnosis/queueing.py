@@ -89,7 +89,12 @@ def decode_line(facts: Facts) -> tuple[float, float] | None:
 def _smaller_batches(facts: Facts) -> float:
     """The share of decode steps whose batch is a good deal smaller than the usual full one; 0 without any."""
     size = facts.step("decode_requests")[facts.decode_only]
-    return float((size < 0.75 * np.percentile(size, 90)).mean()) if len(size) else 0.0
+    return float((size < 0.75 * _full(facts)).mean()) if len(size) else 0.0
+
+
+def _full(facts: Facts) -> float:
+    """The usual full batch of decode: larger ones are rare."""
+    return float(np.percentile(facts.step("decode_requests")[facts.decode_only], 90))
 
 
 def larger_batch_gain(facts: Facts) -> float | None:
@@ -98,7 +103,7 @@ def larger_batch_gain(facts: Facts) -> float | None:
     if found is None:
         return None
     fixed, each = found
-    full = float(np.percentile(facts.step("decode_requests")[facts.decode_only], 90))
+    full = _full(facts)
     now, then = fixed + each * full, fixed + each * 2 * full
     return 2 * now / then - 1 if then > 0 else 0.0
 
@@ -106,15 +111,16 @@ def larger_batch_gain(facts: Facts) -> float | None:
 def left_of(facts: Facts, queue: Values, flags: Flags) -> float:
     """What of a time in the queue would be saved if all that waited ran: less what their steps would get longer, ns.
 
-    By decode_line, all of it where that is not known; prefill is the same work either way.
+    By decode_line, all of it where that is not known; prefill is the same work either way. The line is not continued
+    beyond twice the usual full batch: what it says of larger ones is no longer a bound.
     """
     found = decode_line(facts)
     if not flags.any() or found is None:
         return float(queue.sum())
     fixed, each = found
     now = float(facts.step("running")[flags].mean())
-    then = now + float(facts.step("waiting")[flags].mean())
-    longer = each * (then - now) / (fixed + each * now) if fixed + each * now > 0 else 0.0
+    then = min(now + float(facts.step("waiting")[flags].mean()), 2 * _full(facts))
+    longer = each * max(then - now, 0.0) / (fixed + each * now) if fixed + each * now > 0 else 0.0
     return float(queue.sum()) - longer * float(np.nansum(facts.decode))
 
 
