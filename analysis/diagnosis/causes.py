@@ -389,7 +389,8 @@ CAUSES: tuple[Cause, ...] = (
     Cause(
         "straggler_rank",
         "one rank keeps the others waiting",
-        "of the operations of a group most of the waiting is for one and the same rank",
+        "of the operations of a group most of the waiting is for one and the same rank; what counts is how much more it"
+        " is than for another",
         "slow links: moving bytes is collective_share",
         (Phase.TPOT, Phase.TTFT),
         {

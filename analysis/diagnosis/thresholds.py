@@ -68,7 +68,7 @@ THRESHOLDS: tuple[Threshold, ...] = (
     Threshold(
         "unsent", 65_536, "bytes", "a stream's last chunks, and what is under way on a long line, are less than 64 KiB"
     ),
-    Threshold("waiting_share", 0.1, "of forward", "ranks of one step differ by a few percent"),
+    Threshold("waiting_share", 0.1, "of TTFT or TPOT", "for one rank beyond that for another, which is a few percent"),
     Threshold("one_rank", 0.65, "of the waiting", "chance makes each of two ranks the last half of the time"),
     Threshold("collective_share", 0.3, "of forward", "tensor parallelism within a node costs 10 to 25 %"),
     Threshold("dispatch_share", 0.3, "of forward", "expert parallelism with overlap costs 10 to 25 %"),

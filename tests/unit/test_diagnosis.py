@@ -337,6 +337,21 @@ def test_waiting_for_a_batch_that_is_large_enough_is_more_than_the_engine_can_se
     assert said(of(tmp_path / "t", replace(dear, fixed=20.0, per_token=0.05))) == ["batch_cap"]
 
 
+def test_waiting_that_others_cause_as_well_is_chance(tmp_path: Path) -> None:
+    facts = facts_of(tmp_path / "s", Engine(ranks=2, late_rank=4.0, level="layer", info={"tensor_parallel": 2}))
+    rows = facts.segments
+    collective = rows["stage"] == BY_NAME["collective"].id
+    one, other = rows["process"][collective].unique()
+    swapped = np.where(rows["process"] == one, other, one)
+    process = np.where(collective & (rows["step"] % 4 == 0), swapped, rows["process"])
+    mixed = replace(facts, segments=rows.assign(process=process))
+    alone, both = (CHECKS["straggler_rank"](each) for each in (facts, mixed))
+    assert isinstance(alone, Seen) and isinstance(both, Seen)
+    blame = both.evidence[1].value
+    assert blame == pytest.approx(0.75, abs=0.02)
+    assert both.measured_ns == pytest.approx((2 * blame - 1) * alone.measured_ns, rel=0.05)
+
+
 # Little, nothing, several
 
 
