@@ -144,12 +144,17 @@ def token_budget(chance: random.Random) -> Planned:
     return Planned("token_budget", ("token_budget",), asks, chance.randint(4, 8), arguments, advised=advised)
 
 
-def long_prompts(chance: random.Random) -> Planned:
+def _long_among_short(chance: random.Random, talks: int, rates: tuple[float, float]) -> tuple[Ask, ...]:
+    """Short prompts with long answers, so many in 14 s, and long prompts at a rate between two, per second."""
     seconds = 14
-    talk = _asks(chance, 36, (10, 30), (80, 140), 36 / seconds)
-    rate = chance.uniform(1.2, 2.0)
+    talk = _asks(chance, talks, (10, 30), (80, 140), talks / seconds)
+    rate = chance.uniform(*rates)
     long = _asks(chance, int(rate * seconds), (700, 1300), (2, 4), rate)
-    asks = tuple(sorted((*talk, *long), key=lambda ask: ask.at_s))
+    return tuple(sorted((*talk, *long), key=lambda ask: ask.at_s))
+
+
+def long_prompts(chance: random.Random) -> Planned:
+    asks = _long_among_short(chance, 36, (1.2, 2.0))
     others = (EAGER, "--no-enable-prefix-caching", "--max-num-batched-tokens")
     arguments, advised = ((*others, budget) for budget in ("4096", "256"))
     return Planned("long_prompts", ("prefill_delays_decode",), asks, None, arguments, advised=advised)
@@ -280,8 +285,8 @@ def sglang_batch_cap(chance: random.Random) -> Planned:
 
 
 def sglang_long_prompts(chance: random.Random) -> Planned:
-    planned = long_prompts(chance)
-    return Planned("long_prompts", planned.right, planned.asks, None, ("--disable-radix-cache",), engine=SGLANG)
+    asks = _long_among_short(chance, 18, (0.7, 1.1))  # its steps are longer on a processor: more is an overload
+    return Planned("long_prompts", ("prefill_delays_decode",), asks, None, ("--disable-radix-cache",), engine=SGLANG)
 
 
 PLANS: dict[str, Callable[[random.Random], Planned]] = {
