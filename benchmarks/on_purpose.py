@@ -285,7 +285,7 @@ def sglang_batch_cap(chance: random.Random) -> Planned:
 
 
 def sglang_long_prompts(chance: random.Random) -> Planned:
-    asks = _long_among_short(chance, 18, (0.7, 1.1))  # its steps are longer on a processor: more is an overload
+    asks = _long_among_short(chance, 26, (1.0, 1.4))  # its steps are longer on a processor: more is an overload
     return Planned("long_prompts", ("prefill_delays_decode",), asks, None, ("--disable-radix-cache",), engine=SGLANG)
 
 
