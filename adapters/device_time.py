@@ -2,7 +2,7 @@
 
 The pairs themselves are in instrument/device_pairs.py. Here are torch.cuda's events (CUDA and HIP), and what puts the
 pairs into a rank's hooks: at import, where PyTorch was built for such a device, and when the worker turns out to run on
-one. Elsewhere the hooks are what they are without. Not one line of this has been run on a GPU.
+one. Elsewhere the hooks are what they are without. Marks (marking.py) go with the pair of the forward pass.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stagetrace.instrument.device_clock import DRIFT_PPM, RESOLUTION_NS
-from stagetrace.instrument.device_pairs import DevicePairs
+from stagetrace.instrument.device_pairs import FORWARD, DevicePairs
 from stagetrace.instrument.hooks import ERRORS_UNTIL_OUT
 from stagetrace.instrument.records import Text
 from stagetrace.instrument.stages import Level
+
+from .marking import LayerMarks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,14 +68,23 @@ class DeviceTime:
         self._told = 0  # of what was amiss
         self._errors = 0
         self.pairs: DevicePairs | None = None
+        self.event: Callable[[], Any] | None = None  # makes one; None: the device is not timed
+        self.marks = LayerMarks(rank)
 
     def open(self, kind: str, recorder: Recorder) -> dict[str, object]:
-        """The rank runs on a device of this kind, as the engine names it. What its process is to say of it."""
+        """The rank runs on a device of this kind, as the engine names it. What its process is to say of it.
+
+        A second call finds it done.
+        """
         if kind != "cuda" or not built():
             return {}
+        if self.event is not None:
+            return {"device_time": self._said()}
         self._recorder = recorder
         try:
-            self.pairs = DevicePairs(CudaEvents(), recorder.put)
+            events = CudaEvents()
+            self.pairs = DevicePairs(events, recorder.put, forwarded=self.marks.paired)
+            self.event = events.event
         except Exception:
             self.failed()
             return {}
@@ -101,6 +112,8 @@ class DeviceTime:
                     self.pairs.begin(stage)
                 except Exception:
                     self.failed()
+                if stage == FORWARD:
+                    self.marks.begin()
 
         return begin
 
@@ -110,6 +123,8 @@ class DeviceTime:
         def end() -> None:
             rank = self._rank
             if self.pairs is not None and rank.step:
+                if stage == FORWARD:
+                    self.marks.end()
                 try:
                     self.pairs.end(stage, rank.instance, rank.step, rank.rank)
                 except Exception:
@@ -124,8 +139,10 @@ class DeviceTime:
             try:
                 if recorder.level[0] >= _STEP_LEVEL:
                     pairs.poll()
+                    self.marks.poll()
                 else:
                     pairs.forget()
+                    self.marks.forget()
             except Exception:
                 self.failed()
 
@@ -134,6 +151,7 @@ class DeviceTime:
         if self.pairs is not None:
             try:
                 self.pairs.forget()
+                self.marks.forget()
             except Exception:
                 self.failed()
 

@@ -3,8 +3,7 @@
 A mark is launched from the Python around the work that it delimits, on the engine's stream: in an eager run, and while
 a graph is captured, whose replays then pass it. The step's number is written on that stream before the step's work; its
 row is copied to the host after it, without waiting, and read when the copy is there. On one stream the copy comes
-before the next step's marks; the ring's depth is for streams that run apart. No engine's hooks launch marks yet, and
-nothing here has been run on a GPU.
+before the next step's marks; the ring's depth is for streams that run apart. marking.py puts them around layers.
 """
 
 from __future__ import annotations
@@ -48,7 +47,15 @@ class Marks:
         self.clock = torch.zeros(1, dtype=torch.int64, device=device)  # the time, where there is no timer
         self._free = [torch.zeros(self.reader.words, dtype=torch.int64, pin_memory=on_gpu) for _ in range(_MOST_COPIES)]
         self._copies: deque[tuple[int, Any, Event]] = deque()  # step, buffer, event
-        for mark in range(2 * len(marked)):  # an index may have a kernel of its own
+        self._compiled: Callable[..., object] | None = None
+        compiled = self.mark(0)
+        if hasattr(compiled, "__getitem__"):  # not in the interpreter
+            self._compiled = compiled[(1, 1, 1)]
+            try:
+                self.mark(1)
+            except Exception:  # a Triton that launches otherwise: through its own door, which looks the kernel up
+                self._compiled = None
+        for mark in range(2 * len(marked)):
             self.mark(mark)
         self._ring.zero_()
 
@@ -56,29 +63,25 @@ class Marks:
         """Before the step's work, on its stream: what is noted from now on is of this step. Steps count from 1."""
         self._counter.fill_(step)
 
-    def mark(self, index: int) -> None:
+    def mark(self, index: int) -> Any:
         """Notes the time, on the current stream; into a graph, where that is captured."""
-        self._kernel(
-            self._ring,
-            self._counter,
-            self.clock,
-            index,
-            marks=2 * len(self.reader.marked),
-            depth=self._depth,
-            timer=self._timer,
-            num_warps=1,
-        )
+        ring, counter, clock = self._ring, self._counter, self.clock
+        marks = 2 * len(self.reader.marked)
+        if self._compiled is not None:
+            return self._compiled(ring, counter, clock, index, marks, self._depth, self._timer)
+        return self._kernel(ring, counter, clock, index, marks=marks, depth=self._depth, timer=self._timer, num_warps=1)
 
-    def end_step(self, step: int) -> None:
-        """The step has been launched: its row is copied as soon as the device is there."""
+    def end_step(self, step: int) -> bool:
+        """The step has been launched: its row is copied as soon as the device is there. False: no buffer is free."""
         if not self._free:
             self.left_out += 1
-            return
+            return False
         buffer = self._free.pop()
         buffer.copy_(self._ring[step % self._depth].reshape(-1), non_blocking=True)
         event = self._event()
         event.record()
         self._copies.append((step, buffer, event))
+        return True
 
     def read(self) -> list[tuple[int, list[MarkSpan]]]:
         """The spans of the steps whose rows are there, oldest first, on the device's timer."""

@@ -48,6 +48,11 @@ _STEP_KEY = ["instance", "step"]
 _THREAD_KEY = ["process", "thread"]
 
 _STEP = BY_NAME["step"]
+# Stages told by event pairs, where a device is timed, and by marks, where they were chosen: of others none is missed.
+_ON_DEVICE = [
+    {stage.id for stage in STAGES if stage.timeline is Timeline.DEVICE and stage.level is level}
+    for level in (Level.STEP, Level.LAYER)
+]
 # Of a hook (instrument/hooks.py); one that is unused has nothing in this model to be put on.
 INSTALLED, WAITING, LEFT_OUT, UNUSED = "installed", "waiting", "left out", "unused"
 ABSENT = "not in this version"
@@ -387,7 +392,9 @@ def stage_breakdown(requests: pd.DataFrame, steps: pd.DataFrame, segments: pd.Da
     stepless = (enveloped & ~rows.in_step) | (rows.of_kind(Kind.OCCASION) & ~rows.own_step)
     above = at_scheduler | at_rank | rows.on(free_names)
     present = {int(stage) for stage in np.unique(rows.stage)}
-    absent = [stage for stage in STAGES if stage.kind is Kind.SEGMENT and stage.id not in present]
+    unknown = {stage for group in _ON_DEVICE if not present & group for stage in group}
+    named = [stage for stage in STAGES if stage.id not in unknown]
+    absent = [stage for stage in named if stage.kind is Kind.SEGMENT and stage.id not in present]
     return Stages(
         timelines=timelines,
         ranks=_ranks(rows, in_complete),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stagetrace.instrument.stages import BY_NAME, STAGES, IdleReason, Timeline
+from stagetrace.instrument.stages import BY_ID, BY_NAME, STAGES, IdleReason, Level, Timeline
 
 from .breakdown import Distribution, distribution, distribution_of
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Whole = npt.NDArray[np.int64]
 
 DEVICE_STAGES = [stage.id for stage in STAGES if stage.timeline is Timeline.DEVICE]
+_STEP_LEVEL = [stage for stage in DEVICE_STAGES if BY_ID[stage].level <= Level.STEP]  # by event pairs
 SEGMENTS = ["process", "thread", "stage", "begin_ns", "end_ns", "instance", "a0", "a1", "a2"]
 LAUNCHING = f"{IdleReason.HOST_BOUND.text}, launching"
 _FORWARD, _IDLE = BY_NAME["forward"].id, BY_NAME["idle"].id
@@ -76,6 +77,7 @@ def device_times(steps: pd.DataFrame, segments: pd.DataFrame, processes: Sequenc
 def _of_rank(process: Process, rows: pd.DataFrame, steps: pd.DataFrame, segments: pd.DataFrame) -> DeviceTime:
     begin, end = union(*(rows[name].to_numpy(dtype=np.int64) for name in ("begin_ns", "end_ns")))
     first, last = int(begin[0]), int(end[-1])
+    pairs = rows[rows["stage"].isin(_STEP_LEVEL)]  # what marks tell is placed by these
     forwards = rows[rows["stage"] == BY_NAME["device_forward"].id]
     told = process.info.get("device_time")
     counts = told if isinstance(told, dict) else {}
@@ -94,8 +96,8 @@ def _of_rank(process: Process, rows: pd.DataFrame, steps: pd.DataFrame, segments
         ],
         pauses=distribution_of(gaps[gaps > 0]),
         launch_delay=distribution(forwards["a1"]),
-        clock_error=distribution(rows["a2"]),
-        clock_error_most_ns=int(rows["a2"].max()) if rows["a2"].notna().any() else None,
+        clock_error=distribution(pairs["a2"]),
+        clock_error_most_ns=int(pairs["a2"].max()) if pairs["a2"].notna().any() else None,
         skipped=_count(counts.get("skipped")),
         contradictions=_count(counts.get("contradictions")),
     )

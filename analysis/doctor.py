@@ -19,7 +19,10 @@ from stagetrace.instrument.levels import maximum_level
 from stagetrace.instrument.stages import Level
 
 from .breakdown import ABSENT, INSTALLED, LOSS_REASONS, hook_troubles, lost_by_reason
-from .show import LONGEST_NAME, MISSING, Grid, Part, plain
+from .marks import advice, mark_info
+from .show import MISSING, Grid, Part, message_text, plain
+from .show_marks import info_dict
+from .start_up import process_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -191,10 +194,10 @@ def environment_parts(view: Mapping[str, Any]) -> list[Part]:
     shown: list[Part] = [Grid("stagetrace doctor", ("", ""), [(name, plain(text)) for name, text in rows], text=True)]
     for engine in inspection["engines"] if inspection else ():
         shown += _points(engine)
-    shown += [_message(note) for note in view["notes"]]
+    shown += [message_text(note) for note in view["notes"]]
     lost = any(engine["lost"] for engine in inspection["engines"]) if inspection else False
     fine = "All hook points of this version can be used." if lost else "All hook points can be used."
-    return shown + ([_message(trouble) for trouble in view["troubles"]] or [fine])
+    return shown + ([message_text(trouble) for trouble in view["troubles"]] or [fine])
 
 
 def _session_text(session: Mapping[str, Any] | None) -> str:
@@ -252,17 +255,6 @@ def _weight(point: Mapping[str, Any], engine: Mapping[str, Any]) -> str:
     return "not needed: another gives the same" if point["status"] != ABSENT else "not needed in this version"
 
 
-def _message(text: str) -> str:
-    """A message with a line of its own for what to do; what came from outside is safe to show."""
-    lines = text.replace(" What to do: ", "\nWhat to do: ").splitlines()
-    return "\n".join("".join(plain(piece) for piece in _pieces(line)) for line in lines)
-
-
-def _pieces(line: str) -> list[str]:
-    """A line in pieces that `plain` does not cut: unlike a name, a message is to be read whole."""
-    return [line[at : at + LONGEST_NAME] for at in range(0, len(line), LONGEST_NAME)]
-
-
 # A session
 
 
@@ -280,6 +272,8 @@ def session_view(session: Session, rings: Mapping[str, tuple[bool, Mapping[str, 
     messages = [_UNREAD.format(count=len(unread), path=session.path)] if unread else []
     if not processes and not unread:
         messages.append(_NO_PROCESS)
+    told = ((process_name(process), mark_info(process)) for process in manifest.processes)
+    messages += advice((name, info) for name, info in told if info is not None)
     failed = any(trouble.status in _FAILED for trouble in troubles)
     return {
         "version": JSON_VERSION,
@@ -321,6 +315,7 @@ def _process_view(
         "errors": dict(sorted(process.errors.items())),
         "not_visible_under_compile": list(not_visible_of(process)),
         "device_time": _device_time_view(process),
+        "marks": None if (marks := mark_info(process)) is None else info_dict(marks),
         "rings": [
             _ring_view(losses, slots.get(losses.ring) or losses.slots or None, seconds)
             for losses in manifest.losses
@@ -368,7 +363,7 @@ def session_parts(view: Mapping[str, Any]) -> list[Part]:
     state = "ended" if session["complete"] else "still recording, or its collector was stopped"
     head = [("session", session["path"]), ("level", session["level"]), ("state", state)]
     shown: list[Part] = [Grid("stagetrace doctor", ("", ""), [(name, plain(text)) for name, text in head], text=True)]
-    shown += [_message(trouble) for trouble in view["troubles"]]
+    shown += [message_text(trouble) for trouble in view["troubles"]]
     if not processes:
         return shown
     rows = [
@@ -406,6 +401,10 @@ def session_parts(view: Mapping[str, Any]) -> list[Part]:
     if timed:
         rows = [_safe(*_names(each), told["by"], *(told[name] for name in _AMISS)) for each, told in timed]
         shown.append(Grid("Devices are timed", ("process", "pid", "by", "left out", *_AMISS[1:]), rows, text=True))
+    rows = [_safe(*_names(each), *_mark_cells(each["marks"])) for each in processes if each["marks"]]
+    if rows:
+        mark_columns = ("process", "pid", "by", "around", "in layers", "marks a step", "an empty span", "not told")
+        shown.append(Grid("Marks on devices", mark_columns, rows, text=True))
     rows = [_safe(*_names(each), *_ring_cells(one)) for each in processes for one in each["rings"]]
     ring_columns = ("process", "pid", "ring", "slots", "MiB", "holds", "slots read", "losses")
     shown.append(
@@ -425,6 +424,14 @@ def _names(process: Mapping[str, Any]) -> tuple[str, int]:
 
 def _safe(*cells: object) -> list[str]:
     return [plain(str(cell)) for cell in cells]
+
+
+def _mark_cells(told: Mapping[str, Any]) -> Iterable[object]:
+    amiss = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in told["not_told"].items())
+    layers = ", ".join(map(str, told["marked_layers"]))
+    per_step = f"up to {told['marks_per_step']}" if told["marks_per_step"] else MISSING
+    empty = MISSING if told["empty_ns"] is None else f"{told['empty_ns']} ns"
+    return told["by"], ", ".join(told["stages"]) or MISSING, layers or MISSING, per_step, empty, amiss or "none"
 
 
 def _ring_cells(one: Mapping[str, Any]) -> Iterable[object]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from stagetrace.exporters.session import names_of, not_visible_of
-from stagetrace.instrument.stages import BY_NAME, STAGES, AttentionKind, Collective, Level
+from stagetrace.instrument.stages import BY_NAME, STAGES, AttentionKind, Collective, Level, Timeline
 
 from .breakdown import Distribution, distribution, distribution_of
 from .placed import NOWHERE, step_places
@@ -31,7 +31,9 @@ _MOST_KINDS, _MOST_LAYERS = 1_000, 100_000  # what is beyond is taken for the la
 HOT = 3  # experts named of a layer
 
 _STEP_KEY = ["instance", "step"]
-_LAYER_STAGES = {stage.id: stage for stage in STAGES if stage.level is Level.LAYER}
+_LAYER_STAGES = {
+    stage.id: stage for stage in STAGES if stage.level is Level.LAYER and stage.timeline is not Timeline.DEVICE
+}
 _COLLECTIVE = BY_NAME["collective"]
 _ATTENTION = BY_NAME["attention"]
 _FORWARD, _SAMPLE = BY_NAME["forward"].id, BY_NAME["sample"].id

@@ -38,11 +38,25 @@ from .latency_parts import LatencyParts, latency_parts
 from .layers import EXPERTS, Layers, layer_breakdown
 from .layers import SEGMENTS as LAYER_SEGMENTS
 from .load import load
-from .show import MISSING, Grid, Part, duration_text, number_text, plain, print_parts, rate_text, share_text
+from .marks import SEGMENTS as MARK_SEGMENTS
+from .marks import RankMarks, rank_marks
+from .show import (
+    MISSING,
+    Grid,
+    Part,
+    duration_text,
+    message_text,
+    number_text,
+    plain,
+    print_parts,
+    rate_text,
+    share_text,
+)
 from .show_device import device_dict, device_parts
 from .show_kernels import kernel_parts, kernels_dict
+from .show_marks import marks_dict, marks_parts
 from .show_parts import parts_dict, parts_tables
-from .speed_of_light import DATA_SHEET, Done, RequestLight, SpeedOfLight, Window, speed_of_light
+from .speed_of_light import DATA_SHEET, Done, RequestLight, Served, SpeedOfLight, Window, served, speed_of_light
 from .start_up import StartUp, process_name, start_up
 
 if TYPE_CHECKING:
@@ -106,6 +120,7 @@ class Summary:
     names: dict[int, str]  # of processes, by their key
     start_up: list[StartUp]
     device: list[DeviceTime]  # of the ranks whose device was timed
+    marks: list[RankMarks]  # of the ranks that have some, or were to have some
     kernels: list[RankKernels]  # of the newest kernel window
     kernels_note: str  # why they cannot be shown, where there is a window
     layers: Layers
@@ -127,7 +142,6 @@ def summarise(
     kernels, kernels_note = newest_window(session)
     manifest = frames.manifest
     requests, steps, segments = frames["requests"], frames["steps"], frames["segments"]
-    level = Level[manifest.level.upper()] if manifest.level.upper() in Level.__members__ else None
     return Summary(
         path=str(session.path),
         session=manifest.session,
@@ -142,9 +156,10 @@ def summarise(
         parts=latency_parts(requests, frames["states"], steps, frames["intervals"], manifest.processes),
         steps=step_breakdown(steps),
         names={process.key: process_name(process) for process in manifest.processes},
-        stages=stage_breakdown(requests, steps, segments, level),
+        stages=stage_breakdown(requests, steps, segments, _level(manifest.level)),
         start_up=start_up(segments, manifest.processes),
         device=device_times(steps, segments, manifest.processes),
+        marks=rank_marks(steps, segments, manifest.processes, _model(session, manifest, model_config)),
         kernels=kernels,
         kernels_note=kernels_note,
         layers=layer_breakdown(manifest, steps, segments, frames["experts"]),
@@ -156,10 +171,20 @@ def summarise(
     )
 
 
+def _level(name: str) -> Level | None:
+    return Level[name.upper()] if name.upper() in Level.__members__ else None
+
+
+def _model(session: Session, manifest: Manifest, config: Path | None) -> Served | None:
+    """What was served, where that is known. Raises ConfigError when a config that was named cannot be read."""
+    found = served(manifest, session.model_config, config)
+    return None if isinstance(found, str) else found
+
+
 def _columns() -> dict[str, list[str] | None]:
     """The columns that a report needs, by table."""
     found: dict[str, list[str] | None] = {"experts": EXPERTS}
-    of_segments = (LAYER_SEGMENTS, GAP_SEGMENTS, DEVICE_SEGMENTS)
+    of_segments = (LAYER_SEGMENTS, GAP_SEGMENTS, DEVICE_SEGMENTS, MARK_SEGMENTS)
     all_needed: list[Mapping[str, list[str] | None]] = [COLUMNS, PARTS_COLUMNS]
     all_needed += [{"segments": columns} for columns in of_segments]
     for needed in all_needed:
@@ -269,6 +294,7 @@ def as_dict(summary: Summary) -> dict[str, Any]:
             for rank in stages.ranks
         ],
         "device": [device_dict(each, summary.names) for each in summary.device],
+        "marks": [marks_dict(each, summary.names) for each in summary.marks],
         "kernel_window": [kernels_dict(rank) for rank in summary.kernels],
         "start_up": [
             {
@@ -390,7 +416,7 @@ def parts(summary: Summary) -> list[Part]:
     """What a report shows, in order. All strings are safe to show."""
     shown: list[Part] = [_header(summary)]
     if summary.message:
-        shown.append(plain_message(summary.message))
+        shown.append(message_text(summary.message))
     if summary.requests.count:
         shown += _requests(summary.requests)
         shown += parts_tables(summary.parts, summary.path)
@@ -398,17 +424,13 @@ def parts(summary: Summary) -> list[Part]:
         shown += _steps(summary.steps)
     shown += _stages(summary)
     shown += device_parts(summary.device, summary.names)
+    shown += marks_parts(summary.marks, summary.names, _level(summary.level))
     shown += _start_up(summary.start_up)
     shown += [summary.kernels_note] if summary.kernels_note else kernel_parts(summary.kernels)
     shown += _layers(summary.layers)
     shown += _light(summary.light)
     shown += _health(summary.health, summary.path)
     return shown
-
-
-def plain_message(message: str) -> str:
-    """A message with a line of its own for what to do."""
-    return message.replace(" What to do: ", "\nWhat to do: ")
 
 
 def _header(summary: Summary) -> Grid:

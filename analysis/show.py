@@ -76,6 +76,17 @@ def _steers(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
 
+def message_text(message: str) -> str:
+    """A message with a line of its own for what to do; what came from outside is safe to show."""
+    lines = message.replace(" What to do: ", "\nWhat to do: ").splitlines()
+    return "\n".join("".join(plain(piece) for piece in _pieces(line)) for line in lines)
+
+
+def _pieces(line: str) -> list[str]:
+    """A line in pieces that `plain` does not cut: unlike a name, a message is to be read whole."""
+    return [line[at : at + LONGEST_NAME] for at in range(0, len(line), LONGEST_NAME)]
+
+
 # Tables
 
 

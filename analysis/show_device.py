@@ -20,16 +20,17 @@ def device_dict(device: DeviceTime, names: Mapping[int, str]) -> dict[str, Any]:
         "observed_ns": device.observed_ns,
         "busy_ns": device.busy_ns,
         "still": [vars(each) for each in device.still],
-        "pauses": _distribution(device.pauses),
-        "launch_delay": _distribution(device.launch_delay),
-        "clock_error": _distribution(device.clock_error),
+        "pauses": distribution_dict(device.pauses),
+        "launch_delay": distribution_dict(device.launch_delay),
+        "clock_error": distribution_dict(device.clock_error),
         "clock_error_most_ns": device.clock_error_most_ns,
         "skipped": device.skipped,
         "contradictions": device.contradictions,
     }
 
 
-def _distribution(values: Distribution) -> dict[str, int | None]:
+def distribution_dict(values: Distribution) -> dict[str, int | None]:
+    """Count, mean and percentiles under the names that they have in a report's JSON."""
     times = {"mean_ns": values.mean, "p50_ns": values.p50, "p95_ns": values.p95, "p99_ns": values.p99}
     return {"count": values.count} | {name: None if time is None else round(time) for name, time in times.items()}
 

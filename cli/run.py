@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from stagetrace.instrument.device_marks import DEFAULT_LAYERS, MARK_LAYERS, MARKS, PLACES
 from stagetrace.instrument.identity import claim_identity
 from stagetrace.instrument.stages import Level
 
@@ -31,6 +32,23 @@ def run(
         str | None,
         typer.Option(help="Install hooks up to this level, for `stagetrace ctl`; by default --level or step."),
     ] = None,
+    marks: Annotated[
+        str,
+        typer.Option(
+            help=f"On a GPU, time these parts of layers on the device, inside graphs as well: {', '.join(PLACES)}, with"
+            " commas. Read from level layer on.",
+            envvar=MARKS,
+            show_default=False,
+        ),
+    ] = "",
+    mark_layers: Annotated[
+        int | None,
+        typer.Option(
+            help="In how many layers --marks are put, spread evenly from the first to the last.",
+            envvar=MARK_LAYERS,
+            show_default=str(DEFAULT_LAYERS),
+        ),
+    ] = None,
     keep: KeepOption = None,
     log: Annotated[Path | None, typer.Option(help="Send the command's output to this file.")] = None,
     report: Annotated[bool, typer.Option(help="Print where the time went when the command has ended.")] = True,
@@ -43,13 +61,17 @@ def run(
 
     mask = hold_signals()  # first, since pyarrow starts threads
     # Imported here: pyarrow takes longer to import than most commands to run.
-    from stagetrace.exporters.arm import armed_environment
+    from stagetrace.exporters.arm import armed_environment, parse_marks
     from stagetrace.exporters.background import Background
     from stagetrace.exporters.session import DEFAULT_ROOT, Session, SessionError, new_session_path
 
     for name in (level, max_level or level):
         if name not in LEVELS:
             _fail(f"there is no level {name!r}: choose one of {', '.join(LEVELS)}", 2)
+    try:
+        chosen = parse_marks(marks, mark_layers)
+    except ValueError as error:
+        _fail(str(error), 2)
     kept = checked_keep(keep)
     if session is not None and (session / "session.json").exists():
         _fail(f"{session} holds a session already: name a new directory, or leave --session out", 2)
@@ -63,7 +85,9 @@ def run(
             recording = Session(path, claim_identity(path))
         except OSError as error:
             _fail(f"cannot record into {session or Path(DEFAULT_ROOT)}: {error}", 2)
-        environment, notes = armed_environment(os.environ, path, level, max_level)
+        environment, notes = armed_environment(os.environ, path, level, max_level, chosen)
+        if mark_layers is not None and not chosen.places:
+            notes.append(f"there are no marks to put into layers: name some with --marks {','.join(PLACES)}")
         for note in (*notes, f"recording into {path}"):
             _say(note)
         collector = Background(recording, ["--level", level, "--keep", kept], command, _say)

@@ -100,7 +100,7 @@ SECTIONS = {
     "Envelopes": lambda stage: stage.kind is Kind.ENVELOPE,
     "States of a request": lambda stage: stage.kind is Kind.STATE,
     "Occasions": lambda stage: stage.kind is Kind.OCCASION,
-    "Segments of the layer level": lambda stage: stage.level >= Level.LAYER,
+    "Segments of the layer level": lambda stage: stage.level >= Level.LAYER and stage.timeline is not Timeline.DEVICE,
     "Segments of the scheduler": lambda stage: stage.timeline is Timeline.SCHEDULER,
     "Segments of a rank": lambda stage: stage.timeline is Timeline.RANK,
     "Segments on the device": lambda stage: stage.timeline is Timeline.DEVICE,

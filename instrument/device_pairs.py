@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .device_clock import DeviceClock
+from .device_marks import Pair
 from .recorder import now
 from .records import HEAD, TAILS, RecordType, header_word
 from .stages import BY_NAME
@@ -79,6 +80,7 @@ class _Pair:
 class _Timeline:
     """One stream's: what was written on it last, so that spans follow or nest whatever the clocks' error. Host ns."""
 
+    number: int
     heads: tuple[bytes, ...]  # by stage
     reached: int = 0  # end of the last outermost span
     around: int = 0  # the pair, still to come, around the spans that were written since; 0: there are none
@@ -95,11 +97,16 @@ class DevicePairs:
         put: Callable[[bytes, int, int, bytes], None],
         clock: Callable[[], int] = now,
         most: int = MOST_PAIRS,
+        forwarded: Callable[[int, int, Pair], bool] | None = None,
     ):
-        """`put` writes a segment (recorder.py), `clock` gives the host's monotonic ns."""
+        """`put` writes a segment (recorder.py), `clock` gives the host's monotonic ns.
+
+        `forwarded` is told of each forward pass, by instance and step, and writes it itself where it gives True.
+        """
         self._source = source
         self._put = put
         self._now = clock
+        self._forwarded = forwarded
         self._free: deque[_Pair] = deque()
         self._made = 0  # pairs; at most `most`
         self._most = most
@@ -256,7 +263,13 @@ class DevicePairs:
         error = max(clock.error_ns(first), clock.error_ns(last))
         begin, end, moved = self._placed(pair, begin, end)
         tail = _pack_tail(pair.instance, pair.step, pair.rank, max(begin - pair.launched, 0), error + moved)
-        self._put(self._timelines[pair.stream].heads[pair.stage], begin, end, tail)
+        line = self._timelines[pair.stream]
+        record = (line.heads[pair.stage], begin, end, tail)
+        forwarded = self._forwarded if pair.stage == FORWARD else None
+        if forwarded is None or not forwarded(
+            pair.instance, pair.step, Pair(line.number, begin, end, error + moved, record)
+        ):
+            self._put(*record)
 
     def _placed(self, pair: _Pair, begin: int, end: int) -> tuple[int, int, int]:
         """Where a span goes on its timeline, and by how much that moved it.
@@ -284,7 +297,7 @@ class DevicePairs:
         number = len(self._timelines) + 1
         if number > MOST_STREAMS:
             return False
-        self._timelines[stream] = _Timeline(tuple(_pack_head(header, number) for header in _HEADERS))
+        self._timelines[stream] = _Timeline(number, tuple(_pack_head(header, number) for header in _HEADERS))
         return True
 
     def _throw_away(self) -> None:

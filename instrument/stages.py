@@ -543,6 +543,35 @@ STAGES: tuple[Stage, ...] = (
             (59, "device_draft", "draft", "proposing speculative tokens", ("device_sample",)),
         )
     ),
+    *(
+        Stage(
+            number,
+            f"device_{place}",
+            Kind.SEGMENT,
+            Timeline.DEVICE,
+            Level.LAYER,
+            f"{what}, on the device, in graphs as well: between the marks before and after it",
+            "layers without marks; kernels that the compiler fused with what is outside",
+            inside,
+            (_LAYER, _RANK, _CLOCK_ERROR),
+        )
+        for number, place, what, inside in (
+            (60, "attention", "one layer's attention", ("device_forward",)),
+            (61, "mlp", "one layer's dense feed-forward block", ("device_forward",)),
+            (
+                62,
+                "moe",
+                "one layer's experts, from their routing to their combine",
+                ("device_mlp", "device_forward"),
+            ),
+            (
+                63,
+                "collective",
+                "one operation of a group of ranks, in the layer of the attention before it (-1: before the first)",
+                ("device_moe", "device_mlp", "device_forward"),
+            ),
+        )
+    ),
     # Front-end timeline
     Stage(
         70,

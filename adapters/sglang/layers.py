@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 from stagetrace.adapters.collectives import Collectives, Group
 from stagetrace.adapters.experts import DeviceCounts, HostCounts, contained
 from stagetrace.adapters.layers import is_dense_mlp, timed
+from stagetrace.adapters.marking import ATTENTION as ATTENTION_PLACE
+from stagetrace.adapters.marking import COLLECTIVE, MLP, MOE, Place
 from stagetrace.adapters.rank import layer_index, ranges
 from stagetrace.instrument.around import Around, Guards
 from stagetrace.instrument.recorder import RECORDER, now
 from stagetrace.instrument.records import RecordType, header_word
 from stagetrace.instrument.stages import BY_NAME, AttentionKind, Collective
 
-from .worker import RANK
+from .worker import DEVICE, RANK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -50,6 +52,12 @@ _MARK = "_stagetrace"  # attribute of SGLang's objects that we keep ours in
 _ROUTERS = ("TopK", "HashTopK")
 _SHARED_NAMES = ("shared_experts", "shared_expert")
 _MATRIX = 2  # dimensions
+_GROUPS = ("_TP", "_ATTN_TP", "_ATTN_CP", "_MOE_EP", "_MOE_TP", "_MOE_DP")  # of SGLang's parallel_state
+# A group's operations that are called inside layers; those that are called within one of these are a part of it.
+_IN_LAYERS = (
+    *("all_reduce", "quant_all_reduce", "reduce_scatter_tensor", "reduce_scatterv", "reduce_scatter"),
+    *("all_to_all_single", "all_gather_into_tensor", "all_gather", "all_gatherv"),
+)
 _ENCODE = header_word(RecordType.SEGMENT, BY_NAME["encode"].id)
 _LOGITS = header_word(RecordType.SEGMENT, BY_NAME["logits"].id)
 _EXPERT_COMPUTE = header_word(RecordType.SEGMENT, BY_NAME["expert_compute"].id)
@@ -155,6 +163,7 @@ def attach(hook: Hook, runner: Any) -> None:
     modules = [*runner.model.named_modules()]
     seen: set[str] = set()
     latent = getattr(runner.model_config.attention_arch, "name", "") == "MLA"
+    attentions = []
     for name, module in modules:
         classes = _classes(module)
         if "VocabParallelEmbedding" in classes and "ParallelLMHead" not in classes:
@@ -164,14 +173,31 @@ def attach(hook: Hook, runner: Any) -> None:
             layer, kind = layer_of(name, module), int(attention_kind(module, latent))
             if others[target].on(module, "forward", timed(hook.recorder, RANK, "attention", tokens, layer, kind)):
                 seen.add("attention")
+                attentions.append(Place(ATTENTION_PLACE, layer, module, "forward"))
+    places = [*attentions]
     for stage, layer, module in blocks(modules):
         if _attach_block(others[MODULE], stage, layer, module):
             seen.add(stage)
+            if stage == MLP:
+                places.append(Place(MLP, layer, module, "forward"))
     experts = _attach_experts(hook, modules, runner, seen)
     targets = {target for target, _ in ATTENTION.values()} | {MODULE, ROUTER, CHOSEN, EXPERTS}
     for target in (*targets, *(door for pair in DOORS.values() for door in pair)):
         others[target].told_objects()
-    _Model.info = {"visible": sorted(seen), "not_visible_under_compile": [], **experts}
+    places += [Place(MOE, layer_of(name, module), module, "forward") for name, module in modules if is_moe(module)]
+    places += _collective_places()
+    DEVICE.open(str(runner.device), hook.recorder)
+    marks = DEVICE.marks.put(hook.recorder, places, attentions, runner.device, DEVICE.event)
+    _Model.info = {"visible": sorted(seen), "not_visible_under_compile": [], **experts, **marks}
+
+
+def _collective_places() -> list[Place]:
+    """The operations of this rank's groups that are called inside layers."""
+    from sglang.srt.distributed import parallel_state
+
+    groups = {id(group): group for name in _GROUPS if (group := getattr(parallel_state, name, None)) is not None}
+    several = [group for group in groups.values() if group.world_size > 1]
+    return [Place(COLLECTIVE, -1, group, name) for group in several for name in _IN_LAYERS if hasattr(group, name)]
 
 
 def _attach_block(hook: Hook, stage: str, layer: int, module: Any) -> bool:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from stagetrace.adapters.collectives import Collectives, Group
 from stagetrace.adapters.experts import DeviceCounts, HostCounts, chained, contained
 from stagetrace.adapters.layers import Within, is_dense_mlp, timed, timed_within
+from stagetrace.adapters.marking import ATTENTION as ATTENTION_PLACE
+from stagetrace.adapters.marking import COLLECTIVE, MLP, MOE, Place
 from stagetrace.adapters.rank import layer_index, ranges
 from stagetrace.instrument.around import Around
 from stagetrace.instrument.recorder import RECORDER
@@ -24,7 +26,7 @@ from stagetrace.instrument.records import RecordType, Text, header_word
 from stagetrace.instrument.stages import BY_NAME, AttentionKind, Collective
 
 from . import connector
-from .worker import RANK
+from .worker import DEVICE, RANK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -44,6 +46,12 @@ _CALLED = (
     "_forward",
 )
 _TOKENS = ("query", "q", "hidden_states", "projected_states", "mixed_qkv", "mixed_qkvz", "qkvz", "x")
+
+# A group's operations that are called inside layers.
+_IN_LAYERS = (
+    *("_all_reduce_out_place", "_all_gather_out_place", "all_gatherv", "_reduce_scatter_out_place", "reduce_scatterv"),
+    *("reduce_scatterv_into_output", "dispatch", "dispatch_router_logits", "combine", "combine_into_output"),
+)
 
 _ENCODE = header_word(RecordType.SEGMENT, BY_NAME["encode"].id)
 
@@ -171,12 +179,15 @@ def attach(hook: Hook, runner: Any) -> None:
         into = found if visible else unseen
         into[stage] = into.get(stage, 0) + 1
 
-    _attach_attention(hook.others[ATTENTION], compilation.static_forward_context, bool(compiled), seen)
+    attentions = _attach_attention(hook.others[ATTENTION], compilation.static_forward_context, bool(compiled), seen)
+    places = [*attentions]
     opaque = not compiled or all(is_opaque(module) for _, module in modules if is_moe(module))
     for stage, layer, module, name in _with_names(modules):
         inside = bool(compiled) and name.startswith(compiled) and not (stage == "shared_experts" and opaque)
         if not inside:
             _attach_block(hook.others[MODULE], stage, layer, module)
+            if stage == MLP:
+                places.append(Place(MLP, layer, module, "forward"))
         seen(stage, not inside)
     for _ in (module for _, module in modules if type(module).__name__ == "VocabParallelEmbedding"):
         seen("embed", not compiled)
@@ -187,9 +198,15 @@ def attach(hook: Hook, runner: Any) -> None:
     for target in (ATTENTION, MODULE, CHOSEN):
         hook.others[target].told_objects()
     invisible = unseen.keys() - found.keys()
+    if opaque:
+        moes = [module for _, module in modules if is_moe(module)]
+        places += [Place(MOE, layer_index(module.layer_name), module, "_forward_impl") for module in moes]
     if compiled and _traced_collectives(experts, opaque):
         invisible |= {"collective"}
-    info = {"visible": sorted(found), "not_visible_under_compile": sorted(invisible), **experts}
+    else:
+        places += _collective_places()
+    marks = DEVICE.marks.put(hook.recorder, places, attentions, runner.device, DEVICE.event)
+    info = {"visible": sorted(found), "not_visible_under_compile": sorted(invisible), **experts, **marks}
     hook.recorder.text(0, Text.PROCESS, json.dumps({"role": "worker", **info}))
 
 
@@ -212,7 +229,20 @@ def _traced_collectives(experts: Mapping[str, object], opaque: bool) -> bool:
     return in_model or (not opaque and experts.get("expert_parallel_size", 1) != 1)
 
 
-def _attach_attention(hook: Hook, layers: Mapping[str, Any], compiled: bool, seen: Callable[[str, bool], None]) -> None:
+def _collective_places() -> list[Place]:
+    """The operations of this rank's groups that are called inside layers."""
+    from vllm.distributed import parallel_state
+
+    groups = {id(group): group for group in (parallel_state._TP, parallel_state._EP, parallel_state._DP) if group}
+    several = [group for group in groups.values() if group.world_size > 1]
+    return [Place(COLLECTIVE, -1, group, name) for group in several for name in _IN_LAYERS if hasattr(group, name)]
+
+
+def _attach_attention(
+    hook: Hook, layers: Mapping[str, Any], compiled: bool, seen: Callable[[str, bool], None]
+) -> list[Place]:
+    """Hooks every layer's attention; where each is."""
+    places = []
     for name, layer in layers.items():
         if is_moe(layer):
             continue
@@ -224,6 +254,8 @@ def _attach_attention(hook: Hook, layers: Mapping[str, Any], compiled: bool, see
             around = timed(hook.recorder, RANK, "attention", tokens, layer_index(name), kind)
             if hook.on(owner, method, around):
                 seen("attention", True)
+                places.append(Place(ATTENTION_PLACE, layer_index(name), owner, method))
+    return places
 
 
 def _attach_block(hook: Hook, stage: str, layer: int, module: Any) -> None:

@@ -16,6 +16,7 @@ from ..breakdown import STATES, outside_of, time_per_output_token
 from ..latency_parts import COLUMNS as PARTS_COLUMNS
 from ..latency_parts import PARTS, Engines, request_parts
 from ..load import load
+from ..marks import mark_info, marks_text
 from ..placed import NOWHERE, step_places
 from ..start_up import within_start_up
 from .metrics import STATE_TIMES, TIMED_STAGES
@@ -247,6 +248,8 @@ def _load(manifest: Manifest, requests: pd.DataFrame, measured: pd.DataFrame) ->
         said = sorted({str(each.info[name]) for each in manifest.processes if each.info.get(name) not in (None, "")})
         if said:
             settings[name] = ", ".join(said)
+    marks = sorted({marks_text(info) for each in manifest.processes if (info := mark_info(each)) and info.there})
+    settings["marks"] = "; ".join(marks) or "none"
     arrivals = np.sort(requests["arrival_ns"].dropna().to_numpy(np.int64))
     rate = None
     if len(arrivals) > 1 and arrivals[-1] > arrivals[0]:

@@ -32,6 +32,7 @@ _MEANS = {
     "engine_version": "another release: what differs may be its",
     "model": "latencies of different models are compared: a difference need not be the server's",
     "level": "a higher level costs the engine more; stages that only one level records are shown for one side",
+    "marks": "the self time of device_forward is without the stages and layers that have marks, and marks take time",
     "host": "another machine: what differs may be its",
     "arrivals per s": "a cause where the client decides when to send, else a result: it waited for answers",
     "concurrency": "other requests in flight at a time: a cause where the client keeps so many, else what slower or"

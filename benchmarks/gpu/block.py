@@ -34,10 +34,14 @@ class Size:
 
 
 class Around:
-    """What is called before and after each stage of each layer: (stage, layer). Nothing unless it is set."""
+    """What is called before and after each stage of each layer: (stage, layer), and with its choice of experts.
+
+    Nothing unless it is set.
+    """
 
     before: Callable[[str, int], None] = staticmethod(lambda stage, layer: None)
     after: Callable[[str, int], None] = staticmethod(lambda stage, layer: None)
+    chosen: Callable[[int, torch.Tensor], None] = staticmethod(lambda layer, chosen: None)
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
@@ -47,9 +51,12 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> to
     return out
 
 
-def _experts(x: torch.Tensor, weights: torch.Tensor, up: torch.Tensor, down: torch.Tensor, layer: int) -> torch.Tensor:
+def _experts(
+    x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, up: torch.Tensor, down: torch.Tensor, layer: int
+) -> torch.Tensor:
     """Every expert on every token, then weighted: as much work whatever was chosen."""
     Around.before("moe", layer)
+    Around.chosen(layer, chosen)
     inner = torch.bmm(x.expand(up.shape[0], *x.shape), up)
     out = torch.bmm(nn.functional.silu(inner), down)
     out = (out * weights.t().unsqueeze(-1)).sum(0)
@@ -110,7 +117,7 @@ class Layer(nn.Module):
         scores = self.router(normed).softmax(-1)
         kept, chosen = scores.topk(self.size.chosen, -1)
         weights = torch.zeros_like(scores).scatter(-1, chosen, kept)
-        return x + experts(normed, weights, self.up, self.down, self.layer)
+        return x + experts(normed, chosen, weights, self.up, self.down, self.layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """All of the layer."""

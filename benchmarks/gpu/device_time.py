@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import random
 import sys
 import time
 import types
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 MODES = ("eager", "compiled", "piecewise graphs", "full graph")
+AHEAD, BEHIND = "host ahead", "host in step"
 STEPS, ROUNDS, RUNS = 20, 15, 20  # profiled; of each alternative; in a round
-CALLS = 2000  # of a pair, for the host's cost
+AHEAD_CYCLES = 60_000_000  # for which a device is kept busy so that the host gets ahead of it: 30 ms or so
+CALLS = 500  # of each, for the host's cost
 NO_GPU = (
     "{why}. What to do: run it where there is a CUDA or HIP device, with a Python that has PyTorch and Triton for it"
     " (an engine's has both): copy the checkout there, and `python benchmarks/gpu/device_time.py`."
@@ -97,12 +100,12 @@ class Timed(NamedTuple):
 def timed(layers: int, device: Any, several: bool, event: Callable[[], Any], source: Any) -> Timed:
     """Marks around each stage of each layer and around the whole, and a pool of pairs."""
     from stagetrace.adapters.marks import Marks
-    from stagetrace.instrument.device_marks import Marked
+    from stagetrace.instrument.device_marks import EMPTY, FORWARD, Marked
     from stagetrace.instrument.device_pairs import DevicePairs
     from stagetrace.instrument.records import TAILS
 
     stages = ("attention", "collective", "moe") if several else ("attention", "moe")
-    marked = [Marked("forward", -1), *(Marked(stage, layer) for layer in range(layers) for stage in stages)]
+    marked = [FORWARD, EMPTY, *(Marked(stage, layer) for layer in range(layers) for stage in stages)]
     written: list[tuple[int, int, int, int]] = []
 
     def put(head: bytes, begin: int, end: int, tail: bytes) -> None:
@@ -121,7 +124,15 @@ def mark_stages(marks: Any | None) -> None:
         Around.before = Around.after = staticmethod(lambda stage, layer: None)
         return
     places = {(marked.stage, marked.layer): 2 * number for number, marked in enumerate(marks.reader.marked)}
-    Around.before = staticmethod(lambda stage, layer: marks.mark(places[stage, layer]))
+    first, empty = 4, 2
+
+    def before(stage: str, layer: int) -> None:
+        if places[stage, layer] == first:
+            marks.mark(empty)
+            marks.mark(empty + 1)
+        marks.mark(places[stage, layer])
+
+    Around.before = staticmethod(before)
     Around.after = staticmethod(lambda stage, layer: marks.mark(places[stage, layer] + 1))
 
 
@@ -223,6 +234,7 @@ def measure(counts: Sequence[int], quick: bool, device: Any) -> dict[str, Any]:
         "torch": torch.__version__,
         "ranks": int(os.environ.get("WORLD_SIZE", "1")),
         "accuracy": {},
+        "experts": {},
         "misfits": {},  # of modes: why their profile is not understood
         "costs": [],
         "waits": False,
@@ -232,12 +244,16 @@ def measure(counts: Sequence[int], quick: bool, device: Any) -> dict[str, Any]:
         x = torch.randn(size.tokens, size.hidden, **where)
         model = Model(size, **where)
         for mode in MODES:
-            try:
-                found["accuracy"][mode] = accuracy(mode, model, x, steps, several, device)
-            except Misfit as error:
-                found["misfits"][mode] = str(error)
+            for ahead in (True, False):
+                regime = f"{mode}, {AHEAD if ahead else BEHIND}"
+                try:
+                    found["accuracy"][regime] = accuracy(mode, model, x, steps, several, device, ahead)
+                except Misfit as error:
+                    found["misfits"][regime] = str(error)
+        for mode in MODES:
+            found["experts"][mode] = experts_counted(mode, model, x, steps, device)
         found["waits"] = waits(model, x, several, device)
-        found["pair_host_ns"] = pair_host_ns(several, device)
+        found["host_ns"] = host_ns(several, device)
         for layers in counts:
             model = Model(Size(layers=layers), **where)
             found["costs"] += [costs(mode, model, x, rounds, several, device) for mode in ("eager", "full graph")]
@@ -254,8 +270,12 @@ def sources() -> tuple[Callable[[], Any], Any]:
     return events.event, events
 
 
-def accuracy(mode: str, model: Any, x: Any, steps: int, several: bool, device: Any) -> dict[str, Any]:
-    """Spans of marks and pairs beside the profiler's times of the same steps."""
+def accuracy(mode: str, model: Any, x: Any, steps: int, several: bool, device: Any, ahead: bool) -> dict[str, Any]:
+    """Spans of marks and pairs beside the profiler's times of the same steps.
+
+    `ahead`: all of a step is launched before the device comes to it, as where it is the device that takes long. Else
+    the device waits for what the host launches, also between a mark and the kernel behind it.
+    """
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -266,6 +286,8 @@ def accuracy(mode: str, model: Any, x: Any, steps: int, several: bool, device: A
     spans: dict[int, list[Any]] = {}
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         for number in range(1, steps + 1):
+            if ahead:
+                torch.cuda._sleep(AHEAD_CYCLES)
             step(number, run, found)
             torch.cuda.synchronize()
             found.pairs.poll()
@@ -281,7 +303,11 @@ def accuracy(mode: str, model: Any, x: Any, steps: int, several: bool, device: A
 
 def compared(kernels: Sequence[Kernel], spans: dict[int, list[Any]], found: Timed, offset: int) -> dict[str, Any]:
     """The measurements of some steps, numbered from 1, as agreements. `offset`: wall less monotonic time, in ns."""
+    from stagetrace.instrument.device_marks import EMPTY, FORWARD, MOST_EMPTY_NS, trimmed
+
     truth = steps_of(kernels, found.order)
+    empties = [span.end - span.begin for row in spans.values() for span in row if span.marked == EMPTY]
+    empty = min(empties, default=MOST_EMPTY_NS + 1)
     if len(truth) != len(spans):
         raise Misfit(f"{len(truth)} steps in the profile, {len(spans)} were run")
     pairs = {number: (begin, end, error) for number, begin, end, error in found.written}
@@ -290,8 +316,10 @@ def compared(kernels: Sequence[Kernel], spans: dict[int, list[Any]], found: Time
     for number, of_step in enumerate(truth, 1):
         for at, marked in enumerate(found.marks.reader.marked):
             for span in spans.get(number, []):
-                if span.marked == marked:
-                    durations = (span.end - span.begin, of_step[at].last - of_step[at].first)
+                if span.marked == marked != EMPTY:
+                    taken = empty if marked != FORWARD and empty <= MOST_EMPTY_NS else 0
+                    begin, end = trimmed(span.begin, span.end, taken)
+                    durations = (end - begin, of_step[at].last - of_step[at].first)
                     by_stage.setdefault(marked.stage, []).append(durations)
         if number in pairs:
             begin, end, _ = pairs[number]
@@ -304,6 +332,7 @@ def compared(kernels: Sequence[Kernel], spans: dict[int, list[Any]], found: Time
         "begins": vars(agreement(apart)),
         "clock_error_ns": max((error for _, _, error in pairs.values()), default=None),
         "contradictions": found.pairs.contradictions,
+        "empty_ns": empty,
         "timer_resolution_ns": math.gcd(*(after - before for before, after in pairwise(times))),
         "missing": vars(found.marks.reader.counts),
     }
@@ -332,25 +361,91 @@ def waits(model: Any, x: Any, several: bool, device: Any) -> bool:
     return False
 
 
-def pair_host_ns(several: bool, device: Any) -> float:
-    """What a pair takes on the host: begin, end, its share of a step's begin and of the poll that reads it."""
+def experts_counted(mode: str, model: Any, x: Any, steps: int, device: Any) -> dict[str, Any]:
+    """Tokens by expert as they are counted on the device, in graphs as well, beside a count of the same choices."""
+    import torch
+    from block import Around
+
+    from stagetrace.adapters.experts import DeviceCounts
+
+    written: dict[tuple[int, int], list[int]] = {}
+    truth: dict[int, Any] = {}
+
+    def write(instance: int, step: int, rank: int, layer: int, tokens: int, counts: bytes, width: int) -> None:
+        written[step, layer] = [
+            int.from_bytes(counts[at : at + width], "little") for at in range(0, len(counts), width)
+        ]
+
+    def seen(layer: int, chosen: Any) -> None:
+        truth[layer] = torch.bincount(chosen[~padding].reshape(-1), minlength=experts).tolist()
+
+    experts, layers = model.layers[0].size.experts, range(len(model.layers))
+    padding = torch.arange(len(x), device=device) % 5 == 0
+    Around.chosen = staticmethod(seen)
+    run = model if "graph" in mode else runner(mode, model, x)
+    run(x) if "graph" in mode else run()
+    rank = types.SimpleNamespace(instance=1, step=0, rank=0)
+    recorder = types.SimpleNamespace(experts=write)
+    counts = DeviceCounts(types.SimpleNamespace(recorder=recorder), rank, layers, experts, device)  # type: ignore[arg-type]
+    Around.chosen = staticmethod(lambda layer, chosen: counts.count(layer, chosen, padding))
+    if "graph" in mode:
+        run = runner(mode, model, x)
+    for rank.step in range(1, steps + 1):
+        counts.begin()
+        run()
+        counts.end()
+        if rank.step % 4 == 0:
+            torch.cuda.synchronize()
+    torch.cuda.synchronize()
+    counts.begin()
+    Around.chosen = staticmethod(lambda layer, chosen: None)
+    right = sum(written.get((step, layer)) == truth[layer] for step in range(1, steps + 1) for layer in layers)
+    return {"right": right, "of": steps * len(layers), "left_out": counts.left_out}
+
+
+def host_ns(several: bool, device: Any) -> dict[str, float]:
+    """What the host does for a pair and for a mark, each beside what it cannot do without; ns, medians."""
     import torch
 
     from stagetrace.instrument.device_pairs import FORWARD
 
-    pairs = timed(1, device, several, *sources()).pairs
-    took = 0
-    for number in range(1, CALLS + 1):
-        begin = time.perf_counter_ns()
+    timed_ = timed(1, device, several, *sources())
+    pairs, marks = timed_.pairs, timed_.marks
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    number = 0
+
+    def pair() -> None:
+        nonlocal number
+        number += 1
         pairs.step_begins()
         pairs.begin(FORWARD)
         pairs.end(FORWARD, 1, number, 0)
-        took += time.perf_counter_ns() - begin
-        torch.cuda.synchronize()
-        begin = time.perf_counter_ns()
-        pairs.poll()
-        took += time.perf_counter_ns() - begin
-    return took / CALLS
+
+    def bare_pair() -> None:
+        first.record()
+        last.record()
+
+    def bare_read() -> None:
+        last.query()
+        first.elapsed_time(last)
+
+    x = torch.zeros(1, device=device)
+    alternatives: dict[str, Callable[[], Any]] = {
+        "pair, launching": pair,
+        "pair, reading": pairs.poll,
+        "two bare records": bare_pair,
+        "bare query and elapsed_time": bare_read,
+        "mark": lambda: marks.mark(0),
+        "add_ of one number": lambda: x.add_(1),
+    }
+    took: dict[str, list[int]] = {name: [] for name in alternatives}
+    for _ in range(CALLS):
+        for name, function in alternatives.items():
+            begin = time.perf_counter_ns()
+            function()
+            took[name].append(time.perf_counter_ns() - begin)
+            torch.cuda.synchronize()
+    return {name: sorted(each)[CALLS // 2] for name, each in took.items()}
 
 
 def costs(mode: str, model: Any, x: Any, rounds: int, several: bool, device: Any) -> dict[str, Any]:
@@ -380,10 +475,11 @@ def costs(mode: str, model: Any, x: Any, rounds: int, several: bool, device: Any
         marked()
         mark_stages(None)
 
-    alternatives = {"plain": plain, "marks": with_marks, "pairs": paired}
+    alternatives = {"plain": plain, "marks": with_marks, "pairs": paired, "plain again": plain}
     took: dict[str, list[float]] = {name: [] for name in alternatives}
     for _ in range(rounds):
-        for name, run in alternatives.items():
+        for name in random.sample([*alternatives], len(alternatives)):
+            run = alternatives[name]
             torch.cuda.synchronize()
             begin = time.perf_counter_ns()
             for _ in range(RUNS):
@@ -399,6 +495,7 @@ def costs(mode: str, model: Any, x: Any, rounds: int, several: bool, device: Any
         "marks": marks,
         "mark": vars(cost(took["plain"], took["marks"], marks)),
         "pair": vars(cost(took["plain"], took["pairs"], 1)),
+        "nothing": vars(cost(took["plain"], took["plain again"], 1)),
     }
 
 
@@ -425,19 +522,24 @@ def show(found: dict[str, Any]) -> None:
             str(each["layers"]),
             microseconds(each["step_ns"]),
             str(each["marks"]),
-            *(spread(each[what]) for what in ("mark", "pair")),
+            *(spread(each[what]) for what in ("mark", "pair", "nothing")),
         ]
         for each in found["costs"]
     ]
-    print(table(("mode", "layers", "step us", "marks", "a mark us", "a pair us"), rows), end="\n\n")
+    print(table(("mode", "layers", "step us", "marks", "a mark us", "a pair us", "nothing us"), rows), end="\n\n")
     for mode, each in found["accuracy"].items():
         print(
             f"{mode}: clock error at most {microseconds(each['clock_error_ns'])} us, {each['contradictions']}"
-            f" contradictions, the timer counts in {each['timer_resolution_ns']} ns, not told: {each['missing']}"
+            f" contradictions, the timer counts in {each['timer_resolution_ns']} ns, an empty span takes"
+            f" {microseconds(each['empty_ns'])} us, not told: {each['missing']}"
         )
     for mode, why in found["misfits"].items():
         print(f"{mode}: its profile is not understood: {why}")
-    print(f"a pair takes {microseconds(found['pair_host_ns'])} us on the host; waits for the device: {found['waits']}")
+    for mode, each in found["experts"].items():
+        print(f"{mode}: tokens by expert right in {each['right']} of {each['of']} layers of steps")
+    rows = [[name, microseconds(ns)] for name, ns in found["host_ns"].items()]
+    print("\n" + table(("on the host", "us"), rows), end="\n\n")
+    print(f"waits for the device: {found['waits']}")
 
 
 def spread(cost: dict[str, float]) -> str:

@@ -26,6 +26,7 @@ from engines.layered import (
     scheduled,
 )
 from engines.lit import assert_lit
+from engines.ranks import assert_vllms_ranks
 from engines.recording import ask, record
 from engines.server import environment, serve
 from quickstart.servers import MODEL_SCRIPT
@@ -176,6 +177,14 @@ def parallel(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     arguments = ("--enforce-eager", "--tensor-parallel-size", "2")
     directory = tmp_path_factory.mktemp("layers-tp")
     return recorded(model, directory, *arguments, requests=6, VLLM_CPU_OMP_THREADS_BIND="0|1")
+
+
+def test_every_ranks_part_of_every_step(parallel: Recorded) -> None:
+    """Each arrives, with the step's id that travelled on the SchedulerOutput."""
+    assert_whole(parallel)
+    workers = [process for process in parallel.recording.manifest.processes if process.role == "worker"]
+    assert sorted(process.info["rank"] for process in workers) == [0, 1]
+    assert_vllms_ranks(parallel.frames["steps"], parallel.frames["segments"])
 
 
 def test_collectives_of_every_step(parallel: Recorded) -> None:

@@ -102,10 +102,10 @@ def test_it_compiles_for(arch: str, compiled: dict[str, tuple[str, int]]):
         assert text.count("s_memrealtime") == 1
         return
     lines = [line.strip() for line in text.splitlines()]
-    (timer,) = (number for number, line in enumerate(lines) if "%globaltimer" in line)
+    of_an_end, of_a_begin = (number for number, line in enumerate(lines) if "%globaltimer" in line)
     stores = [number for number, line in enumerate(lines) if "st.global" in line]
     loads = [number for number, line in enumerate(lines) if "ld.global" in line]
-    assert len(stores) == len(loads) == 3 and max(loads) < timer < min(stores)
+    assert len(stores) == len(loads) == 3 and of_an_end < min(loads) and max(loads) < of_a_begin < min(stores)
     assert all("@%p" in lines[number] for number in stores), "one thread stores"
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from engines.ranks import assert_vllms_ranks
 from engines.recording import record
 from quickstart.load import run_load
 
 from stagetrace.instrument.stages import BY_NAME
 
 
+@pytest.mark.matrix  # test_layers.py has the same ranks at level layer
 def test_tensor_parallel(model, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
     directory = tmp_path_factory.mktemp("tp")
     env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
@@ -19,26 +21,11 @@ def test_tensor_parallel(model, tmp_path_factory) -> None:  # type: ignore[no-un
         results = asyncio.run(run_load(server.base_url, server.model, requests=10, seed=5, concurrency=(4,)))
     assert [result.error for result in results] == [None] * 10
     frames = recording.frames()
-    steps, segments = frames["steps"], frames["segments"]
-    assert set(steps["status"]) == {"complete"}
-    assert set(steps["ranks_expected"]) == set(steps["ranks_reported"]) == {2}
+    assert set(frames["steps"]["status"]) == {"complete"}
     assert recording.manifest.counts["accounting_conflict"] == 0
     workers = [process for process in recording.manifest.processes if process.role == "worker"]
     assert sorted(process.info["rank"] for process in workers) == [0, 1]
-    for name in ("rank_step", "prepare", "forward", "sample", "bookkeep", "return"):
-        stage = BY_NAME[name]
-        rows = segments[segments["stage"] == stage.id]
-        rank = f"a{[attribute.name for attribute in stage.attributes].index('rank')}"
-        assert rows.groupby(rank).size().to_dict() == {0: len(steps), 1: len(steps)}, name
-        assert set(rows["instance"]) == set(steps["instance"])
-        assert set(rows["step"]) == set(steps["step"])
-        if name != "rank_step":
-            assert set(rows["parent_stage"]) == {BY_NAME["rank_step"].id}
-    # The step waits for the output of one rank, the first; the other one may still be busy when the step is over.
-    ranked = segments[segments["stage"] == BY_NAME["rank_step"].id].merge(steps, on="step", suffixes=("", "_step"))
-    assert (ranked["begin_ns"] >= ranked["begin_ns_step"]).all()
-    awaited = ranked[ranked["a0"] == 0]
-    assert (awaited["end_ns"] <= awaited["end_ns_step"]).all()
+    assert_vllms_ranks(frames["steps"], frames["segments"])
 
 
 @pytest.mark.matrix

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stagetrace.exporters.arm import armed_environment
+from stagetrace.exporters.arm import armed_environment, parse_marks
+from stagetrace.instrument.device_marks import PLACES, Choice, choice
 
 PLAIN = {"PATH": "/bin", "HOME": "/root"}
 
@@ -75,3 +76,64 @@ def test_a_list_of_plugins_that_loads_ours_is_left_alone(variable: str, value: s
 def test_no_list_of_plugins_is_made_where_there_was_none():
     armed, _ = armed_environment(PLAIN, Path("/s"), "step")
     assert not {"VLLM_PLUGINS", "SGLANG_PLUGINS"} & armed.keys()
+
+
+# Marks
+
+
+@pytest.mark.parametrize(
+    ("text", "layers", "chosen"),
+    [
+        ("", None, Choice()),
+        (" , ", 7, Choice((), 7)),
+        ("moe", None, Choice(("moe",), 4)),
+        (" moe , attention,moe", 2, Choice(("attention", "moe"), 2)),
+        (",".join(PLACES), 1, Choice(PLACES, 1)),
+    ],
+)
+def test_marks_are_named_with_commas_between(text: str, layers: int | None, chosen: Choice):
+    assert parse_marks(text, layers) == chosen
+
+
+@pytest.mark.parametrize(("text", "named"), [("attention,experts", "experts"), ("MoE", "MoE"), ("moe;mlp", "moe;mlp")])
+def test_marks_that_there_are_none_of_are_named_with_what_there_is(text: str, named: str):
+    with pytest.raises(ValueError, match=repr(named)) as raised:
+        parse_marks(text)
+    assert ", ".join(PLACES) in str(raised.value)
+
+
+@pytest.mark.parametrize("layers", [0, -3])
+def test_marks_in_no_layer_are_refused(layers: int):
+    with pytest.raises(ValueError, match=f"in {layers} layers: choose 1 or more"):
+        parse_marks("moe", layers)
+
+
+def test_marks_reach_the_engine_which_installs_the_hooks_that_launch_them():
+    chosen = Choice(("attention", "moe"), 2)
+    armed, notes = armed_environment(PLAIN, Path("/s"), "layer", marks=chosen)
+    assert choice(armed) == chosen and "STAGETRACE_MAX_LEVEL" not in armed
+    assert notes == []
+
+
+@pytest.mark.parametrize("level", ["off", "request", "step"])
+def test_marks_below_level_layer_are_captured_and_a_note_says_how_they_are_read(level: str):
+    armed, (note,) = armed_environment(PLAIN, Path("/a b/s"), level, marks=Choice(("moe",)))
+    assert (armed["STAGETRACE_LEVEL"], armed["STAGETRACE_MAX_LEVEL"]) == (level, "layer")
+    assert "`stagetrace ctl level layer --session '/a b/s'`" in note and f"level {level} ends it" in note
+
+
+@pytest.mark.parametrize(
+    ("before", "maximum", "after"),
+    [({}, "step", "layer"), ({"STAGETRACE_MAX_LEVEL": "step"}, None, "layer"), ({}, "kernel", "kernel")],
+)
+def test_marks_raise_the_hooks_that_were_asked_for_and_say_so(before: dict[str, str], maximum: str | None, after: str):
+    armed, notes = armed_environment({**PLAIN, **before}, Path("/s"), "step", maximum, Choice(("moe",)))
+    assert armed["STAGETRACE_MAX_LEVEL"] == after
+    assert any("not only those of step" in note for note in notes) == (after == "layer")
+
+
+def test_without_marks_none_come_from_the_shell():
+    before = {**PLAIN, "STAGETRACE_MARKS": "moe", "STAGETRACE_MARK_LAYERS": "2"}
+    armed, notes = armed_environment(before, Path("/s"), "step")
+    assert not choice(armed).places and "STAGETRACE_MARK_LAYERS" not in armed
+    assert notes == []

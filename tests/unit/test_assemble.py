@@ -17,7 +17,7 @@ from unit.rings import MARGIN, SLOTS, die, forge, opened, read_all
 from stagetrace.exporters.assembly.assemble import RANKS_PATIENCE_NS, REQUEST_PATIENCE_NS, STEP_PATIENCE_NS, Assembler
 from stagetrace.exporters.session import TABLES
 from stagetrace.instrument.records import Change, Event, RecordType, header_word
-from stagetrace.instrument.stages import BY_NAME, STEP_COMPOSITION, Finish
+from stagetrace.instrument.stages import BY_ID, BY_NAME, STEP_COMPOSITION, Finish
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -748,6 +748,33 @@ def test_what_happens_now_and_then_takes_its_place_inside(rig: Rig, occasion: st
     assert stages["prepare"]["parent_stage"] == BY_NAME["rank_step"].id
     assert stages[occasion]["parent_stage"] == BY_NAME["forward"].id
     assert (stages["forward"]["self_ns"], stages["rank_step"]["self_ns"]) == (30, 45)
+
+
+def test_marks_are_inside_the_forward_pass_that_is_recorded_after_them(rig: Rig):
+    """A device_forward closes its stream's timeline: what is in it has to be recorded before it, as these do."""
+    recorder = rig.recorders["engine"]
+    for step, at in ((1, 1_000), (2, 2_000)):
+        recorder.segment(segment("device_collective"), at + 22, at + 28, INSTANCE, step, 3, 0, 5)
+        recorder.segment(segment("device_mlp"), at + 20, at + 30, INSTANCE, step, 3, 0, 5)
+        recorder.segment(segment("device_attention"), at, at + 15, INSTANCE, step, 3, 0, 5)
+        recorder.segment(segment("device_forward"), at, at + 100, INSTANCE, step, 0, 7, 5)
+        recorder.segment(segment("device_sample"), at + 110, at + 120, INSTANCE, step, 0, 7, 5)
+        if step == 1:
+            rig.poll(take_at=1)
+    rows = rig.finish()["segments"]
+    found = {(row["step"], BY_ID[row["stage"]].name): row for row in rows}
+    for step in (1, 2):
+        parents = {
+            name: BY_ID[row["parent_stage"]].name for (of, name), row in found.items() if of == step and row["parent"]
+        }
+        forward = "device_forward"
+        assert parents == {"device_attention": forward, "device_mlp": forward, "device_collective": "device_mlp"}
+        own = {name: row["self_ns"] for (of, name), row in found.items() if of == step}
+        assert own == {
+            **{"device_attention": 15, "device_collective": 6, "device_mlp": 4},
+            **{forward: 75, "device_sample": 10},
+        }
+    assert rig.assembler.counts["accounting_conflict"] == 0
 
 
 def test_threads_of_one_process_are_timelines_of_their_own(rig: Rig):

@@ -298,7 +298,8 @@ def test_what_belongs_to_no_step_stands_apart(one_thread: Session):
 def test_stages_without_rows_are_named_by_reason(one_thread: Session):
     found = stages_of(one_thread)
     assert "attention" in found.above_level and "collective" in found.above_level
-    assert "grammar" in found.no_rows and "device_forward" in found.no_rows
+    assert "grammar" in found.no_rows
+    assert not [name for name in (*found.no_rows, *found.above_level) if name.startswith("device_")]  # none was timed
     assert not {"schedule", "forward"} & {*found.no_rows, *found.above_level}
     assert "attention" in stages_of(one_thread, Level.LAYER).no_rows
     assert stages_of(one_thread, Level.LAYER).above_level == []

@@ -76,7 +76,7 @@ def ring(tmp_path: Path) -> Iterator[tuple[Recorder, RingReader]]:
         yield recorder, reader
     for module in (vllm, sglang):
         module.RANK.forget()
-        module.DEVICE.pairs = None
+        module.DEVICE.pairs = module.DEVICE.event = None
     sglang.RANK.instance = 0
 
 

@@ -566,6 +566,32 @@ def test_how_devices_are_timed(tmp_path: Path):
     assert ["engine_core", "2", "nothing", "0", "0", "5"] in lines
 
 
+def test_which_marks_there_are(tmp_path: Path):
+    told = {"by": "marks", "stages": ["attention", "moe"], "layers": [0, 31], "per_step": 12, "not_visible": ["mlp"]}
+    builder = recorded(
+        tmp_path, hook("a:b", "installed"), info={"marks": {**told, "empty_ns": 1184, "absent": 12, "halves": 3}}
+    )
+    info = {"world_size": 3, "marks": {"by": "nothing", "why": f"{EVIL} no Triton", "errors": 0}}
+    builder.process(key=PROCESS + 1, role="worker", pid=2, info={**info, "rank": 1})
+    builder.process(key=PROCESS + 2, role="worker", pid=3, info={**info, "rank": 2})
+    builder.process(key=PROCESS + 3, pid=4, info={"marks": "x"})
+    builder.write()
+    view = viewed(tmp_path, status=0)
+    found = [process["marks"] for process in view["processes"]]
+    assert (found[0]["stages"], found[0]["marked_layers"]) == (["attention", "moe"], [0, 31])
+    assert (found[0]["empty_ns"], found[1]["empty_ns"]) == (1184, None)
+    assert found[0]["not_told"] == {"absent": 12, "halves": 3} and found[1]["by"] == "nothing" and found[3] is None
+    nothing, hidden = view["troubles"]
+    assert "in worker, rank 1; worker, rank 2: " in nothing and "no Triton. What to do: marks need a CUDA" in nothing
+    assert "No marks around mlp in engine_core" in hidden and "--enforce-eager" in hidden
+    text = doctor(tmp_path).stdout
+    lines = [line.split() for line in text.splitlines()]
+    places = ("attention,", "moe", "0,", "31")
+    cells = ("engine_core", "1", "marks", *places, "up", "to", "12", "1184", "ns", "12", "absent,", "3", "halves")
+    assert [*cells] in lines and ["worker", "2", "nothing", "-", "-", "-", "-", "none"] in lines
+    assert "\x1b" not in text and "What to do: marks need a CUDA" in text
+
+
 def test_a_session_without_processes(tmp_path: Path):
     SessionBuilder(tmp_path).write()
     (trouble,) = viewed(tmp_path, status=2)["troubles"]

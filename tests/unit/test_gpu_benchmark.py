@@ -100,14 +100,18 @@ def test_measurements_beside_the_profilers(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(Misfit, match="2 steps in the profile, 1 were run"):
         device_time.compared(kernels, {1: []}, device_time.Timed(marks, pairs, [], [0, 2, 3, 1]), 0)
     spread = {"median": 900.0, "low": 800.0, "high": 1100.0}
-    costs = [{"mode": "eager", "layers": 4, "step_ns": 2e6, "marks": 16, "mark": spread, "pair": spread}]
+    costs = [
+        {"mode": "eager", "layers": 4, "step_ns": 2e6, "marks": 16, "mark": spread, "pair": spread, "nothing": spread}
+    ]
     whole = {"device": "a GPU", "ranks": 1, "torch": "2", "accuracy": {"eager": found}, "costs": costs}
-    device_time.show(whole | {"waits": False, "pair_host_ns": 7000.0, "misfits": {"compiled": "3 marks"}})
+    others = {"host_ns": {"a mark": 7000}, "experts": {"eager": {"right": 7, "of": 8}}}
+    device_time.show(whole | others | {"waits": False, "misfits": {"compiled": "3 marks"}})
     text = capsys.readouterr().out
     lines = [line.split() for line in text.splitlines()]
     assert ["eager", "marks,", "moe", "1", "1.50", "1.50", "100", "%"] in lines
     assert "compiled: its profile is not understood: 3 marks" in text
-    assert "0.90 (0.80 to 1.10)" in text and "clock error at most 5.00 us" in text and "7.00 us on the host" in text
+    assert "0.90 (0.80 to 1.10)" in text and "clock error at most 5.00 us" in text
+    assert ["a", "mark", "7.00"] in lines and "eager: tokens by expert right in 7 of 8 layers of steps" in text
 
 
 def test_without_a_gpu_it_says_what_to_do():

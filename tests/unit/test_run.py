@@ -266,6 +266,25 @@ def test_a_session_that_cannot_be_made_is_refused(commands: Commands):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "variables", "named"),
+    [
+        (("--marks", "attention,experts"), {}, "'experts': choose some of attention, mlp, moe, collective"),
+        ((), {"STAGETRACE_MARKS": "experts"}, "'experts': choose some of attention, mlp, moe, collective"),
+        (("--marks", "moe", "--mark-layers", "0"), {}, "in 0 layers: choose 1 or more"),
+        (("--marks", "moe"), {"STAGETRACE_MARK_LAYERS": "all"}, "STAGETRACE_MARK_LAYERS"),
+    ],
+)
+def test_marks_that_cannot_be_put_are_refused(
+    commands: Commands, arguments: tuple[str, ...], variables: dict[str, str], named: str
+):
+    environment = {**commands.environment, **variables}
+    status, _, err = ended(run(commands, *arguments, "--", "true", env=environment))
+    assert status == 2
+    assert named in err
+    assert not (commands.directory / "session").exists()
+
+
 def test_a_log_that_cannot_be_written_is_named(commands: Commands):
     log = commands.directory / "missing" / "server.log"
     status, _, err = ended(run(commands, "--log", log, "--", "true"))
@@ -301,6 +320,22 @@ def test_a_list_of_plugins_is_completed_and_said(commands: Commands):
     assert status == 0
     assert out.splitlines()[0] == "mine,stagetrace"
     assert "VLLM_PLUGINS=mine,stagetrace" in err
+
+
+def test_marks_reach_the_command_and_a_note_says_when_they_are_read(commands: Commands):
+    script = "echo $STAGETRACE_MARKS $STAGETRACE_MARK_LAYERS $STAGETRACE_MAX_LEVEL"
+    environment = {**commands.environment, "STAGETRACE_MARK_LAYERS": "9"}
+    given = ("--no-report", "--marks", "moe,attention", "--", "sh", "-c", script)
+    status, out, err = ended(run(commands, *given, env=environment))
+    assert status == 0
+    assert out.splitlines()[0] == "attention,moe 9 layer"
+    assert f"stagetrace ctl level layer --session {commands.directory / 'session'}" in err
+
+
+def test_layers_for_no_marks_are_said(commands: Commands):
+    status, _, err = ended(run(commands, "--no-report", "--mark-layers", "2", "--", "true"))
+    assert status == 0
+    assert "--marks attention,mlp,moe,collective" in err
 
 
 # What is recorded

@@ -219,6 +219,23 @@ def test_what_ran_on_a_device_links_to_what_launched_it() -> None:
     assert all(not span.links for span in spans if span not in ran)
 
 
+def test_what_marks_told_is_inside_the_forward_pass_on_the_device() -> None:
+    build = Builder()
+    build.step(INSTANCE, 1, 0, 100, decode_tokens=5)
+    of = (INSTANCE, 1, "decode")
+    build.segment("forward", WORKER, 10, 20, of=of)
+    forward = build.segment("device_forward", WORKER, 15, 90, of=of, rank=3, launch_delay=5, clock_error=2)
+    moe = build.segment("device_moe", WORKER, 20, 40, parent=forward, of=of, layer=21, rank=3, clock_error=7)
+    build.segment("device_collective", WORKER, 30, 35, parent=moe, of=of, layer=-1, rank=3, clock_error=7)
+    spans = by_name(made(build))
+    outer, inner = spans["device_moe decode"], spans["device_collective decode"]
+    assert outer.parent == spans["device_forward decode"].context and inner.parent == outer.context
+    assert {outer.context.trace_id, inner.context.trace_id} == {spans["step decode"].context.trace_id}
+    words = {f"stagetrace.{name}": value for name, value in (("layer", 21), ("rank", 3), ("clock_error", 7))}
+    assert outer.attributes | words == outer.attributes and inner.attributes["stagetrace.layer"] == -1
+    assert not outer.links and not inner.links and len(spans["device_forward decode"].links) == 1
+
+
 def test_every_attribute_of_every_stage_is_there_under_its_name() -> None:
     for stage in STAGES:
         if stage.kind is Kind.STATE or stage.name in ("step", "request"):

@@ -280,6 +280,24 @@ def test_rank_steps_that_overlap_go_to_lanes_of_their_own() -> None:
     assert sorted(name for _, name in read.tracks.values()) == ["rank", "rank steps", "rank steps, overlapping 1"]
 
 
+@pytest.mark.parametrize("form", READERS)
+def test_what_marks_told_is_drawn_inside_the_forward_pass(form: str) -> None:
+    builds = [Builder(), Builder()]
+    for at, build in enumerate(builds):  # a step in each commit
+        of, begin = (7, at + 1, "decode"), 1000 * at
+        build.segment("device_collective", WORKER, begin + 30, begin + 40, of=of, layer=1)
+        build.segment("device_moe", WORKER, begin + 20, begin + 50, of=of, layer=1)
+        build.segment("device_attention", WORKER, begin, begin + 15, of=of, layer=1)
+        build.segment("device_forward", WORKER, begin, begin + 100, of=of)
+        build.segment("device_sample", WORKER, begin + 100, begin + 120, of=of)
+    read = written([build.tables() for build in builds], Manifest(anchors=[(0, 10**18)]), form)
+    check(read)
+    (track,) = [number for number, (_, name) in read.tracks.items() if name == "device"]
+    drawn = [(depth, name) for _, _, depth, name in sorted(read.slices()[track], key=lambda each: (each[0], each[2]))]
+    stages = ((0, "forward"), (1, "attention"), (1, "moe"), (2, "collective"), (0, "sample"))
+    assert drawn == 2 * [(depth, f"device_{name}") for depth, name in stages]
+
+
 def test_threads_of_one_kind_are_numbered() -> None:
     builds = [Builder(), Builder()]
     for build in builds:  # in both commits

@@ -24,6 +24,7 @@ from engines.layered import (
     assert_nested,
     assert_whole,
 )
+from engines.ranks import assert_sglangs_ranks
 from engines.recording import Recording, record
 from engines.server import Server, environment, serve
 from engines.sglang.generate import Answer, generate, generate_together
@@ -282,6 +283,7 @@ def test_both_ranks(parallel: Recorded) -> None:
     assert_nested(parallel)
     assert_counted(parallel)
     steps = parallel.frames["steps"]
+    assert_sglangs_ranks(steps, parallel.frames["segments"])
     for stage in ("attention", "moe_route", "expert_dispatch", "expert_compute", "expert_combine"):
         counts = by_step(parallel.segments(stage))
         assert len(counts) == 2 * len(steps) and (counts == LAYERS).all(), stage

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from engines.ranks import assert_sglangs_ranks, by_rank, numbers
 from engines.recording import Recording, record
 from engines.server import environment
 from quickstart.load import Result, run_load
@@ -60,26 +61,10 @@ def whole(recording: Recording, results: list[Result], ranks: int) -> tuple[pd.D
     return steps, segments
 
 
-def by_rank(segments: pd.DataFrame, name: str) -> dict[int, set[tuple[int, int]]]:
-    """The steps (instance and number) of which each rank has a segment."""
-    stage = BY_NAME[name]
-    rows = segments[segments["stage"] == stage.id]
-    rank = f"a{[attribute.name for attribute in stage.attributes].index('rank')}"
-    return {int(at): set(zip(rows["instance"], rows["step"], strict=True)) for at, rows in rows.groupby(rank)}
-
-
-def numbers(steps: pd.DataFrame) -> set[tuple[int, int]]:
-    return set(zip(steps["instance"], steps["step"], strict=True))
-
-
+@pytest.mark.matrix  # test_layers.py has two ranks at level layer
 def test_tensor_parallel(model: Path, engine_python: Path, tmp_path: Path) -> None:
     assert engine_python
-    steps, segments = whole(*run(model, tmp_path, "--tp", "2"), ranks=2)
-    assert len(set(steps["instance"])) == 1
-    for name in (*ON_THE_RANKS, "sample"):
-        assert by_rank(segments, name) == {0: numbers(steps), 1: numbers(steps)}, name
-    for name in ("schedule", "update"):
-        assert (segments["stage"] == BY_NAME[name].id).sum() == len(steps), "one rank writes what the scheduler does"
+    assert_sglangs_ranks(*whole(*run(model, tmp_path, "--tp", "2"), ranks=2))
 
 
 @pytest.mark.matrix
