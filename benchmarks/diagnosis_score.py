@@ -38,7 +38,7 @@ from stagetrace.exporters.session import Session, SessionError
 
 CASE = "case.json"  # beside a session: what was put there
 NONE = "nothing"
-AT_CAPACITY = 64  # requests at once
+AT_CAPACITY = 128  # requests at once: as many as an overloaded engine's batch may have
 WRITTEN_S = 6.0  # after the end of a load until all of its requests are in the tables
 console = Console()
 
@@ -119,11 +119,10 @@ def record_case(plan: Planned, models: Path, directory: Path, seed: int) -> None
 
 
 def capacity(plan: Planned, port: int, seed: int) -> float:
-    """Requests a second that the server can finish, of a third of the plan's, as many at once as are served well."""
-    asks = plan.asks[: len(plan.asks) // 3]
+    """Requests a second that the server can finish, of the plan's, with its batch as full as it may be."""
     began = time.monotonic()
-    put(replace(plan, asks=asks, width=AT_CAPACITY), port, seed + 1)
-    found = len(asks) / (time.monotonic() - began)
+    put(replace(plan, width=AT_CAPACITY), port, seed + 1)
+    found = len(plan.asks) / (time.monotonic() - began)
     time.sleep(WRITTEN_S)
     return found
 
@@ -148,7 +147,7 @@ def read_case(directory: Path) -> Case:
 
 
 def plans(seed: int, rounds: int, only: list[str]) -> list[tuple[str, Planned]]:
-    """The sessions of a seed, by the name of their folder; clean ones are more, spread among the others."""
+    """The servers to record of a seed, by the name of their folder: `rounds` of each kind."""
     names = [name for name in PLANS if name in only or not only]
     chosen = []
     for number in range(rounds):
@@ -238,7 +237,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Score the diagnosis on sessions with known causes.")
     parser.add_argument("--seed", type=int, default=1, help="of everything that is left to chance (1)")
     parser.add_argument(
-        "--rounds", type=int, default=1, help="sessions of each cause (1); four times as many clean ones"
+        "--rounds", type=int, default=1, help="servers of each kind (1): a session each; a clean one gives two or four"
     )
     parser.add_argument("--only", choices=sorted(PLANS), nargs="+", default=[], help="these sessions alone")
     parser.add_argument("--keep", type=Path, help="keep the sessions here; those that are there are not recorded again")

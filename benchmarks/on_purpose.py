@@ -144,12 +144,17 @@ def token_budget(chance: random.Random) -> Planned:
     return Planned("token_budget", ("token_budget",), asks, chance.randint(4, 8), arguments, advised=advised)
 
 
-def long_prompts(chance: random.Random) -> Planned:
+def _long_among_short(chance: random.Random, talks: int, rates: tuple[float, float]) -> tuple[Ask, ...]:
+    """Short prompts with long answers, so many in 14 s, and long prompts at a rate between two, per second."""
     seconds = 14
-    talk = _asks(chance, 36, (10, 30), (80, 140), 36 / seconds)
-    rate = chance.uniform(1.2, 2.0)
+    talk = _asks(chance, talks, (10, 30), (80, 140), talks / seconds)
+    rate = chance.uniform(*rates)
     long = _asks(chance, int(rate * seconds), (700, 1300), (2, 4), rate)
-    asks = tuple(sorted((*talk, *long), key=lambda ask: ask.at_s))
+    return tuple(sorted((*talk, *long), key=lambda ask: ask.at_s))
+
+
+def long_prompts(chance: random.Random) -> Planned:
+    asks = _long_among_short(chance, 36, (1.2, 2.0))
     others = (EAGER, "--no-enable-prefix-caching", "--max-num-batched-tokens")
     arguments, advised = ((*others, budget) for budget in ("4096", "256"))
     return Planned("long_prompts", ("prefill_delays_decode",), asks, None, arguments, advised=advised)
@@ -274,19 +279,14 @@ def sglang_clean(chance: random.Random) -> Planned:
 def sglang_batch_cap(chance: random.Random) -> Planned:
     cap = chance.randint(1, 3)
     asks = _asks(chance, 16 * cap + 12, (15, 60), (25, 60))
-    return Planned(
-        "batch_cap",
-        ("batch_cap",),
-        asks,
-        cap * chance.randint(3, 5),
-        ("--max-running-requests", str(cap)),
-        engine=SGLANG,
-    )
+    width = cap * chance.randint(3, 5)
+    arguments, advised = (("--max-running-requests", str(most)) for most in (cap, 64))
+    return Planned("batch_cap", ("batch_cap",), asks, width, arguments, engine=SGLANG, advised=advised)
 
 
 def sglang_long_prompts(chance: random.Random) -> Planned:
-    planned = long_prompts(chance)
-    return Planned("long_prompts", planned.right, planned.asks, None, ("--disable-radix-cache",), engine=SGLANG)
+    asks = _long_among_short(chance, 26, (1.0, 1.4))  # its steps are longer on a processor: more is an overload
+    return Planned("long_prompts", ("prefill_delays_decode",), asks, None, ("--disable-radix-cache",), engine=SGLANG)
 
 
 PLANS: dict[str, Callable[[random.Random], Planned]] = {
@@ -295,6 +295,7 @@ PLANS: dict[str, Callable[[random.Random], Planned]] = {
         *(
             clean,
             clean_mixed,
+            clean_ranks,
             kv_cache,
             batch_cap,
             token_budget,

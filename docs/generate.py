@@ -237,8 +237,8 @@ def diagnosis_page() -> str:
         "## Causes",
         *(cause_block(cause) for cause in CAUSES),
         "## Thresholds",
-        "Fixed on one seed of `benchmarks/diagnosis_score.py` and then scored on another, with real engines and causes"
-        " put there on purpose. `usual` is what remains when it is mended.",
+        "Fixed on some seeds of `benchmarks/diagnosis_score.py` and then scored on others, with real engines and causes"
+        " put there on purpose ([how often it is right](performance.md)). `usual` is what remains when it is mended.",
         table(("threshold", "value", "of", "reason"), limits),
         "## The JSON object",
         table(("key", "content"), [[code(name), text] for name, text in DIAGNOSIS_KEYS]),

@@ -63,7 +63,8 @@ CAUSES: tuple[Cause, ...] = (
     Cause(
         "arrival_above_capacity",
         "requests arrive faster than the engine can serve them",
-        "the number of requests in the engine grows as long as they arrive, and it is busy all the while",
+        "it is busy all the while, and the number of requests in it grows as long as they arrive, or they wait for a"
+        " place in a full batch that would give hardly more tokens if it were larger",
         "that a larger batch would not help: where the batch is full and steps do not get longer with it, that is"
         " batch_cap",
         (Phase.THROUGHPUT,),
@@ -117,6 +118,7 @@ CAUSES: tuple[Cause, ...] = (
                     "more blocks (on the CPU: VLLM_CPU_KVCACHE_SPACE; a bound such as"
                     " --num-gpu-blocks-override or --kv-cache-memory-bytes goes first)",
                 ),
+                Try("--num-gpu-blocks-override", "leave this flag out, where it is set: it bounds the blocks"),
                 Try("--kv-cache-dtype fp8", "twice the blocks, if the model bears it"),
                 Try("--max-num-seqs N", "fewer at once, so that none is thrown out"),
             ),
@@ -387,7 +389,8 @@ CAUSES: tuple[Cause, ...] = (
     Cause(
         "straggler_rank",
         "one rank keeps the others waiting",
-        "of the operations of a group most of the waiting is for one and the same rank",
+        "of the operations of a group most of the waiting is for one and the same rank; what counts is how much more it"
+        " is than for another",
         "slow links: moving bytes is collective_share",
         (Phase.TPOT, Phase.TTFT),
         {

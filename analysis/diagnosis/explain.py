@@ -22,7 +22,8 @@ NUMBERS = (
         "share",
         "0 to 1",
         "the cause's part of all requests' time in the phase, and the 95 % interval of a bootstrap over blocks of"
-        " consecutive requests or steps; its lower end has to reach the threshold",
+        " consecutive requests or steps; its lower end has to reach the threshold, or the share itself where events are"
+        " few and the time that they took is counted (prefill_delays_decode, compile_in_window)",
         "how it would be on another day: the interval knows this session alone",
     ),
     (
@@ -35,7 +36,8 @@ NUMBERS = (
         "recoverable",
         "ns",
         "at most so much of the measured time could be saved: where some of it is usual, what is above that; of a"
-        " queue, less what the larger batch makes steps longer; of a token budget, the fixed cost of steps saved",
+        " queue, less what a batch of at most twice the size makes steps longer; of a token budget, the fixed cost of"
+        " steps saved",
         "a promise: what takes its place is known only once it has been tried",
     ),
     (

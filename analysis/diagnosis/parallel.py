@@ -72,9 +72,12 @@ def straggler_rank(facts: Facts) -> Answer:
     whole = float(by_process.sum())
     blame = float(by_process.iloc[0]) / whole if whole > 0 else 0.0
     worst = int(by_process.index[0])
-    # The waiting of the ranks that are not late: it is what the late one holds up.
+    # The waiting of the ranks that are not late is what the late one holds up; for every other rank there is waiting as
+    # well, and so much of it is chance.
     mine = rows[rows["process"] != worst]
-    lost = np.minimum(_per_step(facts, mine, mine["waiting"].astype("float64")), facts.period)
+    others = (whole - float(by_process.iloc[0])) / max(rows["process"].nunique() - 1, 1)
+    more = 1 - others / float(by_process.iloc[0]) if whole > 0 else 0.0
+    lost = np.minimum(_per_step(facts, mine, more * mine["waiting"].astype("float64")), facts.period)
     forward = float(np.maximum(facts.uncut("forward"), 1).sum()) + float(facts.uncut("collective").sum())
     rank = next((each.info.get("rank") for each in facts.manifest.processes if each.key == worst), None)
     return seen(
@@ -88,7 +91,9 @@ def straggler_rank(facts: Facts) -> Answer:
             Evidence(
                 "waiting in an operation of the others, mean", float(mine["waiting"].mean()) if len(mine) else 0.0, "ns"
             ),
-            Evidence("waiting, of the time in forward", float(lost.sum()) / forward, "share"),
+            Evidence(
+                "waiting beyond that for another rank, of the time in forward", float(lost.sum()) / forward, "share"
+            ),
         ),
         examples=facts.step_examples(lost),
         note="" if isinstance(rank, int) else "Which rank that is was not recorded.",

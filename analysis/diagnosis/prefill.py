@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from .causes import Phase
 from .facts import Covered, Facts, Values
@@ -19,7 +20,8 @@ def prefill_delays_decode(facts: Facts) -> Answer:
     """Requests in decode waited for prefill of others.
 
     What a step with prefill took longer than one of decode alone with as many requests is the prefill's. A token is
-    held up where that is several steps of decode; what is less is the ordinary price of a mixed batch.
+    held up where that is several steps of decode; what is less is the ordinary price of a mixed batch. Few and long
+    stalls make any interval wide, but each of them is known: so the share counts where not one or two prompts made it.
     """
     if few := few_steps(facts):
         return few
@@ -45,10 +47,14 @@ def prefill_delays_decode(facts: Facts) -> Answer:
     per_step: Values = np.zeros(len(facts.steps))
     np.add.at(per_step, place, lost)
     stalled = interval[held_up]
+    prompts = _prompts_of_half(facts, excess, place[held_up], stalled, tokens[held_up])
     return seen(
         (Part(Phase.TPOT, per_step, facts.interval_time),),
         "stall_share",
+        also=prompts >= limit("stalling_prompts"),
+        certain=True,
         evidence=(
+            Evidence("prompts that make up half of it", float(prompts), "prompts"),
             Evidence("tokens that were held up", float(tokens[held_up].sum()), "tokens"),
             Evidence("of all tokens in decode", float(tokens[held_up].sum() / max(tokens.sum(), 1.0)), "share"),
             Evidence("time between tokens then, median", float(np.median(stalled)) if len(stalled) else 0.0, "ns"),
@@ -57,6 +63,43 @@ def prefill_delays_decode(facts: Facts) -> Answer:
         ),
         examples=facts.step_examples(per_step),
     )
+
+
+def _prompts_of_half(facts: Facts, took: Values, place: npt.NDArray[np.int32], interval: Values, tokens: Values) -> int:
+    """How few prompts make up half of what tokens waited for prefill: one, or many. 0 without any.
+
+    `took` is the prefill's time of each step; the `tokens` came with the steps `place`, after such an `interval`. A
+    step's time is divided among those that were in prefill then, by the lengths of their prompts.
+    """
+    until = facts.step("end_ns")[place]
+    scheduled, first, prompt = facts.request("scheduled_ns", "first_token_ns", "prompt_tokens")
+    known = ~np.isnan(scheduled + first + prompt)
+    theirs: Values = np.zeros(len(prompt))
+    for instance in np.unique(facts.step_instance):
+        steps, mine = facts.step_instance == instance, known & (facts.request_instance == instance)
+        ends = facts.step("end_ns")[steps]
+        here = steps[place]
+        waited = _meanwhile(ends, (until - interval)[here], until[here], tokens[here])
+        in_prefill = _meanwhile(ends, scheduled[mine], first[mine], prompt[mine])
+        per_token = np.cumsum(np.concatenate([[0.0], waited * took[steps] / np.maximum(in_prefill, 1.0)]))
+        begin, end = _places(ends, scheduled[mine], first[mine])
+        theirs[mine] = prompt[mine] * (per_token[end] - per_token[begin])
+    most = np.cumsum(np.sort(theirs)[::-1])
+    return int(np.searchsorted(most, most[-1] / 2)) + 1 if len(most) and most[-1] > 0 else 0
+
+
+def _places(ends: Values, since: Values, until: Values) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Of each span of time the first step that it is in, and the one after the last, by the steps' ends."""
+    return np.searchsorted(ends, since, "right"), np.minimum(np.searchsorted(ends, until, "left") + 1, len(ends))
+
+
+def _meanwhile(ends: Values, since: Values, until: Values, weights: Values) -> Values:
+    """Of each step, by their ends, the weights of all spans of time that it is in."""
+    begin, end = _places(ends, since, until)
+    change: Values = np.zeros(len(ends) + 1)
+    np.add.at(change, begin, weights)
+    np.subtract.at(change, end, weights)
+    return np.cumsum(change)[:-1]
 
 
 def _p95(facts: Facts) -> float:

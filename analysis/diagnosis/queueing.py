@@ -89,7 +89,12 @@ def decode_line(facts: Facts) -> tuple[float, float] | None:
 def _smaller_batches(facts: Facts) -> float:
     """The share of decode steps whose batch is a good deal smaller than the usual full one; 0 without any."""
     size = facts.step("decode_requests")[facts.decode_only]
-    return float((size < 0.75 * np.percentile(size, 90)).mean()) if len(size) else 0.0
+    return float((size < 0.75 * _full(facts)).mean()) if len(size) else 0.0
+
+
+def _full(facts: Facts) -> float:
+    """The usual full batch of decode: larger ones are rare."""
+    return float(np.percentile(facts.step("decode_requests")[facts.decode_only], 90))
 
 
 def larger_batch_gain(facts: Facts) -> float | None:
@@ -98,7 +103,7 @@ def larger_batch_gain(facts: Facts) -> float | None:
     if found is None:
         return None
     fixed, each = found
-    full = float(np.percentile(facts.step("decode_requests")[facts.decode_only], 90))
+    full = _full(facts)
     now, then = fixed + each * full, fixed + each * 2 * full
     return 2 * now / then - 1 if then > 0 else 0.0
 
@@ -106,15 +111,16 @@ def larger_batch_gain(facts: Facts) -> float | None:
 def left_of(facts: Facts, queue: Values, flags: Flags) -> float:
     """What of a time in the queue would be saved if all that waited ran: less what their steps would get longer, ns.
 
-    By decode_line, all of it where that is not known; prefill is the same work either way.
+    By decode_line, all of it where that is not known; prefill is the same work either way. The line is not continued
+    beyond twice the usual full batch: what it says of larger ones is no longer a bound.
     """
     found = decode_line(facts)
     if not flags.any() or found is None:
         return float(queue.sum())
     fixed, each = found
     now = float(facts.step("running")[flags].mean())
-    then = now + float(facts.step("waiting")[flags].mean())
-    longer = each * (then - now) / (fixed + each * now) if fixed + each * now > 0 else 0.0
+    then = min(now + float(facts.step("waiting")[flags].mean()), 2 * _full(facts))
+    longer = each * max(then - now, 0.0) / (fixed + each * now) if fixed + each * now > 0 else 0.0
     return float(queue.sum()) - longer * float(np.nansum(facts.decode))
 
 
@@ -155,7 +161,7 @@ def _kv(facts: Facts, flags: Flags) -> float:
 
 
 def arrival_above_capacity(facts: Facts) -> Answer:
-    """Requests arrive faster than they are served."""
+    """Requests arrive faster than they are served: they become ever more, or wait for a batch that is large enough."""
     if few := few_steps(facts, limit("steps")):
         return few
     arrivals, ends = facts.request("arrival_ns", "last_token_ns")
@@ -169,8 +175,13 @@ def arrival_above_capacity(facts: Facts) -> Answer:
     first, early, later, late = (
         float(among[start : start + quarter].mean()) for start in range(0, 4 * quarter, quarter)
     )
-    # A load that was raised in between levels off again; one that is too much goes on growing.
-    grows = min(later / early, late / later) >= limit("backlog_growth")
+    # A load that was raised in between levels off again; one that is too much goes on growing while it lasts.
+    at_the_end = float(among[-max(len(among) // 16, 1) :].mean())
+    grows = (
+        min(later / early, late / later) >= limit("backlog_growth")
+        and late - early >= limit("backlog")
+        and at_the_end >= limit("backlog_left") * late
+    )
     since, until = float(arrivals[known][quarter]), float(arrivals[known][-1])
     end = facts.step("end_ns")
     within = np.clip(np.minimum(end, until) - np.maximum(end - facts.period, since), 0, None)
@@ -178,21 +189,27 @@ def arrival_above_capacity(facts: Facts) -> Answer:
     waiting = facts.step("waiting") > 0
     capped = bool(waiting.any() and full_batch(facts)[waiting].mean() > 0.5)
     gain = larger_batch_gain(facts)
+    pays = gain is None or gain >= limit("larger_batch_gain")
+    queued = queued_by(facts, Wait.BATCH_FULL)
+    at_capacity = capped and not pays and of_requests(facts, Phase.TTFT, queued).share.low >= limit("queue_share")
     for_blocks = float(queued_by(facts, Wait.KV_SPACE).sum()) > 0.5 * float(np.nansum(facts.request("queue_ns")[0]))
     # By Little's law a request is in the engine for as long as there are others, over what is finished in that time.
     lost = np.nan_to_num(facts.e2e * np.clip(1 - first / there, 0, None))
+    if at_capacity:
+        lost = np.maximum(lost, queued)
     return seen(
         (of_requests(facts, Phase.THROUGHPUT, lost),),
         "queue_share",
-        also=grows
-        and late - early >= limit("backlog")
+        also=(grows or at_capacity)
         and busy >= limit("busy")
-        and not (capped and (gain is None or gain >= limit("larger_batch_gain")))
+        and not (capped and pays)
         and not (for_blocks and waiting.any()),
         evidence=(
             Evidence("requests in the engine, second quarter of the arrivals", early, "requests"),
             Evidence("requests in the engine, third quarter of the arrivals", later, "requests"),
             Evidence("requests in the engine, last quarter of the arrivals", late, "requests"),
+            Evidence("requests in the engine, last sixteenth of the arrivals", at_the_end, "requests"),
+            Evidence("time in the queue for a place in the full batch", float(queued.sum()), "ns"),
             Evidence("the scheduler's time in steps meanwhile", min(busy, 1.0), "share"),
             Evidence("arrivals", known.sum() * 1e9 / max(until - float(arrivals[known][0]), 1.0), "requests/s"),
             Evidence(

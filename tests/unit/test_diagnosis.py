@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 from dataclasses import replace
@@ -20,9 +21,10 @@ from stagetrace.analysis.diagnosis.causes import CAUSES
 from stagetrace.analysis.diagnosis.diagnose import CHECKS, Diagnosis, diagnose, of_facts
 from stagetrace.analysis.diagnosis.facts import STAGES, Covered, Facts, columns, line
 from stagetrace.analysis.diagnosis.finding import Seen
+from stagetrace.analysis.diagnosis.prefill import _prompts_of_half
 from stagetrace.analysis.diagnosis.shares import share_of
 from stagetrace.analysis.diagnosis.show import next_experiments, parts, to_json
-from stagetrace.analysis.diagnosis.thresholds import THRESHOLDS
+from stagetrace.analysis.diagnosis.thresholds import THRESHOLDS, limit
 from stagetrace.analysis.load import load
 from stagetrace.analysis.show import Grid
 from stagetrace.cli.main import app
@@ -271,6 +273,83 @@ def test_work_that_the_step_before_hides_holds_up_nobody(tmp_path: Path) -> None
     assert said(of_facts(facts)) == ["host_schedule"]
     overlapping = facts.steps.assign(begin_ns=facts.steps["begin_ns"] - 4 * MS)
     assert said(of_facts(replace(facts, steps=overlapping))) == []
+
+
+def long_prompts(every: int, tokens: int) -> Engine:
+    """Requests that come by themselves; of so many one is long, and holds the one or two others up for long."""
+    prompts = itertools.cycle([20] * (every - 1) + [tokens])
+    return Engine(
+        requests=100, width=None, rate=6, output=60, budget=200_000, prompt=lambda _: next(prompts), per_token=0.05
+    )
+
+
+def test_few_long_stalls_are_counted_and_not_estimated(tmp_path: Path) -> None:
+    found = of(tmp_path / "s", long_prompts(11, 16_000))
+    assert said(found) == ["prefill_delays_decode"]
+    seen = found.findings[0].seen
+    assert seen.share.low < limit("stall_share") < seen.share.value
+    half, tokens = (each.value for each in seen.evidence[:2])
+    assert 3 <= half < 9  # of nine long prompts
+    assert tokens < 30
+
+
+def test_one_unlucky_prompt_is_no_finding(tmp_path: Path) -> None:
+    found = of(tmp_path / "s", long_prompts(50, 100_000))
+    assert said(found) == []
+    seen = found.quiet["prefill_delays_decode"]
+    assert seen.share.value > limit("stall_share") and seen.evidence[0].value == 1
+
+
+def test_prompts_of_half_are_divided_by_length_and_by_engine(tmp_path: Path) -> None:
+    facts = facts_of(tmp_path / "s", Engine(requests=12, width=3))
+    none = np.zeros(0)
+    assert _prompts_of_half(facts, facts.own, none.astype(np.int32), none, none) == 0
+    ends = facts.step("end_ns")
+    all_of_it = np.array([len(ends) - 1], dtype=np.int32), ends[-1:] - ends[:1] + facts.own[:1], np.ones(1)
+    many = _prompts_of_half(facts, facts.own, *all_of_it)
+    assert 4 <= many <= 6  # all of them are alike
+    one = facts.requests.assign(prompt_tokens=np.where(np.arange(12) == 5, 10**9, 1))
+    first = replace(facts, requests=one)
+    only = np.where((ends > one["scheduled_ns"].iloc[5]) & (ends <= one["first_token_ns"].iloc[5]), facts.own, 0.0)
+    assert _prompts_of_half(first, only, *all_of_it) == 1
+    elsewhere = replace(facts, requests=facts.requests.assign(instance=INSTANCE + 1))
+    assert _prompts_of_half(elsewhere, facts.own, *all_of_it) == 0
+
+
+def test_a_burst_that_is_over_is_not_more_than_the_engine_can_serve(tmp_path: Path) -> None:
+    prompts = iter([20] * 100 + [1300] * 25 + [20] * 35)
+    burst = Engine(
+        requests=160, width=None, rate=20, output=20, fixed=2, budget=8192, cap=256, prompt=lambda _: next(prompts)
+    )
+    found = of(tmp_path / "s", burst)
+    assert "arrival_above_capacity" not in said(found)
+    later, late, at_the_end = (each.value for each in found.quiet["arrival_above_capacity"].evidence[1:4])
+    assert late > 2 * later and at_the_end < 0.5 * late
+
+
+def test_waiting_for_a_batch_that_is_large_enough_is_more_than_the_engine_can_serve(tmp_path: Path) -> None:
+    """A level load: requests wait for a place, and twice the places would give hardly more tokens."""
+    dear = Engine(requests=60, width=24, cap=8, prompt=5, output=lambda chance: chance.randint(5, 90), per_token=2.0)
+    found = of(tmp_path / "s", replace(dear, fixed=0.5))
+    assert said(found) == ["arrival_above_capacity"]
+    evidence = found.findings[0].seen.evidence
+    assert evidence[2].value < 1.2 * evidence[1].value, "it does not grow"
+    assert said(of(tmp_path / "t", replace(dear, fixed=20.0, per_token=0.05))) == ["batch_cap"]
+
+
+def test_waiting_that_others_cause_as_well_is_chance(tmp_path: Path) -> None:
+    facts = facts_of(tmp_path / "s", Engine(ranks=2, late_rank=4.0, level="layer", info={"tensor_parallel": 2}))
+    rows = facts.segments
+    collective = rows["stage"] == BY_NAME["collective"].id
+    one, other = rows["process"][collective].unique()
+    swapped = np.where(rows["process"] == one, other, one)
+    process = np.where(collective & (rows["step"] % 4 == 0), swapped, rows["process"])
+    mixed = replace(facts, segments=rows.assign(process=process))
+    alone, both = (CHECKS["straggler_rank"](each) for each in (facts, mixed))
+    assert isinstance(alone, Seen) and isinstance(both, Seen)
+    blame = both.evidence[1].value
+    assert blame == pytest.approx(0.75, abs=0.02)
+    assert both.measured_ns == pytest.approx((2 * blame - 1) * alone.measured_ns, rel=0.05)
 
 
 # Little, nothing, several

@@ -12,6 +12,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
+import advice
 import diagnosis_score
 from diagnosis_score import Case, Scored, figures
 from on_purpose import PLANS
@@ -55,6 +56,23 @@ def test_plans(name: str) -> None:
     assert {*one.right} <= {*BY_ID}
     assert len(one.asks) >= 10 and one.said
     assert (one.cause == "clean") == (not one.right)
+
+
+@pytest.mark.parametrize("name", advice.WITH_ADVICE)
+def test_advice_that_is_taken_is_what_the_cause_suggests(name: str) -> None:
+    plan = PLANS[name](random.Random(1))
+    assert plan.advised is not None and len(plan.right) == 1
+    flag, before, after = advice.changed(plan.arguments, plan.advised)
+    assert flag in {each.flag.split(" ")[0] for each in BY_ID[plan.right[0]].next[plan.engine.name]}
+    assert before != after
+
+
+def test_one_setting_is_changed_and_no_more() -> None:
+    assert advice.changed(("--a", "--b", "1"), ("--b", "2", "--a")) == ("--b", "1", "2")
+    assert advice.changed(("--a", "--b", "1"), ("--a",)) == ("--b", "1", "")
+    for other in (("--a", "1"), ("--a", "2", "--b", "3")):
+        with pytest.raises(ValueError, match="unpack"):
+            advice.changed(("--a", "1"), other)
 
 
 def test_sessions_that_were_kept_are_scored_again(tmp_path: Path) -> None:
