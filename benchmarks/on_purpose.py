@@ -289,6 +289,39 @@ def sglang_long_prompts(chance: random.Random) -> Planned:
     return Planned("long_prompts", ("prefill_delays_decode",), asks, None, ("--disable-radix-cache",), engine=SGLANG)
 
 
+def sglang_kv_cache(chance: random.Random) -> Planned:
+    tokens = 32 * chance.randint(14, 18)  # little more than the longest request needs, and up
+    arguments = ("--max-total-tokens", str(tokens), "--context-length", "384", "--page-size", "1")
+    asks = _asks(chance, 40, (30, 80), (60, 140))
+    return Planned("kv_cache", ("kv_exhausted",), asks, chance.randint(10, 16), arguments, engine=SGLANG)
+
+
+def sglang_token_budget(chance: random.Random) -> Planned:
+    budget = str(chance.choice((32, 48, 64)))
+    asks = _asks(chance, 30, (80, 240), (8, 24))
+    arguments = ("--chunked-prefill-size", budget, "--max-prefill-tokens", budget, "--disable-radix-cache")
+    return Planned("token_budget", ("token_budget",), asks, chance.randint(4, 8), arguments, engine=SGLANG)
+
+
+def sglang_slow_client(chance: random.Random) -> Planned:
+    return replace(slow_client(chance), arguments=(), engine=SGLANG)
+
+
+def _on_sglang(plan: Callable[[random.Random], Planned]) -> Callable[[random.Random], Planned]:
+    """The same pause in SGLang's own function (injected)."""
+
+    def planned(chance: random.Random) -> Planned:
+        return replace(plan(chance), arguments=(), engine=SGLANG, advised=None)
+
+    planned.__name__ = f"sglang_{plan.__name__}"
+    return planned
+
+
+def sglang_late_rank(chance: random.Random) -> Planned:
+    variables = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+    return replace(late_rank(chance), arguments=("--tp", "2"), engine=SGLANG, variables=variables)
+
+
 PLANS: dict[str, Callable[[random.Random], Planned]] = {
     plan.__name__: plan
     for plan in (
@@ -306,7 +339,9 @@ PLANS: dict[str, Callable[[random.Random], Planned]] = {
             biased_router,
         ),
         *(slow_grammar, scheduler_delay, compile_in_window, slow_client, slow_sampling, slow_prepare, overload),
-        *(sglang_clean, sglang_batch_cap, sglang_long_prompts),
+        *(sglang_clean, sglang_batch_cap, sglang_long_prompts, sglang_kv_cache, sglang_token_budget),
+        *map(_on_sglang, (tokenizer, biased_router, slow_grammar, scheduler_delay, slow_sampling)),
+        *(sglang_slow_client, sglang_late_rank),
     )
 }
 

@@ -61,6 +61,15 @@ def schedule(module: Any) -> None:
     patch(module, name, lambda self, *_, **__: ASKED["ms"] / 1e3 if self.running or self.waiting else 0.0)
 
 
+def sglang_schedule(module: Any) -> None:
+    """The same of SGLang's scheduler."""
+
+    def seconds(self: Any, running_batch: Any, *_: Any, **__: Any) -> float:
+        return ASKED["ms"] / 1e3 if running_batch.reqs or self.waiting_queue else 0.0
+
+    patch(module, "Scheduler.get_next_batch_to_run", seconds)
+
+
 def rank(module: Any) -> None:
     """One rank comes late to its collectives: every so many."""
 
@@ -75,6 +84,13 @@ def rank(module: Any) -> None:
 def grammar(module: Any) -> None:
     """Compiling a grammar, or filling its bitmask, takes so long."""
     place = "XgrammarBackend.compile_grammar" if ASKED["where"] == "compile" else "XgrammarGrammar.fill_bitmask"
+    patch(module, place, ASKED["ms"] / 1e3)
+
+
+def sglang_grammar(module: Any) -> None:
+    """The same in SGLang."""
+    compiling = ASKED["where"] == "compile"
+    place = "XGrammarGrammarBackend.dispatch_json" if compiling else "XGrammarGrammar.fill_vocab_mask"
     patch(module, place, ASKED["ms"] / 1e3)
 
 
@@ -147,12 +163,15 @@ def compiled(module: Any) -> None:
 
 KINDS = {
     "tokenizer": {"transformers.tokenization_utils_tokenizers": tokenizer},
-    "schedule": {"vllm.v1.core.sched.scheduler": schedule},
-    "rank": {"vllm.distributed.parallel_state": rank},
-    "grammar": {"vllm.v1.structured_output.backend_xgrammar": grammar},
-    "router": {"vllm.model_executor.models.qwen3_moe": router},
+    "schedule": {"vllm.v1.core.sched.scheduler": schedule, "sglang.srt.managers.scheduler": sglang_schedule},
+    "rank": {"vllm.distributed.parallel_state": rank, "sglang.srt.distributed.parallel_state": rank},
+    "grammar": {
+        "vllm.v1.structured_output.backend_xgrammar": grammar,
+        "sglang.srt.constrained.xgrammar_backend": sglang_grammar,
+    },
+    "router": {"vllm.model_executor.models.qwen3_moe": router, "sglang.srt.models.qwen3_moe": router},
     "prepare": {"vllm.v1.worker.gpu_model_runner": prepare},
-    "sample": {"vllm.v1.sample.sampler": sample},
+    "sample": {"vllm.v1.sample.sampler": sample, "sglang.srt.layers.sampler": sample},
     "compile": {"vllm.v1.worker.gpu_model_runner": compiled, "vllm.compilation.backends": backend},
 }
 
