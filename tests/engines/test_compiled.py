@@ -262,6 +262,7 @@ def inlined(shared_model: Path, engine_python: Path, tmp_path_factory: pytest.Te
     return run(engine_python, shared_model, directory, directory / "cache", True)
 
 
+@pytest.mark.matrix  # what is inlined on a processor alone; what reports say of it: tests/unit/test_layers.py
 def test_what_is_inlined_is_said_to_be_not_visible(inlined: Ran) -> None:
     """By the report, by doctor, and by the spans of the forward passes; attention is seen all the same."""
     hidden = ["embed", *MOE, "shared_experts"]

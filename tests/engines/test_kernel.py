@@ -83,7 +83,11 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize("engine", [VLLM, SGLANG], ids=lambda engine: engine.name)
+@pytest.mark.parametrize(
+    "engine",
+    [VLLM, pytest.param(SGLANG, marks=pytest.mark.matrix)],  # the window is the same code in both
+    ids=["vllm", "sglang"],
+)
 def test_a_window_on_a_server_that_goes_on_serving(engine: Engine, model: Path, tmp_path: Path) -> None:
     python_of(engine)
     settings = list(SETTINGS[engine.name])

@@ -37,7 +37,7 @@ def in_step(rows: pd.DataFrame) -> dict[tuple[int, int, int], list[dict[str, Any
 
 @pytest.mark.parametrize(
     ("engine", "ranks"),
-    [(VLLM, 1), (SGLANG, 1), pytest.param(VLLM, 2, marks=pytest.mark.matrix)],
+    [(VLLM, 1), *(pytest.param(*each, marks=pytest.mark.matrix) for each in ((SGLANG, 1), (VLLM, 2)))],
     ids=["vllm", "sglang", "vllm, two ranks"],
 )
 def test_marks_are_around_the_layers_that_were_chosen(engine: Engine, ranks: int, model: Path, tmp_path: Path) -> None:
