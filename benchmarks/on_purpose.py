@@ -317,11 +317,6 @@ def _on_sglang(plan: Callable[[random.Random], Planned]) -> Callable[[random.Ran
     return planned
 
 
-def sglang_late_rank(chance: random.Random) -> Planned:
-    variables = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
-    return replace(late_rank(chance), arguments=("--tp", "2"), engine=SGLANG, variables=variables)
-
-
 PLANS: dict[str, Callable[[random.Random], Planned]] = {
     plan.__name__: plan
     for plan in (
@@ -341,7 +336,7 @@ PLANS: dict[str, Callable[[random.Random], Planned]] = {
         *(slow_grammar, scheduler_delay, compile_in_window, slow_client, slow_sampling, slow_prepare, overload),
         *(sglang_clean, sglang_batch_cap, sglang_long_prompts, sglang_kv_cache, sglang_token_budget),
         *map(_on_sglang, (tokenizer, biased_router, slow_grammar, scheduler_delay, slow_sampling)),
-        *(sglang_slow_client, sglang_late_rank),
+        sglang_slow_client,
     )
 }
 

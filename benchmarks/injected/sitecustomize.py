@@ -164,7 +164,7 @@ def compiled(module: Any) -> None:
 KINDS = {
     "tokenizer": {"transformers.tokenization_utils_tokenizers": tokenizer},
     "schedule": {"vllm.v1.core.sched.scheduler": schedule, "sglang.srt.managers.scheduler": sglang_schedule},
-    "rank": {"vllm.distributed.parallel_state": rank, "sglang.srt.distributed.parallel_state": rank},
+    "rank": {"vllm.distributed.parallel_state": rank},
     "grammar": {
         "vllm.v1.structured_output.backend_xgrammar": grammar,
         "sglang.srt.constrained.xgrammar_backend": sglang_grammar,
