@@ -16,8 +16,6 @@ import triton
 import triton.language as tl
 
 NONE, CUDA, HIP = range(3)  # which timer
-WORDS = 3  # of a mark in a row: time, step, how often in the step
-HIP_NS = 10  # a tick of AMD's constant clock, 100 MHz
 
 
 @triton.jit
@@ -63,7 +61,7 @@ def mark_kernel(ring, counter, clock, index, marks: tl.constexpr, depth: tl.cons
         if begins:
             time = _cuda_time_after(times)
     elif timer == 2:
-        time = _memrealtime() * 10
+        time = _memrealtime() * 10  # ns of a tick of AMD's constant clock, 100 MHz
     else:
         time = tl.load(clock)
     tl.store(at, time)

@@ -134,22 +134,34 @@ class LayerMarks:
         rank, recorder = self._rank, self._recorder
         assert recorder is not None
 
-        def marked(*given: Any, **named: Any) -> Any:
-            if compiling() or not ((rank.step and recorder.level[0] >= _LAYER_LEVEL) or capturing()):
-                return function(*given, **named)
-            index = index_of()
-            if index < 0 or index in self._open:
-                return function(*given, **named)
+        def opened() -> int:
+            """The span that the call has begun, its mark launched; -1: none."""
+            try:
+                if not ((rank.step and recorder.level[0] >= _LAYER_LEVEL) or capturing()):
+                    return -1
+                index = index_of()
+                if index < 0 or index in self._open:
+                    return -1
+            except Exception:
+                self.failed()
+                return -1
             self._open.add(index)
             if index == _FIRST:
                 self._mark(2 * _EMPTY)
                 self._mark(2 * _EMPTY + 1)
             self._mark(2 * index)
+            return index
+
+        def marked(*given: Any, **named: Any) -> Any:
+            if compiling():  # nothing of ours is to be in the graph
+                return function(*given, **named)
+            index = opened()
             try:
                 return function(*given, **named)
             finally:
-                self._open.discard(index)
-                self._mark(2 * index + 1)
+                if index >= 0:
+                    self._open.discard(index)
+                    self._mark(2 * index + 1)
 
         return marked
 

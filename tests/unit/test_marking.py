@@ -395,3 +395,15 @@ def test_a_row_without_an_empty_span_is_written_all_the_same(engine: Engine, rin
     engine.step(1)
     assert {row["stage"] for row in rows(ring)} == {"forward", "attention", "moe", "collective"}
     assert engine.timer.marks._said()["empty_ns"] is None and engine.timer.marks._errors == 0
+
+
+def test_an_error_in_deciding_is_contained(engine: Engine):
+    """The engine's call goes on unmarked, and the error is counted."""
+    engine.put()
+
+    def fails() -> int:
+        raise RuntimeError("the test's")
+
+    function = engine.timer.marks._around(lambda x: x + 1, fails)
+    engine.rank.step = 1
+    assert function(1) == 2 and engine.timer.marks._errors == 1
