@@ -170,7 +170,8 @@ def test_a_disk_that_stays_full_leaves_the_rest_in_the_rings_for_a_later_collect
 
 
 def test_a_disk_that_becomes_read_only(commands: Commands) -> None:
-    with mounted(commands.directory / "small", "4m") as disk:
+    # Large enough for what a slow machine holds back meanwhile: a disk that fills up is another test's.
+    with mounted(commands.directory / "large", "256m") as disk:
         path = disk / "session"
         session = Session(path, claim_identity(path))
         until = commands.directory / "until"
