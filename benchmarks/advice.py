@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/advice.py [--json] [--seed N] [--only CAUSE ...] [--keep DIR]
 
-Of each cause it records a session, and the same load with the one setting changed that mends it (on_purpose.py:
+Of each cause it records a session, and the same load with the one setting changed that mends it (on_purpose/:
 advised). It checks that the diagnosis's first finding names the cause and suggests that flag, and shows what was
 predicted at most beside what `stagetrace compare` finds. 1 is returned where the flag is not among what the finding
 suggests, or no gain can be shown. Both sessions are kept with --keep, to look at them in full.
@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
 from diagnosis_score import CASE, record_case
-from on_purpose import PLANS
+from on_purpose.plans import PLANS
 from rich.console import Console
 
 from stagetrace.analysis.diagnosis.diagnose import diagnose
@@ -34,7 +34,7 @@ from stagetrace.exporters.session import Session
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from on_purpose import Planned
+    from on_purpose.plan import Planned
 
 WITH_ADVICE = [name for name, plan in PLANS.items() if plan(random.Random(0)).advised is not None]
 SHOWN = ("e2e_mean", "ttft_mean", "itl_mean", "itl_p99", "itl_mixed_mean")

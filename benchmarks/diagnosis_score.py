@@ -4,7 +4,7 @@
     .venv/bin/python benchmarks/diagnosis_score.py --score DIR [--json]          sessions that were kept, once more
 
 Each session has a server of its own, a load of random lengths and arrivals, and a cause of random size
-(on_purpose.py). A session counts as right when its first finding names the cause, a clean one when it has none. The
+(on_purpose/). A session counts as right when its first finding names the cause, a clean one when it has none. The
 engines' environments have to be there (`make engines-env`).
 """
 
@@ -28,7 +28,9 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
 from engines.recording import record
 from engines.server import environment
-from on_purpose import INJECTED, PLANS, Planned, at_rate, send
+from on_purpose.load import send
+from on_purpose.plan import INJECTED, Planned, at_rate
+from on_purpose.plans import PLANS
 from quickstart.servers import MODEL_SCRIPT, VLLM, StartError
 from rich.console import Console
 

@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import advice
 import diagnosis_score
 from diagnosis_score import Case, Scored, figures
-from on_purpose import PLANS
+from on_purpose.plans import PLANS
 from unit.simulated import Engine, simulate
 
 from stagetrace.analysis.diagnosis.causes import BY_ID

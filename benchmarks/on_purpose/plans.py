@@ -1,0 +1,26 @@
+"""All the plans of sessions, by name."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from . import sglang, vllm
+from .plan import Planned
+
+PLANS: dict[str, Callable[[random.Random], Planned]] = {
+    plan.__name__: plan
+    for plan in (
+        *(vllm.clean, vllm.clean_mixed, vllm.clean_ranks),
+        *(vllm.kv_cache, vllm.batch_cap, vllm.token_budget, vllm.long_prompts, vllm.overload),
+        *(vllm.front_end, vllm.tokenizer, vllm.slow_client),
+        *(vllm.late_rank, vllm.biased_router, vllm.slow_grammar),
+        *(vllm.scheduler_delay, vllm.compile_in_window, vllm.slow_sampling, vllm.slow_prepare),
+        *(sglang.sglang_clean, sglang.sglang_batch_cap, sglang.sglang_long_prompts),
+        *(sglang.sglang_kv_cache, sglang.sglang_token_budget, sglang.sglang_slow_client),
+        *map(
+            sglang.on_sglang,
+            (vllm.tokenizer, vllm.biased_router, vllm.slow_grammar, vllm.scheduler_delay, vllm.slow_sampling),
+        ),
+    )
+}

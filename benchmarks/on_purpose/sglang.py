@@ -1,0 +1,59 @@
+"""Causes put into SGLang, and clean sessions of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+from quickstart.servers import SGLANG
+
+from . import vllm
+from .plan import Planned, asks_of, long_among_short, ordinary
+from .vllm import CLEAN_LOADS
+
+
+def sglang_clean(chance: random.Random) -> Planned:
+    (asks, width), *more = (ordinary(chance) for _ in range(CLEAN_LOADS))
+    return Planned("clean", (), asks, width, engine=SGLANG, more=tuple(more))
+
+
+def sglang_batch_cap(chance: random.Random) -> Planned:
+    cap = chance.randint(1, 3)
+    asks = asks_of(chance, 16 * cap + 12, (15, 60), (25, 60))
+    width = cap * chance.randint(3, 5)
+    arguments, advised = (("--max-running-requests", str(most)) for most in (cap, 64))
+    return Planned("batch_cap", ("batch_cap",), asks, width, arguments, engine=SGLANG, advised=advised)
+
+
+def sglang_long_prompts(chance: random.Random) -> Planned:
+    asks = long_among_short(chance, 26, (1.0, 1.4))  # its steps are longer on a processor: more is an overload
+    return Planned("long_prompts", ("prefill_delays_decode",), asks, None, ("--disable-radix-cache",), engine=SGLANG)
+
+
+def sglang_kv_cache(chance: random.Random) -> Planned:
+    tokens = 32 * chance.randint(14, 18)  # little more than the longest request needs, and up
+    arguments = ("--max-total-tokens", str(tokens), "--context-length", "384", "--page-size", "1")
+    asks = asks_of(chance, 40, (30, 80), (60, 140))
+    return Planned("kv_cache", ("kv_exhausted",), asks, chance.randint(10, 16), arguments, engine=SGLANG)
+
+
+def sglang_token_budget(chance: random.Random) -> Planned:
+    budget = str(chance.choice((32, 48, 64)))
+    asks = asks_of(chance, 30, (80, 240), (8, 24))
+    arguments = ("--chunked-prefill-size", budget, "--max-prefill-tokens", budget, "--disable-radix-cache")
+    return Planned("token_budget", ("token_budget",), asks, chance.randint(4, 8), arguments, engine=SGLANG)
+
+
+def sglang_slow_client(chance: random.Random) -> Planned:
+    return replace(vllm.slow_client(chance), arguments=(), engine=SGLANG)
+
+
+def on_sglang(plan: Callable[[random.Random], Planned]) -> Callable[[random.Random], Planned]:
+    """The same pause in SGLang's own function (injected)."""
+
+    def planned(chance: random.Random) -> Planned:
+        return replace(plan(chance), arguments=(), engine=SGLANG, advised=None)
+
+    planned.__name__ = f"sglang_{plan.__name__}"
+    return planned
