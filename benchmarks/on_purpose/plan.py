@@ -25,6 +25,8 @@ class Ask:
     schema: int | None = None  # structured output, of a schema of that number
     logprobs: int = 0
     reads_s: float = 0.0  # a slow client: it waits so long after every piece that it reads
+    answers: int = 1  # to the one prompt
+    temperature: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Planned:
     engine: Engine = VLLM
     advised: tuple[str, ...] | None = None  # the arguments once the first advice is taken
     more: tuple[tuple[tuple[Ask, ...], int | None], ...] = ()  # further loads on the same server, a session each
+    all_of: tuple[str, ...] = ()  # of a mixture: causes that are all to be among the findings
     times_capacity: float | None = None  # requests arrive so many times as fast as this machine's engine serves them
 
     @property

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from unit.sessions import INSTANCE, SessionBuilder
 from unit.simulated import MS, Engine, simulate
 
-from stagetrace.analysis.diagnosis.causes import CAUSES
+from stagetrace.analysis.diagnosis.causes import CAUSES, Phase
 from stagetrace.analysis.diagnosis.diagnose import CHECKS, Diagnosis, diagnose, of_facts
 from stagetrace.analysis.diagnosis.facts import STAGES, Covered, Facts, columns, line
 from stagetrace.analysis.diagnosis.finding import Seen
@@ -82,6 +82,11 @@ def drafts(accepted: float) -> Any:
         return {"draft_tokens": 3 * decoding, "accepted_tokens": round(accepted * 3 * decoding), "output_tokens": None}
 
     return columns
+
+
+def rare_drafts(number: int, decoding: int) -> dict[str, Any]:
+    """A proposer that mostly finds nothing to propose."""
+    return drafts(0.05)(number, decoding) if number % 3 == 0 else {"draft_tokens": 0, "accepted_tokens": 0}
 
 
 CASES: dict[str, tuple[Engine, Engine]] = {
@@ -173,6 +178,16 @@ def test_a_cause_that_is_not_there_is_not_found(cause: str, tmp_path: Path) -> N
     found = of(tmp_path / "s", CASES[cause][1])
     assert said(found) == []
     assert found.answer.startswith("nothing stands out")
+
+
+@pytest.mark.parametrize(("took", "there"), [(4.0, ["speculation_does_not_pay"]), (0.05, [])])
+def test_drafting_that_mostly_finds_nothing_has_taken_its_time(took: float, there: list[str], tmp_path: Path) -> None:
+    found = of(tmp_path / "s", Engine(step_columns=rare_drafts, stages={"draft": took}))
+    assert said(found) == there
+    if there:
+        seen = found.findings[0].seen
+        assert seen.evidence[1].value == pytest.approx(1 / 3, abs=0.05)
+        assert seen.measured_ns == pytest.approx(4.0 / 8.5 * found.attributed[Phase.TPOT].total_ns, rel=0.2)
 
 
 # Those that need more than the simulated engine tells
