@@ -30,7 +30,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from engines.recording import record
 from engines.server import environment
 from on_purpose.load import send
-from on_purpose.plan import INJECTED, Planned, at_rate
+from on_purpose.plan import INJECTED, WIDE, WIDE_MODEL, Planned, at_rate
 from on_purpose.plans import PLANS
 from quickstart.servers import MODEL_SCRIPT, VLLM, StartError
 from rich.console import Console
@@ -40,6 +40,8 @@ from stagetrace.analysis.show import Grid, print_parts
 from stagetrace.exporters.session import Session, SessionError
 
 CASE = "case.json"  # beside a session: what was put there
+STAGETRACE = (sys.executable, "-m", "stagetrace.cli.main")
+CALIBRATION = "calibration.json"
 NONE = "nothing"
 AT_CAPACITY = 128  # requests at once: as many as an overloaded engine's batch may have
 WRITTEN_S = 6.0  # after the end of a load until all of its requests are in the tables
@@ -86,12 +88,34 @@ class Scored:
 
 
 def build(models: Path, kind: str) -> Path:
-    """One of the tiny models, built once."""
+    """One of the models, built once."""
     path = models / kind
-    dense = ["--dense"] if kind == "dense" else []
-    subprocess.run(
-        [str(VLLM.python), str(MODEL_SCRIPT), str(path), *dense], env=environment(), check=True, capture_output=True
-    )
+    if kind == WIDE:
+        command = [str(WIDE_MODEL), str(build(models, "dense")), str(path)]
+    else:
+        command = [str(MODEL_SCRIPT), str(path), *(["--dense"] if kind == "dense" else [])]
+    if kind != WIDE or not path.is_dir():
+        subprocess.run([str(VLLM.python), *command], env=environment(), check=True, capture_output=True)
+    return path
+
+
+def calibrated(models: Path) -> Path:
+    """What this machine can do with one thread, measured once: what the roofs are told by."""
+    path = models / CALIBRATION
+    if not path.is_file():
+        measured = (word for component in ("memory", "gemm", "attention") for word in ("--only", component))
+        command = [
+            "calibrate",
+            "--python",
+            str(VLLM.python),
+            "--threads",
+            "1",
+            "--quick",
+            "--out",
+            str(path),
+            *measured,
+        ]
+        subprocess.run([*STAGETRACE, *command], env=environment(), check=True, capture_output=True)
     return path
 
 
@@ -124,6 +148,8 @@ def record_case(plan: Planned, models: Path, directory: Path, seed: int) -> None
         began = time.monotonic()
         put(plan, port, seed)
         lasted = None if alone else time.monotonic() - began + WRITTEN_S
+    if plan.model == WIDE:
+        shutil.copy(calibrated(models), directory / CALIBRATION)
     write_case(plan, directory, seed, lasted)
 
 
@@ -171,8 +197,14 @@ def plans(seed: int, rounds: int, only: list[str]) -> list[tuple[str, Planned]]:
 
 
 def score(case: Case) -> Scored:
-    """What the diagnosis says of a session. The calibrations of this machine are left out: no run depends on them."""
-    found = diagnose(Session.open(case.path / "session"), case.last_s)
+    """What the diagnosis says of a session. This machine's own calibration is left out: no run depends on it.
+
+    Where the speed of light is what matters the machine was calibrated with the session.
+    """
+    calibration = case.path / CALIBRATION
+    found = diagnose(
+        Session.open(case.path / "session"), case.last_s, calibration=calibration if calibration.is_file() else None
+    )
     return Scored(case, tuple(finding.cause.id for finding in found.findings))
 
 

@@ -11,6 +11,8 @@ from typing import Any
 from quickstart.servers import VLLM, Engine
 
 INJECTED = Path(__file__).resolve().parent / "injected"
+WIDE_MODEL = INJECTED.with_name("wide_model.py")
+WIDE = "wide"  # the model that it makes
 EAGER = "--enforce-eager"
 
 
@@ -41,7 +43,7 @@ class Planned:
     injected: dict[str, dict[str, Any]] = field(default_factory=dict)  # by kind, how much: injected/sitecustomize.py
     variables: dict[str, str] = field(default_factory=dict)
     level: str = "step"
-    model: str = "moe"  # moe, dense
+    model: str = "moe"  # moe, dense, wide
     engine: Engine = VLLM
     advised: tuple[str, ...] | None = None  # the arguments once the first advice is taken
     more: tuple[tuple[tuple[Ask, ...], int | None], ...] = ()  # further loads on the same server, a session each

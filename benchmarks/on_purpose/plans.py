@@ -17,6 +17,7 @@ PLANS: dict[str, Callable[[random.Random], Planned]] = {
         *(vllm.late_rank, vllm.biased_router, vllm.slow_grammar),
         *(vllm.scheduler_delay, vllm.compile_in_window, vllm.slow_sampling, vllm.slow_prepare),
         *(vllm.gc_pauses, vllm.detokenizer, vllm.drafts, vllm.many_answers, vllm.slow_links, vllm.slow_exchange),
+        *(vllm.at_roof, vllm.far_below_roof),
         *(sglang.sglang_clean, sglang.sglang_batch_cap, sglang.sglang_long_prompts),
         *(sglang.sglang_kv_cache, sglang.sglang_token_budget, sglang.sglang_slow_client),
         *map(

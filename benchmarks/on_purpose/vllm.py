@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from .plan import EAGER, Ask, Planned, asks_of, long_among_short, ordinary
+from .plan import EAGER, WIDE, Ask, Planned, asks_of, long_among_short, ordinary
 
 MENDS = Path(__file__).resolve().parents[2] / "tests" / "engines" / "mends"  # of vLLM's build for the CPU
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
@@ -223,3 +223,17 @@ def slow_exchange(chance: random.Random) -> Planned:
         "slow_exchange", ("dispatch_combine_share",), asks, chance.randint(3, 6), arguments, injected, variables,
         level="layer",
     )  # fmt: skip
+
+
+def at_roof(chance: random.Random) -> Planned:
+    """Nothing is put there: a model that is bound by its weights, a few requests at a time."""
+    asks = asks_of(chance, 16, (5, 15), (15, 30))
+    return Planned("at_roof", ("decode_at_roof",), asks, chance.randint(1, 3), (EAGER,), model=WIDE)
+
+
+def far_below_roof(chance: random.Random) -> Planned:
+    asks = asks_of(chance, 16, (5, 15), (10, 16))
+    injected = {"forward": {"ms": round(chance.uniform(150, 300))}}
+    return Planned(
+        "far_below_roof", ("decode_far_below_roof",), asks, chance.randint(2, 4), (EAGER,), injected, model=WIDE
+    )

@@ -21,7 +21,7 @@ from stagetrace.analysis.diagnosis.causes import CAUSES, Phase
 from stagetrace.analysis.diagnosis.diagnose import CHECKS, Diagnosis, diagnose, of_facts
 from stagetrace.analysis.diagnosis.facts import STAGES, Covered, Facts, columns, line
 from stagetrace.analysis.diagnosis.finding import Seen
-from stagetrace.analysis.diagnosis.prefill import _prompts_of_half
+from stagetrace.analysis.diagnosis.prefill import _of_prefill, _prompts_of_half
 from stagetrace.analysis.diagnosis.shares import share_of
 from stagetrace.analysis.diagnosis.show import next_experiments, parts, to_json
 from stagetrace.analysis.diagnosis.thresholds import THRESHOLDS, limit
@@ -210,6 +210,13 @@ def test_prefix_cache_off(tmp_path: Path) -> None:
     siblings = off.requests.assign(parent=off.requests["handle"] // 4)
     answer = CHECKS["prefix_cache_off"](replace(off, requests=siblings))
     assert isinstance(answer, Seen) and answer.stands_out
+    again, tokens, share, took = (each.value for each in answer.evidence)
+    assert tokens == 400 * again and share == pytest.approx(again / len(siblings))
+    prefill = _of_prefill(off)
+    assert took == pytest.approx(share * float(prefill.sum()), rel=0.1)
+    # Whoever waits for such a step waits for it: those in prefill, in the queue and in decode.
+    waited = float((prefill * (off.starting + off.decoding)).sum())
+    assert answer.measured_ns == pytest.approx(share * waited, rel=0.15)
     alone = CHECKS["prefix_cache_off"](off)
     assert isinstance(alone, Seen) and not alone.stands_out
     assert CHECKS["prefix_cache_off"](facts_of(tmp_path / "on", Engine())) is None

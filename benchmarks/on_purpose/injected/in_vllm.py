@@ -38,6 +38,11 @@ def prepare(module: Any, asked: Any) -> None:
     patch(module, "GPUModelRunner._prepare_inputs", asked["ms"] / 1e3)
 
 
+def forward(module: Any, asked: Any) -> None:
+    """The forward pass takes so long more."""
+    patch(module, "GPUModelRunner._model_forward", asked["ms"] / 1e3)
+
+
 def sample(module: Any, asked: Any) -> None:
     """Sampling takes so long."""
     patch(module, "Sampler.forward", asked["ms"] / 1e3)
@@ -105,6 +110,7 @@ KINDS = {
     "rank": {"vllm.distributed.parallel_state": rank},
     "grammar": {"vllm.v1.structured_output.backend_xgrammar": grammar},
     "prepare": {"vllm.v1.worker.gpu_model_runner": prepare},
+    "forward": {"vllm.v1.worker.gpu_model_runner": forward},
     "sample": {"vllm.v1.sample.sampler": sample},
     "detokenizer": {"vllm.v1.engine.detokenizer": detokenizer},
     "draft": {"vllm.v1.spec_decode.ngram_proposer": draft},
