@@ -33,10 +33,10 @@ from .otlp_send import check, grpc_compression, grpc_credentials
 from .session import FATES, names_of
 from .spans import SCOPE_NAME, SCOPE_VERSION, Clock, resource_attributes
 from .stage_metrics import StageMetrics
-from .temporality import Deltas
+from .temporality import Deltas, totals_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
     import pyarrow as pa
 
@@ -50,17 +50,18 @@ SCOPE = InstrumentationScope(SCOPE_NAME, SCOPE_VERSION)
 _Points = list[tuple[int, dict[str, str]]]  # value, attributes
 
 
-def metrics_of(
-    manifest: Manifest,
-    export: Export,
-    now_ns: int,
-    others: Iterable[Metric] = (),
-    told: Callable[[list[Metric]], list[Metric]] = list,
-) -> MetricsData:
-    """The counts of a session at `now_ns` (wall clock), from its start on, and `others` with them.
+def metrics_of(manifest: Manifest, export: Export, now_ns: int, others: Iterable[Metric] = ()) -> MetricsData:
+    """The counts of a session at `now_ns` (wall clock), from its start on, and `others` with them."""
+    return _sent(manifest, [*counts_of(manifest, export, now_ns), *others])
 
-    `told` makes of all of them what is sent.
-    """
+
+def _sent(manifest: Manifest, metrics: list[Metric]) -> MetricsData:
+    resource = Resource.create({**resource_attributes(manifest), **OTELResourceDetector().detect().attributes})
+    return MetricsData([ResourceMetrics(resource, [ScopeMetrics(SCOPE, metrics, "")], "")])
+
+
+def counts_of(manifest: Manifest, export: Export, now_ns: int) -> list[Metric]:
+    """What was lost, sent and went wrong, at `now_ns` (wall clock), since the session's start."""
     slots: _Points = []
     for fate in FATES:
         for ring in ("control", "detail"):
@@ -107,9 +108,7 @@ def metrics_of(
     metrics.append(
         Metric("stagetrace.export.waiting", "commits whose spans wait for this backend", "{commit}", Gauge(waiting))
     )
-    metrics += others
-    resource = Resource.create({**resource_attributes(manifest), **OTELResourceDetector().detect().attributes})
-    return MetricsData([ResourceMetrics(resource, [ScopeMetrics(SCOPE, told(metrics), "")], "")])
+    return metrics
 
 
 def _points(points: Iterable[tuple[int, Mapping[str, str]]], start_ns: int, now_ns: int) -> list[NumberDataPoint]:
@@ -124,6 +123,7 @@ class MetricsSink:
         self._exporter = _exporter(destination)
         self._reading = reading or Reading()
         self._deltas = Deltas()
+        self._taken_up = False  # what an earlier process was confirmed
         self._target = destination.target
         self._light = LightMetrics()
         self._stages = StageMetrics(key, time.time_ns())
@@ -142,22 +142,31 @@ class MetricsSink:
             log.exception("the metrics of stages lack a commit")
 
     def send(self, manifest: Manifest, export: Export, last: bool = False) -> None:
-        """Sends the counts if it is time, or the `last` time, unless the backend refused them a while ago."""
+        """Sends the counts if it is time, or the `last` time, unless the backend refused them a while ago.
+
+        `export` is told what the backend was confirmed, for the process that goes on after this one.
+        """
         now_s = time.monotonic()
         if not manifest.started_ns or (now_s < self._next_s and not (last and not self._refused)):
             return
         self._next_s = now_s + self._reading.every_s
         try:
             now_ns = time.time_ns()
-            others = [*self._light.metrics(now_ns), *self._stages.metrics(now_ns)]
-            data = metrics_of(manifest, export, now_ns, others, self._deltas.since if self._reading.deltas else list)
-            arrived = self._exporter.export(data) is MetricExportResult.SUCCESS
+            counts = counts_of(manifest, export, now_ns)
+            metrics = [*counts, *self._light.metrics(now_ns), *self._stages.metrics(now_ns)]
+            if self._reading.deltas:
+                if not self._taken_up:
+                    self._deltas.take_up(export.counted, export.counted_ns)
+                    self._taken_up = True
+                metrics = self._deltas.since(metrics)
+            arrived = self._exporter.export(_sent(manifest, metrics)) is MetricExportResult.SUCCESS
+            if arrived and self._reading.deltas:
+                self._deltas.confirm()
+                export.counted, export.counted_ns = totals_of(counts), now_ns
         except Exception:
             log.exception("the OTLP exporter of metrics failed")
             arrived = False
-        if arrived:
-            self._deltas.confirm()
-        else:
+        if not arrived:
             self._next_s = now_s + PAUSE_S
             if not self._refused:
                 log.warning(

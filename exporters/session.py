@@ -335,6 +335,8 @@ class Export:
     refused: int = 0  # spans that it would not take while it took others
     left_out: dict[str, int] = field(default_factory=dict)  # rows that become no spans, by reason
     trouble: str = ""  # why nothing arrives at present
+    counted: dict[str, int] = field(default_factory=dict)  # totals that its metrics were told as what was added
+    counted_ns: int = 0  # wall: when
 
 
 @dataclass

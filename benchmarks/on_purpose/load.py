@@ -18,8 +18,8 @@ from .plan import Ask
 async def send(asks: Sequence[Ask], width: int | None, port: int, seed: int) -> list[str]:
     """Sends the requests as planned; what went wrong, by request."""
     chance = random.Random(seed)
-    shared = _words(chance, 400)
-    texts = [f"{' '.join(shared.split()[: ask.shared])} {_words(chance, ask.words - ask.shared)}" for ask in asks]
+    shared = {talk: _words(chance, 400).split() for talk in sorted({ask.talk for ask in asks})}
+    texts = [f"{' '.join(shared[ask.talk][: ask.shared])} {_words(chance, ask.words - ask.shared)}" for ask in asks]
     gate = asyncio.Semaphore(width or len(asks))
     began = time.monotonic()
     wrong: list[str] = []

@@ -23,7 +23,8 @@ class Ask:
     at_s: float  # when it is sent: since the begin, or in a closed load after a place is free
     words: int
     tokens: int
-    shared: int = 0  # of its words, the beginning that others have too
+    shared: int = 0  # of its words, the beginning that others of the same talk have too
+    talk: int = 0
     schema: int | None = None  # structured output, of a schema of that number
     logprobs: int = 0
     reads_s: float = 0.0  # a slow client: it waits so long after every piece that it reads

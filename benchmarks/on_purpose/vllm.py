@@ -205,6 +205,21 @@ def many_answers(chance: random.Random) -> Planned:
     return Planned("many_answers", ("prefix_cache_off",), asks, chance.randint(1, 2), arguments)
 
 
+def thrashed_cache(chance: random.Random) -> Planned:
+    """A few long talks at a time, whose beginnings the cache keeps; then so many that each has lost its own."""
+    calm, few, many, shared = 24, 3, chance.randint(12, 16), chance.randint(180, 240)
+    slow, fast = chance.uniform(1.5, 2.0), chance.uniform(5.0, 8.0)
+    asks, now = [], 0.0
+    for number in range(calm + 64):
+        now += 1 / (slow if number < calm else fast)
+        talk = number % few if number < calm else few + number % many
+        asks.append(Ask(now, shared + chance.randint(8, 20), chance.randint(30, 50), shared=shared, talk=talk))
+    blocks = chance.randint(110, 125)  # of five or six such requests
+    arguments = (EAGER, "--num-gpu-blocks-override", str(blocks), "--block-size", "32", "--max-model-len", "1024")
+    causes = ("kv_exhausted", "prefix_cache_thrashed")
+    return Planned("thrashed_cache", causes, tuple(asks), None, arguments, all_of=causes)
+
+
 def slow_links(chance: random.Random) -> Planned:
     asks = asks_of(chance, 30, (15, 60), (20, 40))
     injected = {"links": {"ms": round(chance.uniform(1.0, 3.0), 1)}}
@@ -226,9 +241,10 @@ def slow_exchange(chance: random.Random) -> Planned:
 
 
 def at_roof(chance: random.Random) -> Planned:
-    """Nothing is put there: a model that is bound by its weights, a few requests at a time."""
+    """Nothing is put there: a model that is bound by its weights, in the precision that a processor multiplies best."""
     asks = asks_of(chance, 16, (5, 15), (15, 30))
-    return Planned("at_roof", ("decode_at_roof",), asks, chance.randint(1, 3), (EAGER,), model=WIDE)
+    arguments = (EAGER, "--dtype", "float32")
+    return Planned("at_roof", ("decode_at_roof",), asks, chance.randint(1, 2), arguments, model=WIDE)
 
 
 def far_below_roof(chance: random.Random) -> Planned:

@@ -101,6 +101,35 @@ def test_what_was_added_adds_up_to_the_totals(recordings: dict[str, Session], ki
         assert len(set(exemplars)) == len(exemplars), "none twice"
 
 
+def test_a_process_goes_on_from_what_the_one_before_was_confirmed(recording: Session) -> None:
+    """With "delta": what is counted since the session began is told once, whoever tells it; a refusal tells nothing."""
+    how = reading({"OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE": "delta"})
+    manifest = recording.read_manifest()
+    with HttpReceiver() as receiver:
+        environ = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint,
+            "OTEL_EXPORTER_OTLP_PROTOCOL": HttpReceiver.protocol,
+        }
+        wanted = destination(environ, "metrics")
+        assert wanted is not None
+        recording.write_export("there", Export("there"))
+        for process, sent in enumerate((100, 130, 170)):
+            state = recording.read_exports()["there"]
+            state.sent = sent
+            sink = MetricsSink(wanted, recording.identity.key, how)
+            receiver.metrics_status = 400 if process == 1 else 0
+            sink.send(manifest, state)
+            sink.shutdown()
+            recording.write_export("there", state)
+        told = [points(request, "sum") for request in receiver.metrics]
+    series = [of for of in told[0] if of[0] == "stagetrace.spans" and "sent" in str(of)]
+    assert [of[series[0]].as_int for of in told][-1] == 70 and told[0][series[0]].as_int == 100
+    slots = [of for of in told[0] if of[0] == "stagetrace.slots"]
+    assert slots and any(told[0][of].as_int for of in slots)
+    assert all(told[-1][of].as_int == 0 for of in slots), "told by the process before"
+    assert told[-1][series[0]].start_time_unix_nano == told[0][series[0]].time_unix_nano
+
+
 def test_the_variables_mean_what_they_say() -> None:
     assert reading({}) == Reading(10.0, False)
     assert reading({"OTEL_METRIC_EXPORT_INTERVAL": "2500"}).every_s == 2.5
