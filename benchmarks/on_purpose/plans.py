@@ -25,7 +25,7 @@ PLANS: dict[str, Callable[[random.Random], Planned]] = {
             vllm.slow_links,
             vllm.slow_exchange,
         ),
-        *(vllm.at_roof, vllm.far_below_roof),
+        vllm.far_below_roof,
         *(sglang.sglang_clean, sglang.sglang_batch_cap, sglang.sglang_long_prompts),
         *(sglang.sglang_kv_cache, sglang.sglang_token_budget, sglang.sglang_slow_client),
         *map(

@@ -240,14 +240,8 @@ def slow_exchange(chance: random.Random) -> Planned:
     )  # fmt: skip
 
 
-def at_roof(chance: random.Random) -> Planned:
-    """Nothing is put there: a model that is bound by its weights, in the precision that a processor multiplies best."""
-    asks = asks_of(chance, 16, (5, 15), (15, 30))
-    arguments = (EAGER, "--dtype", "float32")
-    return Planned("at_roof", ("decode_at_roof",), asks, chance.randint(1, 2), arguments, model=WIDE)
-
-
 def far_below_roof(chance: random.Random) -> Planned:
+    """A model that is bound by its weights. The roof itself is beyond PyTorch's products on a processor."""
     asks = asks_of(chance, 16, (5, 15), (10, 16))
     injected = {"forward": {"ms": round(chance.uniform(150, 300))}}
     return Planned(
