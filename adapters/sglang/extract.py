@@ -225,6 +225,7 @@ def limits(scheduler: Any) -> dict[str, int]:
     found = {
         "max_num_seqs": getattr(scheduler, "max_running_requests", None),
         "chunked_prefill_size": getattr(scheduler, "chunked_prefill_size", None),
+        "kv_cache_tokens": getattr(scheduler, "max_total_num_tokens", None),
     }
     return {name: int(value) for name, value in found.items() if value}
 

@@ -281,6 +281,7 @@ def process_info(config: Any, version: str) -> dict[str, object]:
         "max_num_batched_tokens": int(scheduler.max_num_batched_tokens),
         "async_scheduling": bool(getattr(scheduler, "async_scheduling", False)),
         "block_size": int(config.cache_config.block_size or 0),
+        "kv_cache_tokens": int(getattr(config.cache_config, "kv_cache_size_tokens", 0) or 0),  # 0: not known yet
         "prefix_caching": bool(config.cache_config.enable_prefix_caching),
         "kv_cache_dtype": str(config.cache_config.cache_dtype),
         "device": str(getattr(config.device_config, "device_type", "")),

@@ -133,8 +133,10 @@ CAUSES: tuple[Cause, ...] = (
     Cause(
         "prefix_cache_thrashed",
         "the prefix cache loses what would be used again",
-        "prompts find less of their beginning in the cache while the KV cache is full than while it is not",
-        "that prompts share beginnings where they find nothing at any time: that is not recorded, as no token is",
+        "prompts find less of their beginning in the cache while many new tokens push out what is in it than while few"
+        " do",
+        "that a larger cache would find them for certain: other prompts, which share less, may come at busy times; and"
+        " where they find nothing at any time it is not recorded whether they share beginnings, as no token is",
         (Phase.TTFT, Phase.TPOT),
         {
             "vllm": (

@@ -127,36 +127,68 @@ def _p95(facts: Facts) -> float:
 
 
 def prefix_cache_thrashed(facts: Facts) -> Answer:
-    """Prompts find less in the cache while the KV cache is full."""
+    """Prompts find less in the cache while many new tokens push out what it has than while few do.
+
+    Whether a beginning would have been found in a larger cache is not recorded, as no token is: it is told by comparing
+    requests at times when the cache kept what nobody used for long with those when it kept it for a short time.
+    """
     if facts.info.get("prefix_caching") is False:
         return None
-    prompt, cached, scheduled = facts.request("prompt_tokens", "cached_tokens", "scheduled_ns")
-    known = ~(np.isnan(prompt) | np.isnan(cached) | np.isnan(scheduled)) & (prompt > 0)
+    prompt, cached = facts.request("prompt_tokens", "cached_tokens")
     if few := few_steps(facts):
         return few
+    capacity = facts.setting("kv_cache_tokens")
+    if not capacity:
+        return Missing("the engine did not say how many tokens its KV cache holds")
+    kept = _kept(facts, capacity)
+    known = ~(np.isnan(prompt) | np.isnan(cached) | np.isnan(kept)) & (prompt > 0)
     if known.sum() < limit("requests"):
         return Missing("too few requests whose cached tokens are known")
-    order = np.argsort(facts.step("begin_ns"), kind="stable")
-    at = np.searchsorted(facts.step("begin_ns")[order], np.nan_to_num(scheduled), side="left")
-    usage = facts.step("kv_usage")[order][np.clip(at, 0, len(order) - 1)] / 1e6
-    full, room = known & (usage >= 0.9), known & (usage < 0.7)
-    if min(full.sum(), room.sum()) < limit("requests"):
-        return None  # the cache was never full, or never anything else
-    in_room = float(cached[room].sum() / prompt[room].sum())
-    in_full = float(cached[full].sum() / prompt[full].sum())
-    lost = max(in_room - in_full, 0.0)
-    again = _computed_again(facts, np.where(full, prompt * lost, 0.0), np.nan_to_num(prompt - cached))
+    short, long = np.percentile(kept[known], [10, 90])
+    if long < limit("kept") * max(short, 1.0):
+        return None  # the cache was never full, or as much in use all the time
+    between = float(np.sqrt(max(short, 1.0) * long))
+    fast, slow = known & (kept <= between), known & (kept > between)
+    if min(fast.sum(), slow.sum()) < limit("requests"):
+        return None
+    in_slow, in_fast = (float(cached[each].sum() / prompt[each].sum()) for each in (slow, fast))
+    lost = max(in_slow - in_fast, 0.0)
+    again = _computed_again(facts, np.where(fast, prompt * lost, 0.0), np.nan_to_num(prompt - cached))
     return seen(
         of_steps(facts, again),
         "again_share",
-        also=in_room > 0.05 and lost / max(in_room, 1e-9) >= limit("cache_loss"),
+        also=in_slow > 0.05 and lost / max(in_slow, 1e-9) >= limit("cache_loss"),
         evidence=(
-            Evidence("of the prompts found in the cache while it had room", in_room, "share"),
-            Evidence("of the prompts found in the cache while it was full", in_full, "share"),
-            Evidence("requests that came while it was full", float(full.sum()), "requests"),
+            Evidence("tokens that the KV cache holds", capacity, "tokens"),
+            Evidence("of the prompts found in the cache while it kept things for long", in_slow, "share"),
+            Evidence("what nobody used was kept then for, median", float(np.median(kept[slow])), "ns"),
+            Evidence("of the prompts found in the cache while it kept things for a short time", in_fast, "share"),
+            Evidence("what nobody used was kept then for, median", float(np.median(kept[fast])), "ns"),
+            Evidence("requests that came then", float(fast.sum()), "requests"),
         ),
         examples=facts.step_examples(again),
     )
+
+
+def _kept(facts: Facts, capacity: int) -> Values:
+    """Of each request how long the KV cache had kept what nobody had used, when it was scheduled, ns.
+
+    New tokens push out the least recently used: what is kept is what the last ones, as many as fit, were computed for.
+    Until it has been full once it loses nothing, which counts as all of the session's time. NaN where it is not known.
+    """
+    (scheduled,) = facts.request("scheduled_ns")
+    found = np.full(len(scheduled), np.nan)
+    for instance in np.unique(facts.step_instance):
+        steps = facts.step_instance == instance
+        mine = (facts.request_instance == instance) & ~np.isnan(scheduled)
+        ends = np.concatenate([facts.step("begin_ns")[steps][:1], facts.step("end_ns")[steps]])
+        computed = np.concatenate([[0.0], np.cumsum(np.nan_to_num(facts.tokens[steps]))])
+        now = np.interp(scheduled[mine], ends, computed)
+        since = np.where(
+            now < capacity, scheduled[mine] - (ends[-1] - ends[0]), np.interp(now - capacity, computed, ends)
+        )
+        found[mine] = scheduled[mine] - since
+    return np.maximum(found, 0.0)
 
 
 def prefix_cache_off(facts: Facts) -> Answer:

@@ -278,6 +278,12 @@ def test_counts_of_vllms_own_metrics(recorded: Recorded) -> None:
     assert recorded.after[f"{tokens}_count"] - recorded.before.get(f"{tokens}_count", 0) == gaps
 
 
+def test_the_size_of_the_kv_cache_is_what_vllm_logs(recorded: Recorded) -> None:
+    (told,) = re.findall(r"KV cache size: ([\d,]+) tokens", recorded.recording.server.log.read_text("utf-8"))
+    (core,) = (each for each in recorded.recording.session.read_manifest().processes if each.role == "engine_core")
+    assert core.info["kv_cache_tokens"] == int(told.replace(",", "")) > 0
+
+
 def test_traceparent_is_continued(recorded: Recorded) -> None:
     row = by_external_id(recorded).loc[recorded.results[-1].id]
     assert (row["trace_id"], row["parent_span_id"], row["trace_flags"]) == (TRACE_ID, PARENT_ID, 1)

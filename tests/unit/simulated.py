@@ -56,7 +56,7 @@ class Engine:
 
     requests: int = 40
     width: int | None = 4  # at once, in a closed loop; None: they arrive at a rate
-    rate: float = 5.0  # requests a second
+    rate: float | Callable[[int], float] = 5.0  # requests a second, or that by the request's number
     prompt: int | Callable[[random.Random], int] = 60
     output: int | Callable[[random.Random], int] = 30
     cap: int = 64
@@ -121,7 +121,8 @@ class _Run:
         engine, coming = self.engine, []
         at = self.now
         for number in range(engine.requests):
-            at += 0 if engine.width else round(self.chance.expovariate(engine.rate) * 1e9)
+            rate = engine.rate(number) if callable(engine.rate) else engine.rate
+            at += 0 if engine.width else round(self.chance.expovariate(rate) * 1e9)
             coming.append(Life(number + 1, at, self._size(engine.prompt), self._size(engine.output)))
         while coming or self.waiting or self.running:
             self._take_in(coming)

@@ -20,8 +20,8 @@ from unit.simulated import MS, Engine, simulate
 from stagetrace.analysis.diagnosis.causes import CAUSES, Phase
 from stagetrace.analysis.diagnosis.diagnose import CHECKS, Diagnosis, diagnose, of_facts
 from stagetrace.analysis.diagnosis.facts import STAGES, Covered, Facts, columns, line
-from stagetrace.analysis.diagnosis.finding import Seen
-from stagetrace.analysis.diagnosis.prefill import _of_prefill, _prompts_of_half
+from stagetrace.analysis.diagnosis.finding import Missing, Seen
+from stagetrace.analysis.diagnosis.prefill import _kept, _of_prefill, _prompts_of_half
 from stagetrace.analysis.diagnosis.shares import share_of
 from stagetrace.analysis.diagnosis.show import next_experiments, parts, to_json
 from stagetrace.analysis.diagnosis.thresholds import THRESHOLDS, limit
@@ -193,16 +193,43 @@ def test_drafting_that_mostly_finds_nothing_has_taken_its_time(took: float, ther
 # Those that need more than the simulated engine tells
 
 
+def two_rates(tmp_path: Path, capacity: int) -> Facts:
+    """A few requests at a time and then many, of 1000 tokens and 10 more."""
+    arrivals = Engine(requests=60, width=None, rate=lambda number: 2.0 if number < 30 else 15.0, prompt=1000, output=10)
+    return facts_of(tmp_path / "s", replace(arrivals, info={"kv_cache_tokens": capacity}))
+
+
 def test_prefix_cache_thrashed(tmp_path: Path) -> None:
-    facts = facts_of(tmp_path / "s", Engine(requests=60, width=None, rate=20, prompt=200, output=10))
-    half = len(facts.steps) // 2
-    usage = np.where(np.arange(len(facts.steps)) < half, 300_000, 980_000)
-    steps = facts.steps.assign(kv_usage=usage)
-    late = facts.requests["scheduled_ns"] > int(steps["begin_ns"].iloc[half])
-    lost, kept = (facts.requests.assign(cached_tokens=np.where(late, there, 150)) for there in (10, 140))
-    answers = [CHECKS["prefix_cache_thrashed"](replace(facts, steps=steps, requests=each)) for each in (lost, kept)]
+    facts = two_rates(tmp_path, 12_000)
+    busy = np.arange(60) >= 30
+    lost, kept = (facts.requests.assign(cached_tokens=np.where(busy, there, 750)) for there in (50, 700))
+    answers = [CHECKS["prefix_cache_thrashed"](replace(facts, requests=each)) for each in (lost, kept)]
     assert [isinstance(each, Seen) and each.stands_out for each in answers] == [True, False]
-    assert of_facts(facts).quiet.get("prefix_cache_thrashed") is None, "it was never full"
+    assert isinstance(answers[0], Seen)
+    told = [each.value for each in answers[0].evidence]
+    assert told[1] > 0.6 and told[3] < 0.15 and told[2] > 3 * told[4], "it kept things for longer at quiet times"
+
+
+def test_a_cache_that_was_never_full_is_not_thrashed(tmp_path: Path) -> None:
+    facts = two_rates(tmp_path, 1_000_000)
+    lost = facts.requests.assign(cached_tokens=np.where(np.arange(60) >= 30, 0, 750))
+    assert CHECKS["prefix_cache_thrashed"](replace(facts, requests=lost)) is None
+    unknown = facts_of(tmp_path / "unknown", Engine())
+    assert isinstance(CHECKS["prefix_cache_thrashed"](unknown), Missing)
+
+
+@pytest.mark.parametrize("capacity", [10_000, 25_000])
+def test_what_the_cache_keeps_is_what_fits(capacity: int, tmp_path: Path) -> None:
+    facts = two_rates(tmp_path, capacity)
+    found, (scheduled,) = _kept(facts, capacity), facts.request("scheduled_ns")
+    ends, computed = facts.step("end_ns"), np.cumsum(facts.tokens)
+    span = ends[-1] - facts.step("begin_ns")[0]
+    for kept, at in zip(found, scheduled, strict=True):
+        since = (ends > at - kept) & (ends <= at)
+        if kept < span:
+            assert computed[since][-1] - computed[since][0] == pytest.approx(capacity, abs=2 * facts.tokens.max())
+        else:
+            assert computed[ends <= at][-1:].sum() < capacity
 
 
 def test_prefix_cache_off(tmp_path: Path) -> None:

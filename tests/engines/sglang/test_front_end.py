@@ -147,6 +147,15 @@ def test_latencies_are_those_of_sglangs_answers(recorded: Recorded) -> None:
         assert close(row["queue_ns"], meta["queue_time"])
 
 
+def test_the_size_of_the_kv_cache_is_sglangs(recorded: Recorded) -> None:
+    sizes = [
+        each.info["kv_cache_tokens"]
+        for each in recorded.recording.session.read_manifest().processes
+        if each.info.get("kv_cache_tokens")
+    ]
+    assert sizes == [recorded.after["sglang:max_total_num_tokens"]]
+
+
 def test_sums_are_those_of_sglangs_metrics(recorded: Recorded) -> None:
     change = {name: value - recorded.before.get(name, 0.0) for name, value in recorded.after.items()}
     names = [result.id for result in recorded.results[:-1]] + [*recorded.answers]
