@@ -16,7 +16,8 @@ PLANS: dict[str, Callable[[random.Random], Planned]] = {
         *(vllm.front_end, vllm.tokenizer, vllm.slow_client),
         *(vllm.late_rank, vllm.biased_router, vllm.slow_grammar),
         *(vllm.scheduler_delay, vllm.compile_in_window, vllm.slow_sampling, vllm.slow_prepare),
-        *(sglang.sglang_clean, sglang.sglang_batch_cap, sglang.sglang_long_prompts),
+        *(sglang.sglang_clean, sglang.sglang_clean_ranks, sglang.sglang_late_rank),
+        *(sglang.sglang_batch_cap, sglang.sglang_long_prompts),
         *(sglang.sglang_kv_cache, sglang.sglang_token_budget, sglang.sglang_slow_client),
         *map(
             sglang.on_sglang,

@@ -12,10 +12,21 @@ from . import vllm
 from .plan import Planned, asks_of, long_among_short, ordinary
 from .vllm import CLEAN_LOADS
 
+RANKS = ("--tp-size", "2")
+TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+
 
 def sglang_clean(chance: random.Random) -> Planned:
     (asks, width), *more = (ordinary(chance) for _ in range(CLEAN_LOADS))
     return Planned("clean", (), asks, width, engine=SGLANG, more=tuple(more))
+
+
+def sglang_clean_ranks(chance: random.Random) -> Planned:
+    return replace(vllm.clean_ranks(chance), arguments=RANKS, variables=TWO_RANKS, engine=SGLANG)
+
+
+def sglang_late_rank(chance: random.Random) -> Planned:
+    return replace(vllm.late_rank(chance), arguments=RANKS, variables=TWO_RANKS, engine=SGLANG)
 
 
 def sglang_batch_cap(chance: random.Random) -> Planned:

@@ -6,6 +6,8 @@ from typing import Any
 
 from pauses import patch
 
+_calls = {"count": 0}
+
 
 def schedule(module: Any, asked: Any) -> None:
     """The scheduler takes so long for every batch that has a request in it."""
@@ -14,6 +16,20 @@ def schedule(module: Any, asked: Any) -> None:
         return asked["ms"] / 1e3 if running_batch.reqs or self.waiting_queue else 0.0
 
     patch(module, "Scheduler.get_next_batch_to_run", seconds)
+
+
+def rank(module: Any, asked: Any) -> None:
+    """One rank is slow in what it computes before its collectives: in every so many attentions and experts."""
+
+    def seconds(*_: Any, **__: Any) -> float:
+        import torch
+
+        _calls["count"] += 1
+        late = torch.distributed.get_rank() == asked["rank"]
+        return asked["ms"] / 1e3 if late and _calls["count"] % asked["every"] == 0 else 0.0
+
+    for place in ("Qwen3MoeAttention.forward", "Qwen3MoeSparseMoeBlock.forward"):
+        patch(module, place, seconds)
 
 
 def grammar(module: Any, asked: Any) -> None:
@@ -30,6 +46,7 @@ def sample(module: Any, asked: Any) -> None:
 
 KINDS = {
     "schedule": {"sglang.srt.managers.scheduler": schedule},
+    "rank": {"sglang.srt.models.qwen3_moe": rank},
     "grammar": {"sglang.srt.constrained.xgrammar_backend": grammar},
     "sample": {"sglang.srt.layers.sampler": sample},
 }
