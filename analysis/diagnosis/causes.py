@@ -96,7 +96,7 @@ CAUSES: tuple[Cause, ...] = (
         "prompts are cut into chunks, or wait, because a step has as many tokens as it may; each more step costs what"
         " a step costs whatever is in it",
         "that prompts are long: a large budget has to be used up as well, but then a step's fixed cost is small beside",
-        (Phase.TTFT,),
+        (Phase.TTFT, Phase.TPOT),
         {
             "vllm": (Try("--max-num-batched-tokens N", "fewer, larger chunks; decode waits longer for each of them"),),
             "sglang": (
@@ -187,8 +187,12 @@ CAUSES: tuple[Cause, ...] = (
                 Try("--kv-transfer-config JSON", "prefill on another engine (disaggregated prefill)"),
             ),
             "sglang": (
-                Try("--chunked-prefill-size N", "smaller chunks: no token waits for more than so much prefill"),
                 Try("--enable-mixed-chunk", "decode goes on in the steps that have prefill"),
+                Try(
+                    "--chunked-prefill-size N",
+                    "with that, smaller chunks: no token waits for more than so much prefill (without it, the chunks"
+                    " of a prompt follow one another)",
+                ),
                 Try("--disaggregation-mode prefill", "prefill on another engine"),
             ),
         },

@@ -102,6 +102,15 @@ class Covered:
 
 
 @dataclass(frozen=True)
+class Waits:
+    """From one token to the next, by rows: the step that gave the next one, the time, and of how many tokens it is."""
+
+    place: npt.NDArray[np.int32]
+    time: Values
+    tokens: Values
+
+
+@dataclass(frozen=True)
 class Facts:
     """A session as the causes see it. Pure functions of it; nothing here reads a file."""
 
@@ -239,6 +248,24 @@ class Facts:
     def interval_time(self) -> Values:
         """Time between tokens that ended with each step, over the requests that got one."""
         return self.per_step(self.intervals, self.intervals["tokens"] * self.intervals["interval_ns"])
+
+    @cached_property
+    def waits(self) -> Waits:
+        """Of requests in decode."""
+        place = self.place(self.intervals)
+        known = place >= 0
+        time, tokens = (self.intervals[name].to_numpy(dtype=np.float64)[known] for name in ("interval_ns", "tokens"))
+        return Waits(place[known], time, tokens)
+
+    def waited(self, times: Values) -> Values:
+        """How much of each of the waits went by in some part of the steps: `times`, never more than each step's own."""
+        waits, ends = self.waits, self.step("end_ns")
+        if not times.any():
+            return np.zeros(len(waits.time))
+        covered = Covered(self.step_instance, ends - self.own, self.own, times)
+        until = ends[waits.place]
+        within = covered.within(self.step_instance[waits.place], until - waits.time, until)
+        return np.minimum(within, waits.time)
 
     @cached_property
     def starting(self) -> Values:

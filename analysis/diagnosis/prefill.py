@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .causes import Phase
-from .facts import Covered, Facts, Values
+from .facts import Facts, Values
 from .finding import Evidence, Missing, Part, few_steps, of_requests, seen
+from .queueing import for_chunks
 from .thresholds import limit
 
 if TYPE_CHECKING:
@@ -27,23 +28,16 @@ def prefill_delays_decode(facts: Facts) -> Answer:
         return few
     if facts.decode_only.sum() < limit("steps"):
         return Missing("too few steps of decode alone to compare with")
-    rows = facts.intervals
     others = ~facts.decode_only
     excess = np.where(
         others, np.clip(facts.own - np.where(facts.step("decode_requests") > 0, facts.usual_decode, 0.0), 0, None), 0.0
     )
-    ends = facts.step("end_ns")
-    covered = Covered(facts.step_instance, ends - facts.own, facts.own, excess)
-    place = facts.place(rows)
-    known = place >= 0
-    rows, place = rows[known], place[known]
-    interval = rows["interval_ns"].to_numpy(dtype=np.float64)
-    tokens = rows["tokens"].to_numpy(dtype=np.float64)
-    until = ends[place]
-    prefill = np.minimum(covered.within(facts.step_instance[place], until - interval, until), interval)
+    place, interval, tokens = facts.waits.place, facts.waits.time, facts.waits.tokens
+    prefill = facts.waited(excess)
     usual = np.maximum(facts.usual_decode[place], 1.0)
     held_up = prefill >= limit("stall") * usual
-    lost = np.where(held_up, prefill, 0.0) * tokens
+    # What prompts cost more because they are cut into so many steps is the budget's.
+    lost = np.where(held_up, prefill - facts.waited(for_chunks(facts)), 0.0) * tokens
     per_step: Values = np.zeros(len(facts.steps))
     np.add.at(per_step, place, lost)
     stalled = interval[held_up]

@@ -38,7 +38,7 @@ THRESHOLDS: tuple[Threshold, ...] = (
         "larger_batch_gain", 0.15, "of tokens per second", "what twice the batch must give for the cap to matter"
     ),
     Threshold("fixed_share", 0.25, "of a step", "where a full step's fixed cost is less, a larger budget gains little"),
-    Threshold("budget_share", 0.15, "of TTFT", "as a share that a user would notice"),
+    Threshold("budget_share", 0.15, "of TTFT or TPOT", "as a share that a user would notice"),
     Threshold("kv_share", 0.1, "of TTFT or TPOT", "preemptions are to be rare: what is computed again is lost"),
     Threshold("cache_loss", 0.3, "of the cached share", "how much less must be found in a full cache; less is chance"),
     Threshold("again_share", 0.1, "of TTFT", "as a share that a user would notice"),

@@ -267,6 +267,28 @@ def test_sglang_is_told_by_its_own_settings(tmp_path: Path) -> None:
     assert "--chunked-prefill-size N" in flags and "--max-num-batched-tokens N" not in flags
 
 
+def test_decode_that_waits_for_many_chunks_waits_for_a_larger_budget(tmp_path: Path) -> None:
+    """Where prefill goes first, decode waits for every chunk of others: what a larger budget saves is no prefill's."""
+    sglang = {"engine": "sglang", "max_num_batched_tokens": None, "block_size": 1}
+
+    def serving(chunk: int, prefill_first: bool = True) -> Diagnosis:
+        info = {**sglang, "chunked_prefill_size": chunk}
+        engine = Engine(width=8, prompt=400, per_token=0.2, budget=chunk, prefill_first=prefill_first, info=info)
+        return of(tmp_path / f"{chunk}-{prefill_first}", engine)
+
+    small, large = serving(32), serving(512)
+    assert said(small) == ["token_budget", "prefill_delays_decode"]
+    assert said(large) == ["prefill_delays_decode"]
+    budget, prefill = (each.seen for each in small.findings)
+    # With one chunk for each prompt what is left is its tokens' own time and one step's fixed cost.
+    assert small.request_time_ns - large.request_time_ns == pytest.approx(budget.recoverable_ns, rel=0.1)
+    assert large.findings[0].seen.measured_ns == pytest.approx(prefill.measured_ns, rel=0.1)
+    # Where steps have both, decode takes its token from every chunk, and waits for no step more.
+    mixed = serving(32, prefill_first=False)
+    assert said(mixed) == ["token_budget"]
+    assert [each.value for each in mixed.findings[0].seen.evidence if "in decode" in each.what] == [0.0]
+
+
 def test_work_that_the_step_before_hides_holds_up_nobody(tmp_path: Path) -> None:
     """As with async scheduling: the scheduler works while the step before runs, and still waits for it afterwards."""
     facts = facts_of(tmp_path / "s", Engine(stages={"schedule": 3.0}))
