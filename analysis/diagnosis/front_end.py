@@ -41,7 +41,7 @@ def late(facts: Facts) -> Late:
     dispatched, queued = facts.request("dispatched_ns", "queued_ns")
     way = np.nan_to_num(queued - dispatched)
     if len(facts.steps):
-        begins, lengths = facts.step("end_ns") - facts.period, facts.period
+        begins, lengths = facts.done - facts.period, facts.period
         covered = Covered(facts.step_instance, begins, lengths, lengths)
         # The engine takes requests in between steps: while one runs, it is the engine that is waited for.
         way = way - np.nan_to_num(covered.within(facts.request_instance, dispatched, queued))

@@ -71,7 +71,7 @@ def _prompts_of_half(facts: Facts, took: Values, place: npt.NDArray[np.int32], i
     theirs: Values = np.zeros(len(prompt))
     for instance in np.unique(facts.step_instance):
         steps, mine = facts.step_instance == instance, known & (facts.request_instance == instance)
-        ends = facts.step("end_ns")[steps]
+        ends = facts.done[steps]
         here = steps[place]
         waited = _meanwhile(ends, (until - interval)[here], until[here], tokens[here])
         in_prefill = _meanwhile(ends, scheduled[mine], first[mine], prompt[mine])

@@ -208,8 +208,7 @@ def arrival_above_capacity(facts: Facts) -> Answer:
         and at_the_end >= limit("backlog_left") * late
     )
     since, until = float(arrivals[known][quarter]), float(arrivals[known][-1])
-    end = facts.step("end_ns")
-    within = np.clip(np.minimum(end, until) - np.maximum(end - facts.period, since), 0, None)
+    within = np.clip(np.minimum(facts.done, until) - np.maximum(facts.done - facts.period, since), 0, None)
     busy = float(within.sum()) / max((until - since) * max(len(np.unique(facts.step_instance)), 1), 1.0)
     waiting = facts.step("waiting") > 0
     capped = bool(waiting.any() and full_batch(facts)[waiting].mean() > 0.5)
@@ -261,7 +260,8 @@ def token_budget(facts: Facts) -> Answer:
     lost = chunked + queued
     # Where steps have prefill or decode, requests in decode wait for every chunk of others.
     waited = facts.waited(np.where(_prefill_alone(facts), facts.own, 0.0)) * facts.waits.tokens
-    held_up = np.bincount(facts.waits.place, weights=waited, minlength=len(facts.steps))
+    held_up = np.zeros(len(facts.steps))
+    np.add.at(held_up, facts.waits.place, waited)
     part = fixed_part(facts)
     return seen(
         (of_requests(facts, Phase.TTFT, lost), Part(Phase.TPOT, held_up, facts.interval_time)),
