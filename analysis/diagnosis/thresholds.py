@@ -73,7 +73,10 @@ THRESHOLDS: tuple[Threshold, ...] = (
     Threshold("collective_share", 0.3, "of forward", "tensor parallelism within a node costs 10 to 25 %"),
     Threshold("dispatch_share", 0.3, "of forward", "expert parallelism with overlap costs 10 to 25 %"),
     Threshold(
-        "imbalance", 1.9, "most over mean", "trained routers are at 1.1 to 1.5 over many tokens, random ones at 1.7"
+        "imbalance",
+        1.9,
+        "most over mean",
+        "trained routers are at 1.1 to 1.5 over many tokens, random ones at 1.6 to 1.9",
     ),
     Threshold(
         "tokens_per_expert", 200, "tokens in a layer", "with fewer, a handful of repeated prompts is uneven by itself"

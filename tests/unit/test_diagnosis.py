@@ -7,7 +7,7 @@ import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -30,6 +30,9 @@ from stagetrace.analysis.show import Grid
 from stagetrace.cli.main import app
 from stagetrace.instrument.ids import step_trace_id
 from stagetrace.instrument.stages import BY_NAME, Level
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def said(found: Diagnosis) -> list[str]:
@@ -229,6 +232,28 @@ def test_roofs(cause: str, share: float, there: bool, tmp_path: Path) -> None:
 def test_without_ceilings_roofs_are_said_to_be_missing(tmp_path: Path) -> None:
     found = of(tmp_path / "s", Engine())
     assert {"prefill_inefficient", "decode_at_roof", "decode_far_below_roof"} <= {*found.missing}
+
+
+def test_a_text_that_goes_to_one_expert_is_no_uneven_router(tmp_path: Path) -> None:
+    """The same sum over all steps, spread over them or of a few in a row: there the next session may be even."""
+    facts = facts_of(tmp_path / "s", Engine(requests=60, level="layer", experts=(1,) * 8))
+
+    def uneven(of_step: Callable[[int], float]) -> Diagnosis:
+        """With a part of each step's tokens sent to expert 3, and the rest evenly."""
+        rows = [
+            [tokens * (1 - of_step(step)) / 8 + (tokens * of_step(step) if expert == 3 else 0) for expert in range(8)]
+            for step, tokens in zip(facts.place(facts.experts), 8000 * facts.experts["tokens"], strict=True)
+        ]
+        counts = [[round(each) for each in row] for row in rows]
+        return of_facts(replace(facts, experts=facts.experts.assign(counts=counts)))
+
+    number = len(facts.steps)
+    always = uneven(lambda _: 0.18)
+    assert said(always) == ["expert_imbalance"]
+    text = uneven(lambda step: 1.0 if 0.4 < step / number < 0.58 else 0.0)
+    assert said(text) == []
+    value, low = (each.value for each in text.quiet["expert_imbalance"].evidence[:2])
+    assert low < limit("imbalance") < value
 
 
 def test_dispatch_and_combine(tmp_path: Path) -> None:
