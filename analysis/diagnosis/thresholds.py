@@ -63,7 +63,9 @@ THRESHOLDS: tuple[Threshold, ...] = (
         "late_as_well", 0.25, "of tokenizing", "a quick front end hands on in 1 to 3 ms; a busy one is late with all"
     ),
     Threshold("late_share", 0.15, "of TTFT or end-to-end latency", "usual is under 5 %: handing a token on is short"),
-    Threshold("detokenize_busy", 0.5, "of the front end's lateness", "more than half of what it does"),
+    Threshold(
+        "detokenize_busy", 0.5, "of a thread's time, or of a token's lateness", "more than half: not the rest of it"
+    ),
     Threshold("client_share", 0.1, "of end-to-end latency", "usual is under 1 %: bytes go into the socket's buffer"),
     Threshold(
         "unsent", 65_536, "bytes", "a stream's last chunks, and what is under way on a long line, are less than 64 KiB"

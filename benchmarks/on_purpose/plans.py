@@ -19,6 +19,7 @@ PLANS: dict[str, Callable[[random.Random], Planned]] = {
         *(sglang.sglang_clean, sglang.sglang_clean_ranks, sglang.sglang_late_rank),
         *(sglang.sglang_batch_cap, sglang.sglang_long_prompts),
         *(sglang.sglang_kv_cache, sglang.sglang_token_budget, sglang.sglang_slow_client),
+        *(sglang.sglang_slow_prepare, sglang.sglang_front_end, sglang.sglang_detokenizer),
         *map(
             sglang.on_sglang,
             (vllm.tokenizer, vllm.biased_router, vllm.slow_grammar, vllm.scheduler_delay, vllm.slow_sampling),

@@ -60,6 +60,24 @@ def sglang_slow_client(chance: random.Random) -> Planned:
     return replace(vllm.slow_client(chance), arguments=(), engine=SGLANG)
 
 
+def sglang_slow_prepare(chance: random.Random) -> Planned:
+    asks, width = ordinary(chance)
+    injected = {"prepare": {"ms": round(chance.uniform(25, 45), 1)}}  # its steps take 10 to 30 ms
+    return Planned("slow_prepare", ("host_prepare",), asks, width, injected=injected, engine=SGLANG)
+
+
+def sglang_front_end(chance: random.Random) -> Planned:
+    asks = asks_of(chance, 40, (10, 40), (30, 60))
+    injected = {"middleware": {"ms": round(chance.uniform(8, 14), 1)}}
+    return Planned("front_end", ("front_end",), asks, chance.randint(8, 12), injected=injected, engine=SGLANG)
+
+
+def sglang_detokenizer(chance: random.Random) -> Planned:
+    asks = asks_of(chance, 40, (10, 40), (30, 60))
+    injected = {"detokenizer": {"ms": round(chance.uniform(6, 12), 1)}}
+    return Planned("detokenizer", ("detokenize",), asks, chance.randint(6, 10), injected=injected, engine=SGLANG)
+
+
 def on_sglang(plan: Callable[[random.Random], Planned]) -> Callable[[random.Random], Planned]:
     """The same pause in SGLang's own function (injected)."""
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
-from unit.sessions import INSTANCE, SessionBuilder
+from unit.sessions import INSTANCE, PROCESS, SessionBuilder
 from unit.simulated import MS, Engine, simulate
 
 from stagetrace.analysis.diagnosis.causes import CAUSES, Phase
@@ -159,6 +160,16 @@ def test_a_client_behind_a_large_buffer_is_slow(tmp_path: Path) -> None:
     during = (requests["last_sent_ns"] - requests["first_sent_ns"]).to_numpy(float)
     assert takes == pytest.approx(float(np.median(3 * during)))
     assert said(of(tmp_path / "little", Engine(unsent=0.3))) == []  # less than what may be under way
+
+
+def test_a_detokenizer_of_its_own_is_told_from_the_front_end(tmp_path: Path) -> None:
+    """As SGLang's: a process beside the front end, which hands on what that one gave."""
+    for late, each, cause in ((40.0, 1.0, "front_end"), (40.0, 30.0, "detokenize"), (150.0, 4.5, "detokenize")):
+        facts = facts_of(tmp_path / f"{late}-{each}", Engine(late=late, detokenize=each))
+        own = facts.segments["stage"] == BY_NAME["detokenize"].id
+        handed_on = facts.segments[own].assign(process=PROCESS + 9, self_ns=0.05 * MS)
+        with_front_end = replace(facts, segments=pd.concat([facts.segments, handed_on]))
+        assert said(of_facts(with_front_end)) == [cause]
 
 
 @pytest.mark.parametrize("cause", CASES)
