@@ -50,10 +50,11 @@ def sglang_kv_cache(chance: random.Random) -> Planned:
 
 
 def sglang_token_budget(chance: random.Random) -> Planned:
-    budget = str(chance.choice((32, 48, 64)))
+    budget = chance.choice((32, 48, 64))
     asks = asks_of(chance, 30, (80, 240), (8, 24))
-    arguments = ("--chunked-prefill-size", budget, "--max-prefill-tokens", budget, "--disable-radix-cache")
-    return Planned("token_budget", ("token_budget",), asks, chance.randint(4, 8), arguments, engine=SGLANG)
+    arguments, advised = (("--chunked-prefill-size", str(tokens), "--disable-radix-cache") for tokens in (budget, 2048))
+    width = chance.randint(4, 8)
+    return Planned("token_budget", ("token_budget",), asks, width, arguments, engine=SGLANG, advised=advised)
 
 
 def sglang_slow_client(chance: random.Random) -> Planned:
