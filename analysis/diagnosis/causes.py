@@ -135,7 +135,7 @@ CAUSES: tuple[Cause, ...] = (
         "the prefix cache loses what would be used again",
         "prompts find less of their beginning in the cache while the KV cache is full than while it is not",
         "that prompts share beginnings where they find nothing at any time: that is not recorded, as no token is",
-        (Phase.TTFT,),
+        (Phase.TTFT, Phase.TPOT),
         {
             "vllm": (
                 Try("--gpu-memory-utilization 0.95", "more blocks to keep prefixes in"),
@@ -151,9 +151,9 @@ CAUSES: tuple[Cause, ...] = (
     Cause(
         "prefix_cache_off",
         "prompts are computed several times and the prefix cache is off",
-        "several answers to one prompt (n > 1), or requests that were preempted, computed the same prompt again",
+        "several answers to one prompt (n > 1) each computed it; those that decode meanwhile wait for that as well",
         "that other requests share beginnings: that is not recorded, as no token is",
-        (Phase.TTFT,),
+        (Phase.TTFT, Phase.TPOT),
         {
             "vllm": (Try("--enable-prefix-caching", "compute what requests share once"),),
             "sglang": (Try("--disable-radix-cache", "leave this flag out: it turns the cache off"),),

@@ -104,7 +104,9 @@ def compile_in_window(facts: Facts) -> Answer:
 def speculation_does_not_pay(facts: Facts) -> Answer:
     """Drafting costs more than accepted tokens save."""
     drafts, accepted = facts.step("draft_tokens"), facts.step("accepted_tokens")
-    speculative = facts.decode_only & (drafts > 0)
+    drafting = facts.stage("draft")
+    # A proposer that finds nothing to propose has taken its time as well.
+    speculative = facts.decode_only & ((drafts > 0) | (drafting > 0))
     if speculative.sum() < limit("steps"):
         return None
     size, received = (facts.step(name)[speculative] for name in ("decode_requests", "output_tokens"))
@@ -112,11 +114,10 @@ def speculation_does_not_pay(facts: Facts) -> Answer:
     gain = float(tokens.sum() / max(size.sum(), 1.0))  # tokens for each that a step without drafts gives
     plain = facts.decode_only & (drafts == 0)
     own = facts.own
-    drafting = facts.stage("draft")
     if plain.sum() >= limit("steps"):
-        fixed, each = line(facts.step("decode_requests")[plain], own[plain])
+        fixed, each = line(facts.step("decode_requests")[plain], (own - drafting)[plain])
         without = np.minimum(fixed + each * facts.step("decode_requests"), own)
-        compared = "steps of decode without drafts in the same session"
+        compared = "steps of decode in the same session that verified nothing, without their drafting"
     else:
         without = own - drafting
         compared = "the same steps without drafting, as if verifying were free"
@@ -129,7 +130,8 @@ def speculation_does_not_pay(facts: Facts) -> Answer:
         "draft_share",
         also=worth > 0,
         evidence=(
-            Evidence("draft tokens that were accepted", float(accepted.sum() / drafts.sum()), "share"),
+            Evidence("draft tokens that were accepted", float(accepted.sum() / max(drafts.sum(), 1.0)), "share"),
+            Evidence("steps of decode that had any to verify", float((drafts > 0)[speculative].mean()), "share"),
             Evidence("tokens for a request in a step", gain, "tokens"),
             Evidence(
                 "drafting, of a step's time",

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from .causes import Phase
 from .facts import Facts, Values
-from .finding import Evidence, Missing, Part, few_steps, of_requests, seen
+from .finding import Evidence, Missing, Part, few_steps, of_steps, seen
 from .queueing import for_chunks
 from .thresholds import limit
 
@@ -28,10 +28,7 @@ def prefill_delays_decode(facts: Facts) -> Answer:
         return few
     if facts.decode_only.sum() < limit("steps"):
         return Missing("too few steps of decode alone to compare with")
-    others = ~facts.decode_only
-    excess = np.where(
-        others, np.clip(facts.own - np.where(facts.step("decode_requests") > 0, facts.usual_decode, 0.0), 0, None), 0.0
-    )
+    excess = _of_prefill(facts)
     place, interval, tokens = facts.waits.place, facts.waits.time, facts.waits.tokens
     prefill = facts.waited(excess)
     usual = np.maximum(facts.usual_decode[place], 1.0)
@@ -59,6 +56,12 @@ def prefill_delays_decode(facts: Facts) -> Answer:
     )
 
 
+def _of_prefill(facts: Facts) -> Values:
+    """What of each step's time is its prefill's: what it took longer than one of decode alone with as many requests."""
+    decode = np.where(facts.step("decode_requests") > 0, facts.usual_decode, 0.0)
+    return np.where(~facts.decode_only, np.clip(facts.own - decode, 0, None), 0.0)
+
+
 def _prompts_of_half(facts: Facts, took: Values, place: npt.NDArray[np.int32], interval: Values, tokens: Values) -> int:
     """How few prompts make up half of what tokens waited for prefill: one, or many. 0 without any.
 
@@ -80,6 +83,22 @@ def _prompts_of_half(facts: Facts, took: Values, place: npt.NDArray[np.int32], i
         theirs[mine] = prompt[mine] * (per_token[end] - per_token[begin])
     most = np.cumsum(np.sort(theirs)[::-1])
     return int(np.searchsorted(most, most[-1] / 2)) + 1 if len(most) and most[-1] > 0 else 0
+
+
+def _computed_again(facts: Facts, again: Values, computed: Values) -> Values:
+    """The prefill's time of each step that went into tokens `again`, of those that its requests have `computed`.
+
+    A step's time is divided by tokens among the requests that were in prefill then.
+    """
+    lost, took = np.zeros(len(facts.steps)), _of_prefill(facts)
+    scheduled, first = facts.request("scheduled_ns", "first_token_ns")
+    known = ~np.isnan(scheduled + first)
+    for instance in np.unique(facts.step_instance):
+        steps, mine = facts.step_instance == instance, known & (facts.request_instance == instance)
+        ends, since, until = facts.done[steps], scheduled[mine], first[mine]
+        part, whole = (_meanwhile(ends, since, until, tokens[mine]) for tokens in (again, computed))
+        lost[steps] = took[steps] * np.clip(part / np.maximum(whole, 1.0), 0, 1)
+    return lost
 
 
 def _places(ends: Values, since: Values, until: Values) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -105,7 +124,7 @@ def prefix_cache_thrashed(facts: Facts) -> Answer:
     """Prompts find less in the cache while the KV cache is full."""
     if facts.info.get("prefix_caching") is False:
         return None
-    prompt, cached, scheduled, prefill = facts.request("prompt_tokens", "cached_tokens", "scheduled_ns", "prefill_ns")
+    prompt, cached, scheduled = facts.request("prompt_tokens", "cached_tokens", "scheduled_ns")
     known = ~(np.isnan(prompt) | np.isnan(cached) | np.isnan(scheduled)) & (prompt > 0)
     if few := few_steps(facts):
         return few
@@ -120,9 +139,9 @@ def prefix_cache_thrashed(facts: Facts) -> Answer:
     in_room = float(cached[room].sum() / prompt[room].sum())
     in_full = float(cached[full].sum() / prompt[full].sum())
     lost = max(in_room - in_full, 0.0)
-    computed = np.where(full, np.nan_to_num(prefill) * lost / max(1 - in_full, 1e-9), 0.0)
+    again = _computed_again(facts, np.where(full, prompt * lost, 0.0), np.nan_to_num(prompt - cached))
     return seen(
-        (of_requests(facts, Phase.TTFT, computed),),
+        of_steps(facts, again),
         "again_share",
         also=in_room > 0.05 and lost / max(in_room, 1e-9) >= limit("cache_loss"),
         evidence=(
@@ -130,7 +149,7 @@ def prefix_cache_thrashed(facts: Facts) -> Answer:
             Evidence("of the prompts found in the cache while it was full", in_full, "share"),
             Evidence("requests that came while it was full", float(full.sum()), "requests"),
         ),
-        examples=facts.request_examples(computed),
+        examples=facts.step_examples(again),
     )
 
 
@@ -138,18 +157,23 @@ def prefix_cache_off(facts: Facts) -> Answer:
     """The prefix cache is off, and the same prompt was computed again for certain."""
     if facts.info.get("prefix_caching") is not False:
         return None
-    (prefill,) = facts.request("prefill_ns")
+    if few := few_steps(facts):
+        return few
+    (prompt,) = facts.request("prompt_tokens")
+    prompt = np.nan_to_num(prompt)
     children = facts.requests["parent"].notna().to_numpy()
-    first = ~facts.requests.duplicated("parent").to_numpy()
-    again = np.where(children & ~first, np.nan_to_num(prefill), 0.0)
+    others = children & facts.requests.duplicated("parent").to_numpy()
+    again = _computed_again(facts, np.where(others, prompt, 0.0), prompt)
     return seen(
-        (of_requests(facts, Phase.TTFT, again),),
+        of_steps(facts, again),
         "again_share",
         evidence=(
-            Evidence("answers to a prompt that others answered as well", float((again > 0).sum()), "requests"),
-            Evidence("their time in prefill", float(again.sum()), "ns"),
+            Evidence("answers to a prompt that others answered as well", float(others.sum()), "requests"),
+            Evidence("tokens of prompts that were computed again", float(prompt[others].sum()), "tokens"),
+            Evidence("of the tokens of all prompts", float(prompt[others].sum() / max(prompt.sum(), 1.0)), "share"),
+            Evidence("steps' time for them", float(again.sum()), "ns"),
         ),
-        examples=facts.request_examples(again),
+        examples=facts.step_examples(again),
         note="Whether other requests share beginnings is not recorded, as no token is.",
     )
 

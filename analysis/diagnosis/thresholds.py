@@ -41,7 +41,7 @@ THRESHOLDS: tuple[Threshold, ...] = (
     Threshold("budget_share", 0.15, "of TTFT or TPOT", "as a share that a user would notice"),
     Threshold("kv_share", 0.1, "of TTFT or TPOT", "preemptions are to be rare: what is computed again is lost"),
     Threshold("cache_loss", 0.3, "of the cached share", "how much less must be found in a full cache; less is chance"),
-    Threshold("again_share", 0.1, "of TTFT", "as a share that a user would notice"),
+    Threshold("again_share", 0.1, "of TTFT or TPOT", "as a share that a user would notice"),
     Threshold("stall", 2.0, "steps of decode", "what a token must wait longer than usual to be held up by prefill"),
     Threshold("stall_share", 0.25, "of TPOT", "well served prompts of all lengths take a tenth to a sixth"),
     Threshold("stalling_prompts", 3, "prompts", "that make up half of it: of one or two it was bad luck, and no rule"),

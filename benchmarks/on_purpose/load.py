@@ -42,7 +42,7 @@ async def _stream(ask: Ask, text: str, port: int) -> None:
         "model": MODEL_NAME,
         "messages": [{"role": "user", "content": text}],
         "max_tokens": ask.tokens,
-        "temperature": 0,
+        "temperature": ask.temperature,
         "stream": True,
     }
     if ask.schema is None:
@@ -51,6 +51,8 @@ async def _stream(ask: Ask, text: str, port: int) -> None:
         names = {f"field_{ask.schema}_{number}": {"type": "string"} for number in range(4)}
         schema = {"type": "object", "properties": names, "required": [*names]}
         body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    if ask.answers > 1:
+        body["n"] = ask.answers
     if ask.logprobs:
         body |= {"logprobs": True, "top_logprobs": ask.logprobs}
     data = json.dumps(body).encode()

@@ -11,6 +11,8 @@ from typing import Any
 from quickstart.servers import VLLM, Engine
 
 INJECTED = Path(__file__).resolve().parent / "injected"
+WIDE_MODEL = INJECTED.with_name("wide_model.py")
+WIDE = "wide"  # the model that it makes
 EAGER = "--enforce-eager"
 
 
@@ -25,6 +27,8 @@ class Ask:
     schema: int | None = None  # structured output, of a schema of that number
     logprobs: int = 0
     reads_s: float = 0.0  # a slow client: it waits so long after every piece that it reads
+    answers: int = 1  # to the one prompt
+    temperature: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,11 @@ class Planned:
     injected: dict[str, dict[str, Any]] = field(default_factory=dict)  # by kind, how much: injected/sitecustomize.py
     variables: dict[str, str] = field(default_factory=dict)
     level: str = "step"
-    model: str = "moe"  # moe, dense
+    model: str = "moe"  # moe, dense, wide
     engine: Engine = VLLM
     advised: tuple[str, ...] | None = None  # the arguments once the first advice is taken
     more: tuple[tuple[tuple[Ask, ...], int | None], ...] = ()  # further loads on the same server, a session each
+    all_of: tuple[str, ...] = ()  # of a mixture: causes that are all to be among the findings
     times_capacity: float | None = None  # requests arrive so many times as fast as this machine's engine serves them
 
     @property

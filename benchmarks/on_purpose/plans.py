@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from . import sglang, vllm
+from . import mixtures, sglang, vllm
 from .plan import Planned
 
 PLANS: dict[str, Callable[[random.Random], Planned]] = {
@@ -16,13 +16,19 @@ PLANS: dict[str, Callable[[random.Random], Planned]] = {
         *(vllm.front_end, vllm.tokenizer, vllm.slow_client),
         *(vllm.late_rank, vllm.biased_router, vllm.slow_grammar),
         *(vllm.scheduler_delay, vllm.compile_in_window, vllm.slow_sampling, vllm.slow_prepare),
+        *(vllm.gc_pauses, vllm.detokenizer, vllm.drafts, vllm.many_answers, vllm.slow_links, vllm.slow_exchange),
+        *(vllm.at_roof, vllm.far_below_roof),
         *(sglang.sglang_clean, sglang.sglang_clean_ranks, sglang.sglang_late_rank),
         *(sglang.sglang_batch_cap, sglang.sglang_long_prompts),
         *(sglang.sglang_kv_cache, sglang.sglang_token_budget, sglang.sglang_slow_client),
         *(sglang.sglang_slow_prepare, sglang.sglang_front_end, sglang.sglang_detokenizer),
         *map(
             sglang.on_sglang,
-            (vllm.tokenizer, vllm.biased_router, vllm.slow_grammar, vllm.scheduler_delay, vllm.slow_sampling),
+            (
+                *(vllm.tokenizer, vllm.biased_router, vllm.slow_grammar),
+                *(vllm.scheduler_delay, vllm.slow_sampling, vllm.gc_pauses),
+            ),
         ),
+        *(mixtures.mixture, mixtures.sglang_mixture),
     )
 }

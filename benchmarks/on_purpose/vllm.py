@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
-from .plan import EAGER, Ask, Planned, asks_of, long_among_short, ordinary
+from .plan import EAGER, WIDE, Ask, Planned, asks_of, long_among_short, ordinary
 
+MENDS = Path(__file__).resolve().parents[2] / "tests" / "engines" / "mends"  # of vLLM's build for the CPU
 TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 CLEAN_LOADS = 4  # on one server, so that there are many of what is to have no finding
 
@@ -170,4 +173,67 @@ def overload(chance: random.Random) -> Planned:
     factor = round(chance.uniform(1.5, 2.5), 2)
     return Planned(
         "overload", ("arrival_above_capacity",), asks, None, (EAGER, "--max-num-seqs", "128"), times_capacity=factor
+    )
+
+
+def gc_pauses(chance: random.Random) -> Planned:
+    asks, width = ordinary(chance)
+    injected = {"gc": {"objects": 1000 * chance.randint(400, 1200), "every": chance.randint(5, 15)}}
+    return Planned("gc_pauses", ("gc_pauses",), asks, width, (EAGER,), injected)
+
+
+def detokenizer(chance: random.Random) -> Planned:
+    asks = asks_of(chance, 60, (10, 40), (30, 60))
+    injected = {"detokenizer": {"ms": round(chance.uniform(2.0, 5.0), 1)}}
+    return Planned("detokenizer", ("detokenize",), asks, chance.randint(8, 14), (EAGER,), injected)
+
+
+def drafts(chance: random.Random) -> Planned:
+    """Drafts for text that nobody can foresee, from a slow proposer."""
+    asks = asks_of(chance, 40, (15, 90), (25, 60), temperature=1.0)
+    tokens = chance.randint(2, 5)
+    method = {"method": "ngram", "num_speculative_tokens": tokens, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    injected = {"draft": {"ms": round(chance.uniform(3, 10), 1)}}
+    arguments = (EAGER, "--speculative-config", json.dumps(method))
+    return Planned("drafts", ("speculation_does_not_pay",), asks, chance.randint(2, 5), arguments, injected)
+
+
+def many_answers(chance: random.Random) -> Planned:
+    """Several answers to each prompt, without the prefix cache that would compute it once."""
+    asks = asks_of(chance, 24, (150, 300), (6, 20), answers=chance.randint(3, 5), temperature=1.0)
+    arguments = (EAGER, "--no-enable-prefix-caching")
+    return Planned("many_answers", ("prefix_cache_off",), asks, chance.randint(1, 2), arguments)
+
+
+def slow_links(chance: random.Random) -> Planned:
+    asks = asks_of(chance, 30, (15, 60), (20, 40))
+    injected = {"links": {"ms": round(chance.uniform(1.0, 3.0), 1)}}
+    return Planned(
+        "slow_links", ("collective_share",), asks, chance.randint(2, 4), (EAGER, "--tensor-parallel-size", "2"),
+        injected, TWO_RANKS, level="layer",
+    )  # fmt: skip
+
+
+def slow_exchange(chance: random.Random) -> Planned:
+    asks = asks_of(chance, 30, (15, 60), (20, 40))
+    injected = {"exchange": {"ms": round(chance.uniform(1.5, 4.0), 1)}}
+    arguments = (EAGER, "--data-parallel-size", "2", "--enable-expert-parallel")
+    variables = {**TWO_RANKS, "PYTHONPATH": str(MENDS)}
+    return Planned(
+        "slow_exchange", ("dispatch_combine_share",), asks, chance.randint(3, 6), arguments, injected, variables,
+        level="layer",
+    )  # fmt: skip
+
+
+def at_roof(chance: random.Random) -> Planned:
+    """Nothing is put there: a model that is bound by its weights, a few requests at a time."""
+    asks = asks_of(chance, 16, (5, 15), (15, 30))
+    return Planned("at_roof", ("decode_at_roof",), asks, chance.randint(1, 3), (EAGER,), model=WIDE)
+
+
+def far_below_roof(chance: random.Random) -> Planned:
+    asks = asks_of(chance, 16, (5, 15), (10, 16))
+    injected = {"forward": {"ms": round(chance.uniform(150, 300))}}
+    return Planned(
+        "far_below_roof", ("decode_far_below_roof",), asks, chance.randint(2, 4), (EAGER,), injected, model=WIDE
     )

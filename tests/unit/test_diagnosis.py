@@ -22,7 +22,7 @@ from stagetrace.analysis.diagnosis.causes import CAUSES, Phase
 from stagetrace.analysis.diagnosis.diagnose import CHECKS, Diagnosis, diagnose, of_facts
 from stagetrace.analysis.diagnosis.facts import STAGES, Covered, Facts, columns, line
 from stagetrace.analysis.diagnosis.finding import Seen
-from stagetrace.analysis.diagnosis.prefill import _prompts_of_half
+from stagetrace.analysis.diagnosis.prefill import _of_prefill, _prompts_of_half
 from stagetrace.analysis.diagnosis.shares import share_of
 from stagetrace.analysis.diagnosis.show import next_experiments, parts, to_json
 from stagetrace.analysis.diagnosis.thresholds import THRESHOLDS, limit
@@ -86,6 +86,11 @@ def drafts(accepted: float) -> Any:
         return {"draft_tokens": 3 * decoding, "accepted_tokens": round(accepted * 3 * decoding), "output_tokens": None}
 
     return columns
+
+
+def rare_drafts(number: int, decoding: int) -> dict[str, Any]:
+    """A proposer that mostly finds nothing to propose."""
+    return drafts(0.05)(number, decoding) if number % 3 == 0 else {"draft_tokens": 0, "accepted_tokens": 0}
 
 
 CASES: dict[str, tuple[Engine, Engine]] = {
@@ -189,6 +194,16 @@ def test_a_cause_that_is_not_there_is_not_found(cause: str, tmp_path: Path) -> N
     assert found.answer.startswith("nothing stands out")
 
 
+@pytest.mark.parametrize(("took", "there"), [(4.0, ["speculation_does_not_pay"]), (0.05, [])])
+def test_drafting_that_mostly_finds_nothing_has_taken_its_time(took: float, there: list[str], tmp_path: Path) -> None:
+    found = of(tmp_path / "s", Engine(step_columns=rare_drafts, stages={"draft": took}))
+    assert said(found) == there
+    if there:
+        seen = found.findings[0].seen
+        assert seen.evidence[1].value == pytest.approx(1 / 3, abs=0.05)
+        assert seen.measured_ns == pytest.approx(4.0 / 8.5 * found.attributed[Phase.TPOT].total_ns, rel=0.2)
+
+
 # Those that need more than the simulated engine tells
 
 
@@ -209,6 +224,13 @@ def test_prefix_cache_off(tmp_path: Path) -> None:
     siblings = off.requests.assign(parent=off.requests["handle"] // 4)
     answer = CHECKS["prefix_cache_off"](replace(off, requests=siblings))
     assert isinstance(answer, Seen) and answer.stands_out
+    again, tokens, share, took = (each.value for each in answer.evidence)
+    assert tokens == 400 * again and share == pytest.approx(again / len(siblings))
+    prefill = _of_prefill(off)
+    assert took == pytest.approx(share * float(prefill.sum()), rel=0.1)
+    # Whoever waits for such a step waits for it: those in prefill, in the queue and in decode.
+    waited = float((prefill * (off.starting + off.decoding)).sum())
+    assert answer.measured_ns == pytest.approx(share * waited, rel=0.15)
     alone = CHECKS["prefix_cache_off"](off)
     assert isinstance(alone, Seen) and not alone.stands_out
     assert CHECKS["prefix_cache_off"](facts_of(tmp_path / "on", Engine())) is None

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
+from gc import collect
 from typing import Any
 
 from pauses import ASKED, patch
+
+# The method that makes a batch, by the scheduler's module, and whether there is a request.
+_BATCHES = {
+    "vllm.v1.core.sched.scheduler": ("schedule", lambda self, *_, **__: self.running or self.waiting),
+    "sglang.srt.managers.scheduler": (
+        "get_next_batch_to_run",
+        lambda self, batch, *_, **__: batch.reqs or self.waiting_queue,
+    ),
+}
 
 
 def _serving(text: Any) -> bool:
@@ -44,6 +55,26 @@ def router(module: Any, asked: Any) -> None:
     block.__init__ = wrapper
 
 
+def gc(module: Any, asked: Any) -> None:
+    """With so many objects alive in the scheduler's process, a full collection every so many batches."""
+    held: list[Any] = []
+    calls = itertools.count(1)
+
+    def collected(function: Any) -> Any:
+        @functools.wraps(function)
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if serves(self, *args, **kwargs) and next(calls) % asked["every"] == 0:
+                if not held:
+                    held.extend([number] for number in range(asked["objects"]))
+                collect()
+            return function(self, *args, **kwargs)
+
+        return wrapper
+
+    name, serves = _BATCHES[module.__name__]
+    setattr(module.Scheduler, name, collected(getattr(module.Scheduler, name)))
+
+
 class Burn:
     """An ASGI middleware that keeps the event loop busy for a while with everything that is sent (--middleware)."""
 
@@ -63,6 +94,7 @@ class Burn:
 
 
 KINDS = {
+    "gc": dict.fromkeys(_BATCHES, gc),
     "tokenizer": {"transformers.tokenization_utils_tokenizers": tokenizer},
     "router": {"vllm.model_executor.models.qwen3_moe": router, "sglang.srt.models.qwen3_moe": router},
 }

@@ -38,9 +38,35 @@ def prepare(module: Any, asked: Any) -> None:
     patch(module, "GPUModelRunner._prepare_inputs", asked["ms"] / 1e3)
 
 
+def forward(module: Any, asked: Any) -> None:
+    """The forward pass takes so long more."""
+    patch(module, "GPUModelRunner._model_forward", asked["ms"] / 1e3)
+
+
 def sample(module: Any, asked: Any) -> None:
     """Sampling takes so long."""
     patch(module, "Sampler.forward", asked["ms"] / 1e3)
+
+
+def detokenizer(module: Any, asked: Any) -> None:
+    """Detokenizing takes so long for what a request is given by a step."""
+    patch(module, "BaseIncrementalDetokenizer.update", asked["ms"] / 1e3)
+
+
+def draft(module: Any, asked: Any) -> None:
+    """Proposing tokens takes so long."""
+    patch(module, "NgramProposer.propose", asked["ms"] / 1e3)
+
+
+def links(module: Any, asked: Any) -> None:
+    """An all_reduce takes so long on every rank, once all have come."""
+    patch(module, "CpuCommunicator.all_reduce", asked["ms"] / 1e3)
+
+
+def exchange(module: Any, asked: Any) -> None:
+    """Sending tokens to their experts and back takes so long, each."""
+    for name in ("dispatch", "dispatch_router_logits", "combine"):
+        patch(module, f"AgRsAll2AllManager.{name}", asked["ms"] / 1e3)
 
 
 def backend(module: Any, asked: Any) -> None:
@@ -84,6 +110,11 @@ KINDS = {
     "rank": {"vllm.distributed.parallel_state": rank},
     "grammar": {"vllm.v1.structured_output.backend_xgrammar": grammar},
     "prepare": {"vllm.v1.worker.gpu_model_runner": prepare},
+    "forward": {"vllm.v1.worker.gpu_model_runner": forward},
     "sample": {"vllm.v1.sample.sampler": sample},
+    "detokenizer": {"vllm.v1.engine.detokenizer": detokenizer},
+    "draft": {"vllm.v1.spec_decode.ngram_proposer": draft},
+    "links": {"vllm.distributed.device_communicators.cpu_communicator": links},
+    "exchange": {"vllm.distributed.device_communicators.all2all": exchange},
     "compile": {"vllm.v1.worker.gpu_model_runner": compiled, "vllm.compilation.backends": backend},
 }

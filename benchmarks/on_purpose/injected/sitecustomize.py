@@ -53,3 +53,6 @@ for _kinds in (BOTH, VLLM, SGLANG):
         for _name, _apply in _kinds.get(_kind, {}).items():
             _patches.setdefault(_name, []).append(functools.partial(_apply, asked=_asked))
 sys.meta_path[:0] = [Finder(*each) for each in _patches.items()]
+
+if "exchange" in ASKED:
+    import mending  # noqa: F401  vLLM's build for the CPU has no expert parallelism without it
