@@ -22,6 +22,7 @@ PLANS: dict[str, Callable[[random.Random], Planned]] = {
         *(sglang.sglang_batch_cap, sglang.sglang_long_prompts),
         *(sglang.sglang_kv_cache, sglang.sglang_token_budget, sglang.sglang_slow_client),
         *(sglang.sglang_slow_prepare, sglang.sglang_front_end, sglang.sglang_detokenizer),
+        sglang.sglang_overload,
         *map(
             sglang.on_sglang,
             (

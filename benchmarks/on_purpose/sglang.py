@@ -57,6 +57,13 @@ def sglang_token_budget(chance: random.Random) -> Planned:
     return Planned("token_budget", ("token_budget",), asks, width, arguments, engine=SGLANG, advised=advised)
 
 
+def sglang_overload(chance: random.Random) -> Planned:
+    asks = asks_of(chance, 160, (30, 80), (30, 60), 1.0)
+    arguments = ("--max-running-requests", "128", "--max-total-tokens", "65536")
+    factor = round(chance.uniform(1.5, 2.5), 2)
+    return Planned("overload", ("arrival_above_capacity",), asks, None, arguments, engine=SGLANG, times_capacity=factor)
+
+
 def sglang_slow_client(chance: random.Random) -> Planned:
     return replace(vllm.slow_client(chance), arguments=(), engine=SGLANG)
 
