@@ -97,7 +97,10 @@ def _saturated(facts: Facts, detokenizing: bool) -> Answer:
     tokenizing = np.nan_to_num(tokenizing)
     # The first byte and the last are late by themselves, what comes between is not: the stream goes on meanwhile.
     client = np.nan_to_num(np.fmax(np.where(sent < last, sent, output), output) - arrival)
-    first, end = kept.way + kept.first, kept.last + np.minimum(kept.handed, kept.first)
+    # The engine may have the last token before the first one was handed on: that time counts once.
+    (last_token,) = facts.request("last_token_ns")
+    both = np.where(kept.first > 0, np.clip(np.nan_to_num(sent - last_token), 0, kept.last), 0.0)
+    first, end = kept.way + kept.first, kept.last - both + np.minimum(kept.handed, kept.first)
     is_late = (Part(Phase.TTFT, first, client), of_requests(facts, Phase.E2E, end))
     found = seen(
         is_late,

@@ -167,6 +167,16 @@ def test_a_client_behind_a_large_buffer_is_slow(tmp_path: Path) -> None:
     assert said(of(tmp_path / "little", Engine(unsent=0.3))) == []  # less than what may be under way
 
 
+def test_tokens_that_are_late_together_are_counted_once(tmp_path: Path) -> None:
+    """The engine has the last token before the front end has handed the first one on."""
+    found = of(tmp_path / "s", Engine(late=1000.0))
+    assert said(found) == ["front_end"]
+    seen = found.findings[0].seen
+    requests = facts_of(tmp_path / "again", Engine(late=1000.0)).requests
+    kept = (requests["last_output_ns"] - requests["first_token_ns"]).sum()
+    assert seen.measured_ns == pytest.approx(kept, rel=0.01) and kept < found.request_time_ns
+
+
 def test_a_detokenizer_of_its_own_is_told_from_the_front_end(tmp_path: Path) -> None:
     """As SGLang's: a process beside the front end, which hands on what that one gave."""
     for late, each, cause in ((40.0, 1.0, "front_end"), (40.0, 30.0, "detokenize"), (150.0, 4.5, "detokenize")):
