@@ -100,7 +100,11 @@ CAUSES: tuple[Cause, ...] = (
         {
             "vllm": (Try("--max-num-batched-tokens N", "fewer, larger chunks; decode waits longer for each of them"),),
             "sglang": (
-                Try("--chunked-prefill-size N", "fewer, larger chunks; decode waits longer for each of them"),
+                Try(
+                    "--chunked-prefill-size N",
+                    "fewer, larger chunks; decode waits for all of a prompt's, and with --enable-mixed-chunk longer for"
+                    " each",
+                ),
                 Try("--max-prefill-tokens N", "the same bound for prompts of several requests together"),
             ),
         },

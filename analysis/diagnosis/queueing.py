@@ -277,7 +277,7 @@ def token_budget(facts: Facts) -> Answer:
             Evidence("what a step costs whatever is in it", facts.cost[0], "ns"),
             Evidence("of a full step's time that is", part, "share"),
         ),
-        examples=facts.request_examples(lost),
+        examples=(*facts.request_examples(lost), *facts.step_examples(held_up)),
     )
 
 
