@@ -70,13 +70,14 @@ def causes_of_steps(steps: pd.DataFrame, processes: Sequence[Process], prompt_to
 def step_causes(steps: pd.DataFrame, limits: Mapping[str, int], prompt_tokens: float | None) -> np.ndarray:
     """For each step, what kept it from taking one more request in (Wait), whether one waited or not."""
     kv_usage = steps["kv_usage"].to_numpy(float)
-    tokens = steps["prefill_tokens"].to_numpy(np.int64) + steps["decode_tokens"].to_numpy(np.int64)
+    prefill = steps["prefill_tokens"].to_numpy(np.int64)
+    tokens = prefill + steps["decode_tokens"].to_numpy(np.int64)
     causes = np.full(len(steps), Wait.OTHER, np.int8)
     causes[kv_usage + _room_needed(steps, prompt_tokens) >= FULL_PPM] = Wait.KV_SPACE
     if limits.get("max_num_batched_tokens", 0) > 0:
         causes[tokens >= limits["max_num_batched_tokens"]] = Wait.TOKEN_BUDGET
     if limits.get("chunked_prefill_size", 0) > 0:
-        causes[steps["prefill_tokens"].to_numpy(np.int64) >= limits["chunked_prefill_size"]] = Wait.TOKEN_BUDGET
+        causes[(prefill > 0) & (tokens >= limits["chunked_prefill_size"])] = Wait.TOKEN_BUDGET
     if limits.get("max_num_seqs", 0) > 0:
         causes[steps["running"].to_numpy(np.int64) >= limits["max_num_seqs"]] = Wait.BATCH_FULL
     causes[steps["preempted"].to_numpy(np.int64) > 0] = Wait.KV_SPACE  # nothing is taken in while others are thrown out

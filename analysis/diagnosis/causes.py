@@ -96,11 +96,15 @@ CAUSES: tuple[Cause, ...] = (
         "prompts are cut into chunks, or wait, because a step has as many tokens as it may; each more step costs what"
         " a step costs whatever is in it",
         "that prompts are long: a large budget has to be used up as well, but then a step's fixed cost is small beside",
-        (Phase.TTFT,),
+        (Phase.TTFT, Phase.TPOT),
         {
             "vllm": (Try("--max-num-batched-tokens N", "fewer, larger chunks; decode waits longer for each of them"),),
             "sglang": (
-                Try("--chunked-prefill-size N", "fewer, larger chunks; decode waits longer for each of them"),
+                Try(
+                    "--chunked-prefill-size N",
+                    "fewer, larger chunks; decode waits for all of a prompt's, and with --enable-mixed-chunk longer for"
+                    " each",
+                ),
                 Try("--max-prefill-tokens N", "the same bound for prompts of several requests together"),
             ),
         },
@@ -189,8 +193,12 @@ CAUSES: tuple[Cause, ...] = (
                 Try("--kv-transfer-config JSON", "prefill on another engine (disaggregated prefill)"),
             ),
             "sglang": (
-                Try("--chunked-prefill-size N", "smaller chunks: no token waits for more than so much prefill"),
                 Try("--enable-mixed-chunk", "decode goes on in the steps that have prefill"),
+                Try(
+                    "--chunked-prefill-size N",
+                    "with that, smaller chunks: no token waits for more than so much prefill (without it, the chunks"
+                    " of a prompt follow one another)",
+                ),
                 Try("--disaggregation-mode prefill", "prefill on another engine"),
             ),
         },

@@ -20,7 +20,6 @@ from stagetrace.instrument.stages import BY_NAME, Level
 
 from ..breakdown import outside_of
 from ..placed import step_places
-from ..speed_of_light import own_times
 from ..start_up import within_start_up
 from .thresholds import limit
 
@@ -99,6 +98,15 @@ class Covered:
             if mine.any():
                 found[mine] = np.interp(ends[mine], times, sums) - np.interp(begins[mine], times, sums)
         return np.maximum(found, 0.0)
+
+
+@dataclass(frozen=True)
+class Waits:
+    """From one token to the next, by rows: the step that gave the next one, the time, and of how many tokens it is."""
+
+    place: npt.NDArray[np.int32]
+    time: Values
+    tokens: Values
 
 
 @dataclass(frozen=True)
@@ -221,9 +229,34 @@ class Facts:
         return self.steps["instance"].to_numpy(dtype=np.int64)
 
     @cached_property
+    def done(self) -> Values:
+        """When what each step had to compute was done.
+
+        That is its end, but where steps overlap on a processor: there the next step's forward pass runs on the same
+        thread before the results of this one are handed on, and its time is not this one's.
+        """
+        ends = self.step("end_ns")
+        following = self._shifted(self.step("begin_ns"), -1)
+        if self.info.get("device") != "cpu" or not (following < ends).any():
+            return ends
+        rows = self.segments[(self.segments["stage"] == _RANK_STEP).to_numpy(dtype=bool)]
+        place = self.place(rows)
+        computed = np.zeros(len(ends))
+        np.maximum.at(computed, place[place >= 0], rows["end_ns"].to_numpy(dtype=np.float64)[place >= 0])
+        found: Values = np.where((following < ends) & (computed > 0), np.minimum(computed, ends), ends)
+        return found
+
+    @cached_property
     def own(self) -> Values:
-        """The time of each step that no other one has."""
-        return np.asarray(own_times(self.steps), dtype=np.float64)
+        """The time of each step that no other one has: from its begin, or as long as the one before was not done."""
+        begins, before = self.step("begin_ns"), self._shifted(self.done, 1)
+        overlaps = begins < self._shifted(self.step("end_ns"), 1)
+        return np.clip(self.done - np.where(overlaps, before, begins), 0, None)
+
+    def _shifted(self, values: Values, by: int) -> Values:
+        """Of each step the value of another one of its instance, NaN without one; in order of their ends."""
+        shifted = pd.Series(values).groupby(self.step_instance).shift(by)
+        return np.asarray(shifted, dtype=np.float64)
 
     @cached_property
     def tokens(self) -> Values:
@@ -239,6 +272,24 @@ class Facts:
     def interval_time(self) -> Values:
         """Time between tokens that ended with each step, over the requests that got one."""
         return self.per_step(self.intervals, self.intervals["tokens"] * self.intervals["interval_ns"])
+
+    @cached_property
+    def waits(self) -> Waits:
+        """Of requests in decode."""
+        place = self.place(self.intervals)
+        known = place >= 0
+        time, tokens = (self.intervals[name].to_numpy(dtype=np.float64)[known] for name in ("interval_ns", "tokens"))
+        return Waits(place[known], time, tokens)
+
+    def waited(self, times: Values) -> Values:
+        """How much of each of the waits went by in some part of the steps: `times`, never more than each step's own."""
+        waits = self.waits
+        if not times.any():
+            return np.zeros(len(waits.time))
+        covered = Covered(self.step_instance, self.done - self.own, self.own, times)
+        until = self.step("end_ns")[waits.place]
+        within = covered.within(self.step_instance[waits.place], until - waits.time, until)
+        return np.minimum(within, waits.time)
 
     @cached_property
     def starting(self) -> Values:
@@ -273,7 +324,7 @@ class Facts:
                 found[stage] = total / ranks if stage >= BY_NAME["prepare"].id else total
         # What belongs to no step goes with the step that waited for it.
         found[_BETWEEN] = self._between
-        began = self.step("end_ns") - self.period
+        began = self.done - self.period
         found[_GC] = self._waited_for(self.now_and_then("gc_pause"), began)
         return found
 
@@ -307,7 +358,7 @@ class Facts:
         for instance, part in rows.groupby("instance"):
             mine = np.flatnonzero(self.steps["instance"].to_numpy() == instance)
             begins = part["begin_ns"].to_numpy()
-            place = np.searchsorted(self.steps["end_ns"].to_numpy()[mine], begins)
+            place = np.searchsorted(self.done[mine], begins)
             known = place < len(mine)
             if since is not None:
                 known[known] = begins[known] >= since[mine[place[known]]]
@@ -333,8 +384,7 @@ class Facts:
 
         The pause before a step in which there was no work is nobody's time.
         """
-        begins = self.step("begin_ns")
-        before = self.steps.groupby("instance")["end_ns"].shift().to_numpy(dtype=np.float64, na_value=np.nan)
+        begins, before = self.step("begin_ns"), self._shifted(self.step("end_ns"), 1)
         gap = np.where(np.isnan(before), 0.0, begins - before)
         return np.asarray(self.own + np.clip(np.minimum(gap, self._between), 0.0, None), dtype=np.float64)
 
@@ -359,7 +409,7 @@ class Facts:
     def since_schedule(self) -> tuple[Values, Values]:
         """Begin of each step, and the time until the next one of its instance begins."""
         begins = self.step("begin_ns")
-        following = self.steps.groupby("instance")["begin_ns"].shift(-1).to_numpy(dtype=np.float64, na_value=np.nan)
+        following = self._shifted(begins, -1)
         ends = np.where(np.isnan(following), self.step("end_ns"), following)
         return begins, np.maximum(ends - begins, 0.0)
 

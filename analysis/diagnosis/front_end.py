@@ -41,7 +41,7 @@ def late(facts: Facts) -> Late:
     dispatched, queued = facts.request("dispatched_ns", "queued_ns")
     way = np.nan_to_num(queued - dispatched)
     if len(facts.steps):
-        begins, lengths = facts.step("end_ns") - facts.period, facts.period
+        begins, lengths = facts.done - facts.period, facts.period
         covered = Covered(facts.step_instance, begins, lengths, lengths)
         # The engine takes requests in between steps: while one runs, it is the engine that is waited for.
         way = way - np.nan_to_num(covered.within(facts.request_instance, dispatched, queued))
@@ -90,26 +90,29 @@ def _saturated(facts: Facts, detokenizing: bool) -> Answer:
         return Missing("too few requests were recorded")
     kept = late(facts)
     arrival, output, sent, last = facts.request("arrival_ns", "first_output_ns", "first_sent_ns", "last_output_ns")
+    share, batch = _detokenizing(facts)
+    # A thread that does little else is behind; one that has time left is late by what it takes for each batch.
+    most_of_it = max(share, batch / max(kept.typical, 1.0)) >= limit("detokenize_busy")
     (tokenizing,) = facts.request("tokenize_ns")
     tokenizing = np.nan_to_num(tokenizing)
-    rows = facts.now_and_then("detokenize")
-    threads = max(len(rows.drop_duplicates(["process", "thread"])), 1)
-    observed = max(float(np.nanmax(last) - np.nanmin(arrival)), 1.0) * threads
-    share = min(float(rows["self_ns"].sum()) / observed, 1.0)
     # The first byte and the last are late by themselves, what comes between is not: the stream goes on meanwhile.
     client = np.nan_to_num(np.fmax(np.where(sent < last, sent, output), output) - arrival)
-    first, end = kept.way + kept.first, kept.last + np.minimum(kept.handed, kept.first)
+    # The engine may have the last token before the first one was handed on: that time counts once.
+    (last_token,) = facts.request("last_token_ns")
+    both = np.where(kept.first > 0, np.clip(np.nan_to_num(sent - last_token), 0, kept.last), 0.0)
+    first, end = kept.way + kept.first, kept.last - both + np.minimum(kept.handed, kept.first)
     is_late = (Part(Phase.TTFT, first, client), of_requests(facts, Phase.E2E, end))
     found = seen(
         is_late,
         "late_share",
-        also=(share >= limit("detokenize_busy")) == detokenizing,
+        also=most_of_it == detokenizing,
         evidence=(
             Evidence("how late the front end hands a first token on, median", kept.typical, "ns"),
             Evidence("how late it had the last token, median", float(np.median(kept.last)), "ns"),
             Evidence("on the way to the engine while no step ran, median", float(np.median(kept.way)), "ns"),
             Evidence("tokenizing, which waits for the front end as well, median", float(np.median(tokenizing)), "ns"),
-            Evidence("detokenizing, of the front end's time", share, "share"),
+            Evidence("detokenizing, of the time of the thread that does most of it", share, "share"),
+            Evidence("detokenizing what a step gave, median there", batch, "ns"),
         ),
         examples=facts.request_examples(first + end),
     )
@@ -119,6 +122,22 @@ def _saturated(facts: Facts, detokenizing: bool) -> Answer:
     before = np.clip(tokenizing - limit("tokenize_usual") * client, 0, None)
     more = seen((Part(Phase.TTFT, first + before, client), is_late[1]), None)
     return replace(found, measured_ns=more.measured_ns, recoverable_ns=more.recoverable_ns)
+
+
+def _detokenizing(facts: Facts) -> tuple[float, float]:
+    """Of the thread that detokenizes most: how much of its time that is, and how long it takes of a batch, median, ns.
+
+    SGLang's detokenizer is a process of its own, and its front end handles what comes from there.
+    """
+    rows = facts.now_and_then("detokenize")
+    arrival, last = facts.request("arrival_ns", "last_output_ns")
+    if not len(rows):
+        return 0.0, 0.0
+    threads = rows.groupby(["process", "thread"])["self_ns"]
+    busiest = threads.sum().idxmax()
+    took = threads.get_group(busiest).to_numpy(dtype=np.float64)
+    observed = max(float(np.nanmax(last) - np.nanmin(arrival)), 1.0)
+    return min(float(took.sum()) / observed, 1.0), float(np.median(took))
 
 
 def slow_client(facts: Facts) -> Answer:

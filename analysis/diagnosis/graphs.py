@@ -84,7 +84,7 @@ def compile_in_window(facts: Facts) -> Answer:
     length = np.clip(end - np.maximum(begin, before), 0, None)
     nobody = np.zeros(len(facts.steps), dtype=np.int64)
     covered = Covered(nobody[:1].repeat(len(begin)), end - length, length, length)
-    lost = np.minimum(covered.within(nobody, facts.step("end_ns") - facts.period, facts.step("end_ns")), facts.period)
+    lost = np.minimum(covered.within(nobody, facts.done - facts.period, facts.done), facts.period)
     return seen(
         of_steps(facts, lost),
         "compile_share",

@@ -12,13 +12,15 @@ from stagetrace.instrument.stages import BY_NAME, Collective, Level
 from ..layers import expert_loads, experts_by_rank, with_waiting
 from .facts import Facts, Values
 from .finding import Evidence, Missing, of_steps, seen
+from .shares import Share, share_of
 from .thresholds import limit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import pandas as pd
 
+    from ..layers import ExpertLoad
     from .finding import Answer
 
 _COLLECTIVE = BY_NAME["collective"].id
@@ -159,7 +161,7 @@ def expert_imbalance(facts: Facts) -> Answer:
         return None
     worst = max(loads, key=lambda load: load.imbalance)
     tokens = sum(load.tokens for load in loads)
-    mean = sum(load.imbalance * load.tokens for load in loads) / tokens
+    found = _imbalance(facts, loads)
     ranks = [load.rank_imbalance_per_step for load in loads if load.rank_imbalance_per_step is not None]
     compute = facts.stage("expert_compute")
     # With experts on several ranks all wait for the busiest one: even, they would take what the mean rank takes.
@@ -169,9 +171,10 @@ def expert_imbalance(facts: Facts) -> Answer:
         parts,
         None,
         lambda part: float(np.nansum(part.part)) * saved,
-        also=mean >= limit("imbalance") and tokens >= limit("tokens_per_expert") * worst.experts * len(loads),
+        also=found.low >= limit("imbalance") and tokens >= limit("tokens_per_expert") * worst.experts * len(loads),
         evidence=(
-            Evidence("most over mean of the experts, over all steps and layers", mean, "times"),
+            Evidence("most over mean of the experts, over all steps and layers", found.value, "times"),
+            Evidence("at least, by the lower end of its 95 % interval", found.low, "times"),
             Evidence("in the most uneven layer", worst.imbalance, "times"),
             Evidence("that layer", float(worst.layer), "layer"),
             Evidence("its busiest expert", float(worst.hot[0][0]), "expert"),
@@ -186,6 +189,25 @@ def expert_imbalance(facts: Facts) -> Answer:
         else "Every rank has a part of every expert here, so that it costs next to nothing; it would with expert"
         " parallelism.",
     )
+
+
+def _imbalance(facts: Facts, loads: Sequence[ExpertLoad]) -> Share:
+    """The most over the mean of each layer's experts, of all layers, with its interval over blocks of steps.
+
+    Texts differ in the experts that they go to, so that what is uneven in one session may not be in the next.
+    """
+    most = max(load.experts for load in loads)
+    layers, place = facts.experts["layer"].to_numpy(), facts.place(facts.experts)
+    busiest, all_of_it = np.zeros(len(facts.steps)), np.zeros(len(facts.steps))
+    for load in loads:
+        mine = np.flatnonzero(layers == load.layer)
+        hot, rows = load.hot[0][0], facts.experts.iloc[mine]
+        given = [counts[hot] if hot < len(counts) else 0 for counts in rows["counts"]]
+        np.add.at(busiest, place[mine], np.asarray(given, dtype=np.float64) * load.experts / most)
+        shares = rows["tokens"].to_numpy(dtype=np.float64)  # each token goes to as many experts
+        np.add.at(all_of_it, place[mine], shares * load.tokens / max(shares.sum(), 1.0))
+    share = share_of(busiest, all_of_it)
+    return Share(share.value * most, share.low * most, share.high * most)
 
 
 CHECKS: dict[str, Callable[[Facts], Answer]] = {

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .causes import Phase
-from .facts import Covered, Facts, Values
+from .facts import Facts, Values
 from .finding import Evidence, Missing, Part, few_steps, of_steps, seen
+from .queueing import for_chunks
 from .thresholds import limit
 
 if TYPE_CHECKING:
@@ -27,20 +28,13 @@ def prefill_delays_decode(facts: Facts) -> Answer:
         return few
     if facts.decode_only.sum() < limit("steps"):
         return Missing("too few steps of decode alone to compare with")
-    rows = facts.intervals
     excess = _of_prefill(facts)
-    ends = facts.step("end_ns")
-    covered = Covered(facts.step_instance, ends - facts.own, facts.own, excess)
-    place = facts.place(rows)
-    known = place >= 0
-    rows, place = rows[known], place[known]
-    interval = rows["interval_ns"].to_numpy(dtype=np.float64)
-    tokens = rows["tokens"].to_numpy(dtype=np.float64)
-    until = ends[place]
-    prefill = np.minimum(covered.within(facts.step_instance[place], until - interval, until), interval)
+    place, interval, tokens = facts.waits.place, facts.waits.time, facts.waits.tokens
+    prefill = facts.waited(excess)
     usual = np.maximum(facts.usual_decode[place], 1.0)
     held_up = prefill >= limit("stall") * usual
-    lost = np.where(held_up, prefill, 0.0) * tokens
+    # What prompts cost more because they are cut into so many steps is the budget's.
+    lost = np.where(held_up, prefill - facts.waited(for_chunks(facts)), 0.0) * tokens
     per_step: Values = np.zeros(len(facts.steps))
     np.add.at(per_step, place, lost)
     stalled = interval[held_up]
@@ -80,7 +74,7 @@ def _prompts_of_half(facts: Facts, took: Values, place: npt.NDArray[np.int32], i
     theirs: Values = np.zeros(len(prompt))
     for instance in np.unique(facts.step_instance):
         steps, mine = facts.step_instance == instance, known & (facts.request_instance == instance)
-        ends = facts.step("end_ns")[steps]
+        ends = facts.done[steps]
         here = steps[place]
         waited = _meanwhile(ends, (until - interval)[here], until[here], tokens[here])
         in_prefill = _meanwhile(ends, scheduled[mine], first[mine], prompt[mine])
@@ -101,7 +95,7 @@ def _computed_again(facts: Facts, again: Values, computed: Values) -> Values:
     known = ~np.isnan(scheduled + first)
     for instance in np.unique(facts.step_instance):
         steps, mine = facts.step_instance == instance, known & (facts.request_instance == instance)
-        ends, since, until = facts.step("end_ns")[steps], scheduled[mine], first[mine]
+        ends, since, until = facts.done[steps], scheduled[mine], first[mine]
         part, whole = (_meanwhile(ends, since, until, tokens[mine]) for tokens in (again, computed))
         lost[steps] = took[steps] * np.clip(part / np.maximum(whole, 1.0), 0, 1)
     return lost

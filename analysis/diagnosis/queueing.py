@@ -9,11 +9,11 @@ import numpy as np
 from ..queueing import Wait, causes_of_steps, split_queue, waits
 from .causes import Phase
 from .facts import Covered, Facts, Flags, Values, line
-from .finding import Evidence, Missing, few_steps, of_requests, seen
+from .finding import Evidence, Missing, Part, few_steps, of_requests, seen
 from .thresholds import limit
 
 if TYPE_CHECKING:
-    from .finding import Answer, Part
+    from .finding import Answer
 
 # Where the engine says itself why requests waited: columns of the requests.
 TOLD = {Wait.KV_SPACE: "kv_space_ns", Wait.BATCH_FULL: "batch_full_ns", Wait.TOKEN_BUDGET: "token_budget_ns"}
@@ -27,12 +27,37 @@ def full_batch(facts: Facts) -> Flags:
 
 def full_budget(facts: Facts) -> Flags:
     """Steps that have prefill and as many tokens as they may."""
+    prefill = facts.step("prefill_tokens") > 0
     budget = facts.setting("max_num_batched_tokens")
     if budget:
-        return (facts.tokens >= budget) & (facts.step("prefill_tokens") > 0)
-    chunk = facts.setting("chunked_prefill_size")
+        return (facts.tokens >= budget) & prefill
+    chunk = facts.setting("chunked_prefill_size")  # in a mixed step, decode's tokens are of it as well
     page = max(facts.setting("block_size"), 1)  # chunks end with a page
-    return facts.step("prefill_tokens") > chunk - page if chunk else np.zeros(len(facts.steps), dtype=bool)
+    return (facts.tokens > chunk - page) & prefill if chunk else np.zeros(len(facts.steps), dtype=bool)
+
+
+def fixed_part(facts: Facts) -> float:
+    """What a step costs whatever is in it, of one with as many tokens as it may have; 0 where that is not known."""
+    budget = facts.setting("max_num_batched_tokens", "chunked_prefill_size")
+    fixed, each = facts.cost
+    return fixed / (fixed + each * budget) if budget and fixed > 0 else 0.0
+
+
+def for_chunks(facts: Facts) -> Values:
+    """Of each step the time that is there because the budget is small, ns: a larger one would save it.
+
+    It is the fixed part of full steps, where that is large. Where requests in decode get their token in such a step as
+    well (mixed batches), it is theirs: they need as many steps with any budget.
+    """
+    part = fixed_part(facts)
+    if part < limit("fixed_share"):
+        return np.zeros(len(facts.steps))
+    return np.where(_prefill_alone(facts), part * facts.own, 0.0)
+
+
+def _prefill_alone(facts: Facts) -> Flags:
+    """Full steps in which requests in decode have to wait."""
+    return np.asarray(full_budget(facts) & (facts.step("decode_requests") == 0), dtype=np.bool_)
 
 
 def _typical_prompt(facts: Facts) -> float | None:
@@ -183,8 +208,7 @@ def arrival_above_capacity(facts: Facts) -> Answer:
         and at_the_end >= limit("backlog_left") * late
     )
     since, until = float(arrivals[known][quarter]), float(arrivals[known][-1])
-    end = facts.step("end_ns")
-    within = np.clip(np.minimum(end, until) - np.maximum(end - facts.period, since), 0, None)
+    within = np.clip(np.minimum(facts.done, until) - np.maximum(facts.done - facts.period, since), 0, None)
     busy = float(within.sum()) / max((until - since) * max(len(np.unique(facts.step_instance)), 1), 1.0)
     waiting = facts.step("waiting") > 0
     capped = bool(waiting.any() and full_batch(facts)[waiting].mean() > 0.5)
@@ -234,26 +258,26 @@ def token_budget(facts: Facts) -> Answer:
     chunked = np.nan_to_num(covered.within(facts.request_instance, since, until))
     queued = queued_by(facts, Wait.TOKEN_BUDGET)
     lost = chunked + queued
-    fixed, each = facts.cost
-    part = fixed / (fixed + each * budget) if fixed + each * budget > 0 else 0.0
-
-    def saved(found: Part) -> float:
-        return float(np.nansum(found.part)) * part
-
+    # Where steps have prefill or decode, requests in decode wait for every chunk of others.
+    waited = facts.waited(np.where(_prefill_alone(facts), facts.own, 0.0)) * facts.waits.tokens
+    held_up = np.zeros(len(facts.steps))
+    np.add.at(held_up, facts.waits.place, waited)
+    part = fixed_part(facts)
     return seen(
-        (of_requests(facts, Phase.TTFT, lost),),
+        (of_requests(facts, Phase.TTFT, lost), Part(Phase.TPOT, held_up, facts.interval_time)),
         "budget_share",
-        saved,
+        lambda found: float(np.nansum(found.part)) * part,
         also=part >= limit("fixed_share"),
         evidence=(
             Evidence("tokens that a step may have", budget, "tokens"),
             Evidence("steps that had as many", float(full.sum()), "steps"),
             Evidence("time in prefill during these", float(chunked.sum()), "ns"),
             Evidence("time in the queue for them", float(queued.sum()), "ns"),
-            Evidence("what a step costs whatever is in it", fixed, "ns"),
+            Evidence("time in decode waiting for them", float(waited.sum()), "ns"),
+            Evidence("what a step costs whatever is in it", facts.cost[0], "ns"),
             Evidence("of a full step's time that is", part, "share"),
         ),
-        examples=facts.request_examples(lost),
+        examples=(*facts.request_examples(lost), *facts.step_examples(held_up)),
     )
 
 

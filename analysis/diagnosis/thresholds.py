@@ -38,7 +38,7 @@ THRESHOLDS: tuple[Threshold, ...] = (
         "larger_batch_gain", 0.15, "of tokens per second", "what twice the batch must give for the cap to matter"
     ),
     Threshold("fixed_share", 0.25, "of a step", "where a full step's fixed cost is less, a larger budget gains little"),
-    Threshold("budget_share", 0.15, "of TTFT", "as a share that a user would notice"),
+    Threshold("budget_share", 0.15, "of TTFT or TPOT", "as a share that a user would notice"),
     Threshold("kv_share", 0.1, "of TTFT or TPOT", "preemptions are to be rare: what is computed again is lost"),
     Threshold(
         "kept", 3.0, "times", "between how long the cache keeps things at quiet and at busy times, to compare them"
@@ -66,7 +66,9 @@ THRESHOLDS: tuple[Threshold, ...] = (
         "late_as_well", 0.25, "of tokenizing", "a quick front end hands on in 1 to 3 ms; a busy one is late with all"
     ),
     Threshold("late_share", 0.15, "of TTFT or end-to-end latency", "usual is under 5 %: handing a token on is short"),
-    Threshold("detokenize_busy", 0.5, "of the front end's lateness", "more than half of what it does"),
+    Threshold(
+        "detokenize_busy", 0.5, "of a thread's time, or of a token's lateness", "more than half: not the rest of it"
+    ),
     Threshold("client_share", 0.1, "of end-to-end latency", "usual is under 1 %: bytes go into the socket's buffer"),
     Threshold(
         "unsent", 65_536, "bytes", "a stream's last chunks, and what is under way on a long line, are less than 64 KiB"
@@ -76,7 +78,10 @@ THRESHOLDS: tuple[Threshold, ...] = (
     Threshold("collective_share", 0.3, "of forward", "tensor parallelism within a node costs 10 to 25 %"),
     Threshold("dispatch_share", 0.3, "of forward", "expert parallelism with overlap costs 10 to 25 %"),
     Threshold(
-        "imbalance", 1.9, "most over mean", "trained routers are at 1.1 to 1.5 over many tokens, random ones at 1.7"
+        "imbalance",
+        1.9,
+        "most over mean",
+        "trained routers are at 1.1 to 1.5 over many tokens, random ones at 1.6 to 1.9",
     ),
     Threshold(
         "tokens_per_expert", 200, "tokens in a layer", "with fewer, a handful of repeated prompts is uneven by itself"

@@ -12,10 +12,21 @@ from . import vllm
 from .plan import Planned, asks_of, long_among_short, ordinary
 from .vllm import CLEAN_LOADS
 
+RANKS = ("--tp-size", "2")
+TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+
 
 def sglang_clean(chance: random.Random) -> Planned:
     (asks, width), *more = (ordinary(chance) for _ in range(CLEAN_LOADS))
     return Planned("clean", (), asks, width, engine=SGLANG, more=tuple(more))
+
+
+def sglang_clean_ranks(chance: random.Random) -> Planned:
+    return replace(vllm.clean_ranks(chance), arguments=RANKS, variables=TWO_RANKS, engine=SGLANG)
+
+
+def sglang_late_rank(chance: random.Random) -> Planned:
+    return replace(vllm.late_rank(chance), arguments=RANKS, variables=TWO_RANKS, engine=SGLANG)
 
 
 def sglang_batch_cap(chance: random.Random) -> Planned:
@@ -39,14 +50,40 @@ def sglang_kv_cache(chance: random.Random) -> Planned:
 
 
 def sglang_token_budget(chance: random.Random) -> Planned:
-    budget = str(chance.choice((32, 48, 64)))
+    budget = chance.choice((32, 48, 64))
     asks = asks_of(chance, 30, (80, 240), (8, 24))
-    arguments = ("--chunked-prefill-size", budget, "--max-prefill-tokens", budget, "--disable-radix-cache")
-    return Planned("token_budget", ("token_budget",), asks, chance.randint(4, 8), arguments, engine=SGLANG)
+    arguments, advised = (("--chunked-prefill-size", str(tokens), "--disable-radix-cache") for tokens in (budget, 2048))
+    width = chance.randint(4, 8)
+    return Planned("token_budget", ("token_budget",), asks, width, arguments, engine=SGLANG, advised=advised)
+
+
+def sglang_overload(chance: random.Random) -> Planned:
+    asks = asks_of(chance, 160, (30, 80), (30, 60), 1.0)
+    arguments = ("--max-running-requests", "128", "--max-total-tokens", "65536")
+    factor = round(chance.uniform(1.5, 2.5), 2)
+    return Planned("overload", ("arrival_above_capacity",), asks, None, arguments, engine=SGLANG, times_capacity=factor)
 
 
 def sglang_slow_client(chance: random.Random) -> Planned:
     return replace(vllm.slow_client(chance), arguments=(), engine=SGLANG)
+
+
+def sglang_slow_prepare(chance: random.Random) -> Planned:
+    asks, width = ordinary(chance)
+    injected = {"prepare": {"ms": round(chance.uniform(25, 45), 1)}}  # its steps take 10 to 30 ms
+    return Planned("slow_prepare", ("host_prepare",), asks, width, injected=injected, engine=SGLANG)
+
+
+def sglang_front_end(chance: random.Random) -> Planned:
+    asks = asks_of(chance, 40, (10, 40), (30, 60))
+    injected = {"middleware": {"ms": round(chance.uniform(8, 14), 1)}}
+    return Planned("front_end", ("front_end",), asks, chance.randint(8, 12), injected=injected, engine=SGLANG)
+
+
+def sglang_detokenizer(chance: random.Random) -> Planned:
+    asks = asks_of(chance, 40, (10, 40), (30, 60))
+    injected = {"detokenizer": {"ms": round(chance.uniform(6, 12), 1)}}
+    return Planned("detokenizer", ("detokenize",), asks, chance.randint(6, 10), injected=injected, engine=SGLANG)
 
 
 def on_sglang(plan: Callable[[random.Random], Planned]) -> Callable[[random.Random], Planned]:

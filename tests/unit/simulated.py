@@ -2,6 +2,7 @@
 
 Requests arrive, wait, are prefilled in chunks and decode, a token a step, as in vLLM: with a cap on the batch, a budget
 of tokens for a step, and room for so many tokens in the KV cache. A step takes a fixed time and one for each token.
+With prefill_first a step has prefill or decode, and prefill goes first, as in SGLang.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Engine:
     output: int | Callable[[random.Random], int] = 30
     cap: int = 64
     budget: int = 2048
+    prefill_first: bool = False
     kv_tokens: int = 1_000_000
     fixed: float = 4.0
     per_token: float = 0.05
@@ -176,7 +178,7 @@ class _Run:
                     break
             if one not in self.running or budget < 1 or not need:
                 continue
-            budget -= need
+            budget -= 0 if engine.prefill_first and one.done >= one.target else need
             if one.done >= one.target:
                 decoding.append(one)
             else:
@@ -197,6 +199,8 @@ class _Run:
             one.chunk_begin = begin
             chunks.append((one, need))
             budget -= need
+        if engine.prefill_first and chunks:
+            decoding = []
         self._write(begin, decoding, chunks, preempted)
 
     def _write(self, begin: int, decoding: list[Life], chunks: list[tuple[Life, int]], preempted: int) -> None:

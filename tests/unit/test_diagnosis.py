@@ -7,14 +7,15 @@ import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
-from unit.sessions import INSTANCE, SessionBuilder
+from unit.sessions import INSTANCE, PROCESS, SessionBuilder
 from unit.simulated import MS, Engine, simulate
 
 from stagetrace.analysis.diagnosis.causes import CAUSES, Phase
@@ -30,6 +31,9 @@ from stagetrace.analysis.show import Grid
 from stagetrace.cli.main import app
 from stagetrace.instrument.ids import step_trace_id
 from stagetrace.instrument.stages import BY_NAME, Level
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def said(found: Diagnosis) -> list[str]:
@@ -163,6 +167,26 @@ def test_a_client_behind_a_large_buffer_is_slow(tmp_path: Path) -> None:
     assert said(of(tmp_path / "little", Engine(unsent=0.3))) == []  # less than what may be under way
 
 
+def test_tokens_that_are_late_together_are_counted_once(tmp_path: Path) -> None:
+    """The engine has the last token before the front end has handed the first one on."""
+    found = of(tmp_path / "s", Engine(late=1000.0))
+    assert said(found) == ["front_end"]
+    seen = found.findings[0].seen
+    requests = facts_of(tmp_path / "again", Engine(late=1000.0)).requests
+    kept = (requests["last_output_ns"] - requests["first_token_ns"]).sum()
+    assert seen.measured_ns == pytest.approx(kept, rel=0.01) and kept < found.request_time_ns
+
+
+def test_a_detokenizer_of_its_own_is_told_from_the_front_end(tmp_path: Path) -> None:
+    """As SGLang's: a process beside the front end, which hands on what that one gave."""
+    for late, each, cause in ((40.0, 1.0, "front_end"), (40.0, 30.0, "detokenize"), (150.0, 4.5, "detokenize")):
+        facts = facts_of(tmp_path / f"{late}-{each}", Engine(late=late, detokenize=each))
+        own = facts.segments["stage"] == BY_NAME["detokenize"].id
+        handed_on = facts.segments[own].assign(process=PROCESS + 9, self_ns=0.05 * MS)
+        with_front_end = replace(facts, segments=pd.concat([facts.segments, handed_on]))
+        assert said(of_facts(with_front_end)) == [cause]
+
+
 @pytest.mark.parametrize("cause", CASES)
 def test_a_cause_that_is_there_comes_first(cause: str, tmp_path: Path) -> None:
     found = of(tmp_path / "s", CASES[cause][0])
@@ -280,6 +304,28 @@ def test_without_ceilings_roofs_are_said_to_be_missing(tmp_path: Path) -> None:
     assert {"prefill_inefficient", "decode_at_roof", "decode_far_below_roof"} <= {*found.missing}
 
 
+def test_a_text_that_goes_to_one_expert_is_no_uneven_router(tmp_path: Path) -> None:
+    """The same sum over all steps, spread over them or of a few in a row: there the next session may be even."""
+    facts = facts_of(tmp_path / "s", Engine(requests=60, level="layer", experts=(1,) * 8))
+
+    def uneven(of_step: Callable[[int], float]) -> Diagnosis:
+        """With a part of each step's tokens sent to expert 3, and the rest evenly."""
+        rows = [
+            [tokens * (1 - of_step(step)) / 8 + (tokens * of_step(step) if expert == 3 else 0) for expert in range(8)]
+            for step, tokens in zip(facts.place(facts.experts), 8000 * facts.experts["tokens"], strict=True)
+        ]
+        counts = [[round(each) for each in row] for row in rows]
+        return of_facts(replace(facts, experts=facts.experts.assign(counts=counts)))
+
+    number = len(facts.steps)
+    always = uneven(lambda _: 0.18)
+    assert said(always) == ["expert_imbalance"]
+    text = uneven(lambda step: 1.0 if 0.4 < step / number < 0.58 else 0.0)
+    assert said(text) == []
+    value, low = (each.value for each in text.quiet["expert_imbalance"].evidence[:2])
+    assert low < limit("imbalance") < value
+
+
 def test_dispatch_and_combine(tmp_path: Path) -> None:
     info = {"expert_parallel": True}
     facts = facts_of(tmp_path / "s", Engine(level="layer", info=info, stages={"expert_dispatch": 3.0}))
@@ -314,6 +360,64 @@ def test_sglang_is_told_by_its_own_settings(tmp_path: Path) -> None:
     assert said(found)[:1] == ["token_budget"]
     flags = [flag for flag, _ in next_experiments(found.findings[0].cause, found.engine)]
     assert "--chunked-prefill-size N" in flags and "--max-num-batched-tokens N" not in flags
+
+
+def test_decode_that_waits_for_many_chunks_waits_for_a_larger_budget(tmp_path: Path) -> None:
+    """Where prefill goes first, decode waits for every chunk of others: what a larger budget saves is no prefill's."""
+    sglang = {"engine": "sglang", "max_num_batched_tokens": None, "block_size": 1}
+
+    def serving(chunk: int, prefill_first: bool = True) -> Diagnosis:
+        info = {**sglang, "chunked_prefill_size": chunk}
+        engine = Engine(width=8, prompt=400, per_token=0.2, budget=chunk, prefill_first=prefill_first, info=info)
+        return of(tmp_path / f"{chunk}-{prefill_first}", engine)
+
+    small, large = serving(32), serving(512)
+    assert said(small) == ["token_budget", "prefill_delays_decode"]
+    assert said(large) == ["prefill_delays_decode"]
+    budget, prefill = (each.seen for each in small.findings)
+    # With one chunk for each prompt what is left is its tokens' own time and one step's fixed cost.
+    assert small.request_time_ns - large.request_time_ns == pytest.approx(budget.recoverable_ns, rel=0.1)
+    assert large.findings[0].seen.measured_ns == pytest.approx(prefill.measured_ns, rel=0.1)
+    # Where steps have both, decode takes its token from every chunk, and waits for no step more.
+    mixed = serving(32, prefill_first=False)
+    assert said(mixed) == ["token_budget"]
+    assert [each.value for each in mixed.findings[0].seen.evidence if "in decode" in each.what] == [0.0]
+
+
+def test_results_that_wait_for_the_next_forward_pass(tmp_path: Path) -> None:
+    """As SGLang on a processor: the next step is computed, on the same thread, before this one's tokens are given."""
+    prompts = itertools.cycle([20] * 3 + [1900])
+    info = {"engine": "sglang", "device": "cpu"}
+    engine = Engine(
+        requests=80,
+        width=5,
+        output=lambda chance: chance.randint(20, 60),
+        prompt=lambda _: next(prompts),
+        prefill_first=True,
+        info=info,
+    )
+    facts = facts_of(tmp_path / "s", engine)
+    steps, rows = facts.steps, facts.intervals
+    ends = steps["end_ns"].to_numpy()
+    later = np.append(ends[1:], ends[-1])
+    place = facts.place(rows)
+    before = np.searchsorted(ends, ends[place] - rows["interval_ns"].to_numpy())
+    waiting = replace(
+        facts,
+        steps=steps.assign(end_ns=later),
+        intervals=rows.assign(interval_ns=np.where(before < place, later[place] - later[before], 0)),
+    )
+    plain = of_facts(facts)
+    for each in (facts, waiting):
+        found = of_facts(each)
+        assert said(found) == ["prefill_delays_decode"]
+        assert found.findings[0].seen.share.value == pytest.approx(plain.findings[0].seen.share.value, rel=0.05)
+        assert found.attributed[Phase.TPOT].share == pytest.approx(1.0, abs=0.02)
+        assert each.own[(steps["phase"] == "decode").to_numpy()].max() < 6 * MS
+    # On a device the results of a step wait for nothing but its own forward pass.
+    info["device"] = "cuda"
+    there = replace(waiting, manifest=facts_of(tmp_path / "device", replace(engine, info=info)).manifest)
+    assert (there.done == later).all()
 
 
 def test_work_that_the_step_before_hides_holds_up_nobody(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ _BATCHES = {
     "vllm.v1.core.sched.scheduler": ("schedule", lambda self, *_, **__: self.running or self.waiting),
     "sglang.srt.managers.scheduler": (
         "get_next_batch_to_run",
-        lambda self, batch, *_, **__: batch.reqs or self.waiting_queue,
+        lambda self, running_batch, **_: running_batch.reqs or self.waiting_queue,
     ),
 }
 

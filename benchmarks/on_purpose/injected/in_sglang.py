@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from in_both import Burn
 from pauses import patch
+
+_calls = {"count": 0}
 
 
 def schedule(module: Any, asked: Any) -> None:
@@ -16,6 +19,20 @@ def schedule(module: Any, asked: Any) -> None:
     patch(module, "Scheduler.get_next_batch_to_run", seconds)
 
 
+def rank(module: Any, asked: Any) -> None:
+    """One rank is slow in what it computes before its collectives: in every so many attentions and experts."""
+
+    def seconds(*_: Any, **__: Any) -> float:
+        import torch
+
+        _calls["count"] += 1
+        late = torch.distributed.get_rank() == asked["rank"]
+        return asked["ms"] / 1e3 if late and _calls["count"] % asked["every"] == 0 else 0.0
+
+    for place in ("Qwen3MoeAttention.forward", "Qwen3MoeSparseMoeBlock.forward"):
+        patch(module, place, seconds)
+
+
 def grammar(module: Any, asked: Any) -> None:
     """Compiling a grammar, or filling its mask, takes so long."""
     compiling = asked["where"] == "compile"
@@ -23,13 +40,33 @@ def grammar(module: Any, asked: Any) -> None:
     patch(module, place, asked["ms"] / 1e3)
 
 
+def prepare(module: Any, asked: Any) -> None:
+    """Building the inputs of the forward pass takes so long."""
+    patch(module, "ForwardBatch.init_new", asked["ms"] / 1e3)
+
+
 def sample(module: Any, asked: Any) -> None:
     """Sampling takes so long."""
     patch(module, "Sampler.forward", asked["ms"] / 1e3)
 
 
+def middleware(module: Any, asked: Any) -> None:
+    """The front end's event loop is busy for a while with everything that is sent."""
+    module.app.add_middleware(Burn)
+
+
+def detokenizer(module: Any, asked: Any) -> None:
+    """Turning a step's tokens into text takes so long for each of them."""
+    name = "DetokenizerManager.handle_batch_token_id_out"
+    patch(module, name, lambda _self, batch: asked["ms"] / 1e3 * len(batch.rids))
+
+
 KINDS = {
     "schedule": {"sglang.srt.managers.scheduler": schedule},
+    "rank": {"sglang.srt.models.qwen3_moe": rank},
     "grammar": {"sglang.srt.constrained.xgrammar_backend": grammar},
+    "prepare": {"sglang.srt.model_executor.forward_batch_info": prepare},
     "sample": {"sglang.srt.layers.sampler": sample},
+    "middleware": {"sglang.srt.entrypoints.http_server": middleware},
+    "detokenizer": {"sglang.srt.managers.detokenizer_manager": detokenizer},
 }
