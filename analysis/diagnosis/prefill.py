@@ -182,7 +182,7 @@ def _kept(facts: Facts, capacity: int) -> Values:
             now < capacity, scheduled[mine] - (ends[-1] - ends[0]), np.interp(now - capacity, computed, ends)
         )
         found[mine] = scheduled[mine] - since
-    return np.maximum(found, 0.0)
+    return np.asarray(np.maximum(found, 0.0), dtype=np.float64)
 
 
 def prefix_cache_off(facts: Facts) -> Answer:
