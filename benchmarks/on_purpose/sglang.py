@@ -22,7 +22,9 @@ def sglang_clean(chance: random.Random) -> Planned:
 
 
 def sglang_clean_ranks(chance: random.Random) -> Planned:
-    return replace(vllm.clean_ranks(chance), arguments=RANKS, variables=TWO_RANKS, engine=SGLANG)
+    """With several requests at once: of a tiny model's small batch its collectives are a large part."""
+    (asks, width), *more = ((asks_of(chance, 48, (15, 60), (20, 40)), chance.randint(6, 10)) for _ in range(2))
+    return Planned("clean", (), asks, width, RANKS, variables=TWO_RANKS, level="layer", engine=SGLANG, more=tuple(more))
 
 
 def sglang_late_rank(chance: random.Random) -> Planned:
