@@ -172,7 +172,7 @@ def attributed(facts: Facts) -> dict[Phase, Attributed]:
     ttft = float(facts.ttft[known].sum())
     in_states = float(np.minimum(states, np.nan_to_num(facts.ttft))[known].sum())
     tpot = float(facts.interval_time.sum())
-    in_steps = facts.waited(np.clip(facts.period - facts.step("unattributed_ns"), 0, None)) * facts.waits.tokens
+    in_steps = facts.held_up(np.clip(facts.period - facts.step("unattributed_ns"), 0, None))
     stepped = min(float(in_steps.sum()) / tpot, 1.0) if tpot > 0 else None
     # All of a request: until the first token, from there to the last, and until that was handed over.
     last, end = facts.request("last_token_ns", "end_ns")

@@ -281,15 +281,43 @@ class Facts:
         time, tokens = (self.intervals[name].to_numpy(dtype=np.float64)[known] for name in ("interval_ns", "tokens"))
         return Waits(place[known], time, tokens)
 
-    def waited(self, times: Values) -> Values:
-        """How much of each of the waits went by in some part of the steps: `times`, never more than each step's own."""
+    @cached_property
+    def _within(self) -> tuple[tuple[npt.NDArray[np.int64], Values], tuple[npt.NDArray[np.int64], Values]]:
+        """Where the waits begin and end: the step that is computed then or is the next one, and how much of it is over.
+
+        Steps are in the order in which they are done.
+        """
         waits = self.waits
-        if not times.any():
-            return np.zeros(len(waits.time))
-        covered = Covered(self.step_instance, self.done - self.own, self.own, times)
-        until = self.step("end_ns")[waits.place]
-        within = covered.within(self.step_instance[waits.place], until - waits.time, until)
-        return np.minimum(within, waits.time)
+        until, instance = self.step("end_ns")[waits.place], self.step_instance[waits.place]
+        found = []
+        for at in (until - waits.time, until):
+            step, over = np.zeros(len(at), dtype=np.int64), np.zeros(len(at))
+            for each in np.unique(instance):
+                mine, rows = np.flatnonzero(self.step_instance == each), instance == each
+                place = np.searchsorted(self.done[mine], at[rows], side="left")
+                known = place < len(mine)
+                of = mine[np.minimum(place, len(mine) - 1)]
+                begun = at[rows] - (self.done - self.own)[of]
+                step[rows] = of
+                over[rows] = np.where(known, np.clip(begun / np.maximum(self.own[of], 1.0), 0, 1), 1.0)
+            found.append((step, over))
+        return found[0], found[1]
+
+    def waited(self, times: Values) -> Values:
+        """How much of each of the waits went by in some part of the steps' time: `times`, spread evenly over each."""
+        before: Values = np.zeros(len(times))
+        for each in np.unique(self.step_instance):
+            mine = self.step_instance == each
+            before[mine] = np.cumsum(times[mine]) - times[mine]
+        (first, over), (last, then) = self._within
+        part = before[last] + times[last] * then - before[first] - times[first] * over
+        return np.clip(part, 0.0, self.waits.time)
+
+    def held_up(self, times: Values) -> Values:
+        """The same of all tokens that came with each step."""
+        return np.bincount(
+            self.waits.place, weights=self.waited(times) * self.waits.tokens, minlength=len(self.steps)
+        ).astype(np.float64)
 
     @cached_property
     def starting(self) -> Values:
@@ -358,7 +386,7 @@ class Facts:
         for instance, part in rows.groupby("instance"):
             mine = np.flatnonzero(self.steps["instance"].to_numpy() == instance)
             begins = part["begin_ns"].to_numpy()
-            place = np.searchsorted(self.done[mine], begins)
+            place = np.searchsorted(self.done[mine], begins, side="right")
             known = place < len(mine)
             if since is not None:
                 known[known] = begins[known] >= since[mine[place[known]]]

@@ -128,7 +128,7 @@ def of_steps(facts: Facts, lost: Values) -> tuple[Part, ...]:
     """A time of each step, for those that waited for their first token, and for those that waited for the next."""
     return (
         Part(Phase.TTFT, facts.starting * lost, facts.starting * facts.period, facts.stepped_ttft),
-        Part(Phase.TPOT, facts.decoding * lost, facts.interval_time),
+        Part(Phase.TPOT, facts.held_up(lost), facts.interval_time),
     )
 
 

@@ -259,9 +259,7 @@ def token_budget(facts: Facts) -> Answer:
     queued = queued_by(facts, Wait.TOKEN_BUDGET)
     lost = chunked + queued
     # Where steps have prefill or decode, requests in decode wait for every chunk of others.
-    waited = facts.waited(np.where(_prefill_alone(facts), facts.own, 0.0)) * facts.waits.tokens
-    held_up = np.zeros(len(facts.steps))
-    np.add.at(held_up, facts.waits.place, waited)
+    held_up = facts.held_up(np.where(_prefill_alone(facts), facts.own, 0.0))
     part = fixed_part(facts)
     return seen(
         (of_requests(facts, Phase.TTFT, lost), Part(Phase.TPOT, held_up, facts.interval_time)),
@@ -273,7 +271,7 @@ def token_budget(facts: Facts) -> Answer:
             Evidence("steps that had as many", float(full.sum()), "steps"),
             Evidence("time in prefill during these", float(chunked.sum()), "ns"),
             Evidence("time in the queue for them", float(queued.sum()), "ns"),
-            Evidence("time in decode waiting for them", float(waited.sum()), "ns"),
+            Evidence("time in decode waiting for them", float(held_up.sum()), "ns"),
             Evidence("what a step costs whatever is in it", facts.cost[0], "ns"),
             Evidence("of a full step's time that is", part, "share"),
         ),
