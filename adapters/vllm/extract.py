@@ -269,7 +269,9 @@ def process_info(config: Any, version: str) -> dict[str, object]:
     parallel = config.parallel_config
     scheduler = config.scheduler_config
     model = config.model_config
+    tokens = getattr(config.cache_config, "kv_cache_size_tokens", None)  # known to the scheduler alone
     return {
+        **({"kv_cache_tokens": int(tokens)} if tokens else {}),
         "engine": "vllm",
         "engine_version": version,
         "model": str(getattr(model, "served_model_name", None) or model.model),
@@ -281,7 +283,6 @@ def process_info(config: Any, version: str) -> dict[str, object]:
         "max_num_batched_tokens": int(scheduler.max_num_batched_tokens),
         "async_scheduling": bool(getattr(scheduler, "async_scheduling", False)),
         "block_size": int(config.cache_config.block_size or 0),
-        "kv_cache_tokens": int(getattr(config.cache_config, "kv_cache_size_tokens", 0) or 0),  # 0: not known yet
         "prefix_caching": bool(config.cache_config.enable_prefix_caching),
         "kv_cache_dtype": str(config.cache_config.cache_dtype),
         "device": str(getattr(config.device_config, "device_type", "")),

@@ -1,6 +1,6 @@
 """Level layer on a real vLLM that compiles its model.
 
-With the mends of mends/sitecustomize.py the build for the CPU compiles as on CUDA: the MoE and the collectives are
+With the mends of mends/mending.py the build for the CPU compiles as on CUDA: the MoE and the collectives are
 operators that no compiler looks into, and what the hooks are on is called inside them. Without the mends it has the
 compiler look into all but the attention.
 """
