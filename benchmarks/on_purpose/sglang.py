@@ -28,7 +28,11 @@ def sglang_clean_ranks(chance: random.Random) -> Planned:
 
 
 def sglang_late_rank(chance: random.Random) -> Planned:
-    return replace(vllm.late_rank(chance), arguments=RANKS, variables=TWO_RANKS, engine=SGLANG)
+    """In every so many of the eight attentions and experts of a step, which takes 40 to 60 ms."""
+    plan = vllm.late_rank(chance)
+    size = {"ms": round(chance.uniform(4, 9), 1), "every": chance.choice((2, 3))}
+    injected = {"rank": {**plan.injected["rank"], **size}}
+    return replace(plan, arguments=RANKS, injected=injected, variables=TWO_RANKS, engine=SGLANG)
 
 
 def sglang_batch_cap(chance: random.Random) -> Planned:
