@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from .causes import Phase
-from .facts import Facts, Values
+from .facts import Facts, Flags, Values
 from .finding import Evidence, Missing, Part, few_steps, of_steps, seen
 from .queueing import for_chunks
 from .thresholds import limit
@@ -33,8 +34,9 @@ def prefill_delays_decode(facts: Facts) -> Answer:
     prefill = facts.waited(excess)
     usual = np.maximum(facts.usual_decode[place], 1.0)
     held_up = prefill >= limit("stall") * usual
-    # What prompts cost more because they are cut into so many steps is the budget's.
-    lost = np.where(held_up, prefill - facts.waited(for_chunks(facts)), 0.0) * tokens
+    # What prompts cost more because they are cut into so many steps is the budget's, what they cost again the cache's.
+    of_others = facts.waited(np.minimum(for_chunks(facts) + _of_the_cache(facts), excess))
+    lost = np.where(held_up, prefill - of_others, 0.0) * tokens
     per_step: Values = np.zeros(len(facts.steps))
     np.add.at(per_step, place, lost)
     stalled = interval[held_up]
@@ -120,12 +122,25 @@ def _p95(facts: Facts) -> float:
     return float(np.percentile(tokens, 95)) if len(tokens) else 0.0
 
 
-def prefix_cache_thrashed(facts: Facts) -> Answer:
-    """Prompts find less in the cache while many new tokens push out what it has than while few do.
+@dataclass(frozen=True)
+class _Lost:
+    """What was found in the cache at quiet times and at busy ones, when new tokens push out what it has."""
 
-    Whether a beginning would have been found in a larger cache is not recorded, as no token is: it is told by comparing
-    requests at times when the cache kept what nobody used for long with those when it kept it for a short time.
-    """
+    capacity: int  # tokens
+    slow: float  # of the prompts found, 0 to 1, while the cache kept things for long
+    fast: float  # the same while it kept them for a short time
+    kept_slow: float  # how long what nobody used was kept then, median, ns
+    kept_fast: float
+    requests: int  # that came at busy times
+    again: Values  # of each step the prefill's time for what would have been found at quiet times, ns
+
+    @property
+    def counts(self) -> bool:
+        """Whether that is more than chance."""
+        return self.slow > 0.05 and 1 - self.fast / self.slow >= limit("cache_loss")
+
+
+def _lost_beginnings(facts: Facts) -> _Lost | Missing | None:
     if facts.info.get("prefix_caching") is False:
         return None
     prompt, cached = facts.request("prompt_tokens", "cached_tokens")
@@ -146,21 +161,40 @@ def prefix_cache_thrashed(facts: Facts) -> Answer:
     if min(fast.sum(), slow.sum()) < limit("requests"):
         return None
     in_slow, in_fast = (float(cached[each].sum() / prompt[each].sum()) for each in (slow, fast))
-    lost = max(in_slow - in_fast, 0.0)
-    again = _computed_again(facts, np.where(fast, prompt * lost, 0.0), np.nan_to_num(prompt - cached))
+    tokens = np.where(fast, prompt * max(in_slow - in_fast, 0.0), 0.0)
+    return _Lost(
+        capacity,
+        in_slow,
+        in_fast,
+        float(np.median(kept[slow])),
+        float(np.median(kept[fast])),
+        int(fast.sum()),
+        _computed_again(facts, tokens, np.nan_to_num(prompt - cached)),
+    )
+
+
+def prefix_cache_thrashed(facts: Facts) -> Answer:
+    """Prompts find less in the cache while many new tokens push out what it has than while few do.
+
+    Whether a beginning would have been found in a larger cache is not recorded, as no token is: it is told by comparing
+    requests at times when the cache kept what nobody used for long with those when it kept it for a short time.
+    """
+    found = _lost_beginnings(facts)
+    if not isinstance(found, _Lost):
+        return found
     return seen(
-        of_steps(facts, again),
+        of_steps(facts, found.again),
         "again_share",
-        also=in_slow > 0.05 and lost / max(in_slow, 1e-9) >= limit("cache_loss"),
+        also=found.counts,
         evidence=(
-            Evidence("tokens that the KV cache holds", capacity, "tokens"),
-            Evidence("of the prompts found in the cache while it kept things for long", in_slow, "share"),
-            Evidence("what nobody used was kept then for, median", float(np.median(kept[slow])), "ns"),
-            Evidence("of the prompts found in the cache while it kept things for a short time", in_fast, "share"),
-            Evidence("what nobody used was kept then for, median", float(np.median(kept[fast])), "ns"),
-            Evidence("requests that came then", float(fast.sum()), "requests"),
+            Evidence("tokens that the KV cache holds", found.capacity, "tokens"),
+            Evidence("of the prompts found in the cache while it kept things for long", found.slow, "share"),
+            Evidence("what nobody used was kept then for, median", found.kept_slow, "ns"),
+            Evidence("of the prompts found in the cache while it kept things for a short time", found.fast, "share"),
+            Evidence("what nobody used was kept then for, median", found.kept_fast, "ns"),
+            Evidence("requests that came then", float(found.requests), "requests"),
         ),
-        examples=facts.step_examples(again),
+        examples=facts.step_examples(found.again),
     )
 
 
@@ -192,10 +226,8 @@ def prefix_cache_off(facts: Facts) -> Answer:
     if few := few_steps(facts):
         return few
     (prompt,) = facts.request("prompt_tokens")
+    others, again = _answered_as_well(facts), _of_other_answers(facts)
     prompt = np.nan_to_num(prompt)
-    children = facts.requests["parent"].notna().to_numpy()
-    others = children & facts.requests.duplicated("parent").to_numpy()
-    again = _computed_again(facts, np.where(others, prompt, 0.0), prompt)
     return seen(
         of_steps(facts, again),
         "again_share",
@@ -208,6 +240,26 @@ def prefix_cache_off(facts: Facts) -> Answer:
         examples=facts.step_examples(again),
         note="Whether other requests share beginnings is not recorded, as no token is.",
     )
+
+
+def _answered_as_well(facts: Facts) -> Flags:
+    """Requests that are another answer to a prompt that was computed for one already."""
+    children = facts.requests["parent"].notna()
+    return np.asarray(children & facts.requests.duplicated("parent"), dtype=np.bool_)
+
+
+def _of_other_answers(facts: Facts) -> Values:
+    """The prefill's time of each step for prompts that were computed for another answer already."""
+    prompt = np.nan_to_num(facts.request("prompt_tokens")[0])
+    return _computed_again(facts, np.where(_answered_as_well(facts), prompt, 0.0), prompt)
+
+
+def _of_the_cache(facts: Facts) -> Values:
+    """The prefill's time of each step that is there because the prefix cache is off, or has lost what was in it."""
+    if facts.info.get("prefix_caching") is False:
+        return _of_other_answers(facts)
+    lost = _lost_beginnings(facts)
+    return lost.again if isinstance(lost, _Lost) and lost.counts else np.zeros(len(facts.steps))
 
 
 CHECKS = {

@@ -257,7 +257,8 @@ def test_what_the_cache_keeps_is_what_fits(capacity: int, tmp_path: Path) -> Non
 
 
 def test_prefix_cache_off(tmp_path: Path) -> None:
-    off = facts_of(tmp_path / "off", Engine(info={"prefix_caching": False}, prompt=400))
+    engine = Engine(info={"prefix_caching": False}, prompt=400, output=lambda chance: chance.randint(10, 60))
+    off = facts_of(tmp_path / "off", engine)
     siblings = off.requests.assign(parent=off.requests["handle"] // 4)
     answer = CHECKS["prefix_cache_off"](replace(off, requests=siblings))
     assert isinstance(answer, Seen) and answer.stands_out
@@ -268,6 +269,11 @@ def test_prefix_cache_off(tmp_path: Path) -> None:
     # Whoever waits for such a step waits for it: those in prefill, in the queue and in decode.
     waited = float((prefill * (off.starting + off.decoding)).sum())
     assert answer.measured_ns == pytest.approx(share * waited, rel=0.15)
+    # What a prompt costs again is the cache's: the rest is what prefill delays decode by.
+    delays = [CHECKS["prefill_delays_decode"](each) for each in (off, replace(off, requests=siblings))]
+    assert all(isinstance(each, Seen) for each in delays)
+    whole, rest = (each.measured_ns for each in delays if isinstance(each, Seen))
+    assert rest == pytest.approx((1 - share) * whole, rel=0.2) and whole > 0
     alone = CHECKS["prefix_cache_off"](off)
     assert isinstance(alone, Seen) and not alone.stands_out
     assert CHECKS["prefix_cache_off"](facts_of(tmp_path / "on", Engine())) is None
