@@ -158,9 +158,10 @@ class Follower:
                 time.sleep(min(LOOK_S, 0.05 if self.manifest.complete else LOOK_S))
             if self.metrics is not None and not self.state.trouble:
                 self.metrics.send(self.manifest, self.state)
+        self._save(now=True)
         if self.metrics is not None and self.done:
             self.metrics.send(self.manifest, self.state, last=True)
-        self._save(now=True)
+            self._save(now=True)  # with what the metrics were told
 
     def step(self) -> bool:
         """Reads the next commit if there is room, and sends one request. Whether there was anything to do."""
