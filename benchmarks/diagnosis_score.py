@@ -42,6 +42,7 @@ from stagetrace.exporters.session import Session, SessionError
 CASE = "case.json"  # beside a session: what was put there
 STAGETRACE = (sys.executable, "-m", "stagetrace.cli.main")
 CALIBRATION = "calibration.json"
+WEIGHTS = "model.safetensors"  # of a model, written last
 NONE = "nothing"
 AT_CAPACITY = 128  # requests at once: as many as an overloaded engine's batch may have
 WRITTEN_S = 6.0  # after the end of a load until all of its requests are in the tables
@@ -94,7 +95,7 @@ def build(models: Path, kind: str) -> Path:
         command = [str(WIDE_MODEL), str(build(models, "dense")), str(path)]
     else:
         command = [str(MODEL_SCRIPT), str(path), *(["--dense"] if kind == "dense" else [])]
-    if kind != WIDE or not path.is_dir():
+    if kind != WIDE or not (path / WEIGHTS).is_file():
         subprocess.run([str(VLLM.python), *command], env=environment(), check=True, capture_output=True)
     return path
 
@@ -103,18 +104,8 @@ def calibrated(models: Path) -> Path:
     """What this machine can do with one thread, measured once: what the roofs are told by."""
     path = models / CALIBRATION
     if not path.is_file():
-        measured = (word for component in ("memory", "gemm", "attention") for word in ("--only", component))
-        command = [
-            "calibrate",
-            "--python",
-            str(VLLM.python),
-            "--threads",
-            "1",
-            "--quick",
-            "--out",
-            str(path),
-            *measured,
-        ]
+        measured = ["--threads", "1", "--quick", "--only", "memory", "--only", "gemm", "--only", "attention"]
+        command = ["calibrate", "--python", str(VLLM.python), "--out", str(path), *measured]
         subprocess.run([*STAGETRACE, *command], env=environment(), check=True, capture_output=True)
     return path
 

@@ -28,7 +28,7 @@ def main() -> int:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tiny, directory = map(Path, sys.argv[1:])
-    shutil.copytree(tiny, directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(tiny, directory, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
     config = AutoConfig.from_pretrained(tiny)
     config.update(SHAPE)
     config.layer_types = [config.layer_types[0]] * config.num_hidden_layers
