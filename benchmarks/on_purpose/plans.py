@@ -1,4 +1,7 @@
-"""All the plans of sessions, by name."""
+"""All the plans, by name: sessions of real engines with a cause put there on purpose, of random size, and clean ones.
+
+Everything that is left to chance comes from one random.Random: the same seed plans the same session.
+"""
 
 from __future__ import annotations
 
