@@ -93,7 +93,7 @@ class Cost:
 def cost(without: Sequence[float], with_them: Sequence[float], number: int) -> Cost:
     """Of each of `number` in what was timed, from rounds in turn. Raises ValueError with fewer than two rounds."""
     each = [(have - lack) / number for lack, have in zip(without, with_them, strict=True)]
-    low, middle, high = quantiles(each, n=4, method="inclusive")
+    low, middle, high = sorted(quantiles(each, n=4, method="inclusive"))  # of equal rounds they differ by rounding
     return Cost(middle, low, high)
 
 
