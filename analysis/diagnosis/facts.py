@@ -248,7 +248,7 @@ class Facts:
 
     @cached_property
     def own(self) -> Values:
-        """The time of each step that no other one has: from its begin, or as long as the one before was not done."""
+        """The time of each step that no other one has: from its begin, or once the one it overlaps is done."""
         begins, before = self.step("begin_ns"), self._shifted(self.done, 1)
         overlaps = begins < self._shifted(self.step("end_ns"), 1)
         return np.clip(self.done - np.where(overlaps, before, begins), 0, None)

@@ -8,12 +8,8 @@ from dataclasses import replace
 from . import sglang, vllm
 from .plan import Planned
 
-_SETTINGS = (
-    vllm.batch_cap,
-    vllm.kv_cache,
-    vllm.token_budget,
-    vllm.many_answers,
-)  # closed loads: a pause is no overload
+# Closed loads: with arrivals at their own times a pause makes an overload of them.
+_SETTINGS = (vllm.batch_cap, vllm.kv_cache, vllm.token_budget, vllm.many_answers)
 _PAUSES = (vllm.tokenizer, vllm.scheduler_delay, vllm.slow_sampling, vllm.slow_prepare, vllm.gc_pauses)
 _SGLANG_SETTINGS = (sglang.sglang_batch_cap, sglang.sglang_kv_cache)
 _SGLANG_PAUSES = (vllm.tokenizer, vllm.scheduler_delay, vllm.slow_sampling)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from in_both import Burn
-from pauses import patch
+from pauses import patch, paused
 
 _calls = {"count": 0}
 
@@ -40,16 +40,6 @@ def grammar(module: Any, asked: Any) -> None:
     patch(module, place, asked["ms"] / 1e3)
 
 
-def prepare(module: Any, asked: Any) -> None:
-    """Building the inputs of the forward pass takes so long."""
-    patch(module, "ForwardBatch.init_new", asked["ms"] / 1e3)
-
-
-def sample(module: Any, asked: Any) -> None:
-    """Sampling takes so long."""
-    patch(module, "Sampler.forward", asked["ms"] / 1e3)
-
-
 def middleware(module: Any, asked: Any) -> None:
     """The front end's event loop is busy for a while with everything that is sent."""
     module.app.add_middleware(Burn)
@@ -65,8 +55,8 @@ KINDS = {
     "schedule": {"sglang.srt.managers.scheduler": schedule},
     "rank": {"sglang.srt.models.qwen3_moe": rank},
     "grammar": {"sglang.srt.constrained.xgrammar_backend": grammar},
-    "prepare": {"sglang.srt.model_executor.forward_batch_info": prepare},
-    "sample": {"sglang.srt.layers.sampler": sample},
+    "prepare": {"sglang.srt.model_executor.forward_batch_info": paused("ForwardBatch.init_new")},
+    "sample": {"sglang.srt.layers.sampler": paused("Sampler.forward")},
     "middleware": {"sglang.srt.entrypoints.http_server": middleware},
     "detokenizer": {"sglang.srt.managers.detokenizer_manager": detokenizer},
 }

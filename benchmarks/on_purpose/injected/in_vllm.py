@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from pauses import patch
+from pauses import patch, paused
 
+_EXCHANGES = tuple(f"AgRsAll2AllManager.{name}" for name in ("dispatch", "dispatch_router_logits", "combine"))
 _calls = {"count": 0}
 
 
@@ -31,42 +32,6 @@ def grammar(module: Any, asked: Any) -> None:
     """Compiling a grammar, or filling its bitmask, takes so long."""
     place = "XgrammarBackend.compile_grammar" if asked["where"] == "compile" else "XgrammarGrammar.fill_bitmask"
     patch(module, place, asked["ms"] / 1e3)
-
-
-def prepare(module: Any, asked: Any) -> None:
-    """Building the inputs of the forward pass takes so long."""
-    patch(module, "GPUModelRunner._prepare_inputs", asked["ms"] / 1e3)
-
-
-def forward(module: Any, asked: Any) -> None:
-    """The forward pass takes so long more."""
-    patch(module, "GPUModelRunner._model_forward", asked["ms"] / 1e3)
-
-
-def sample(module: Any, asked: Any) -> None:
-    """Sampling takes so long."""
-    patch(module, "Sampler.forward", asked["ms"] / 1e3)
-
-
-def detokenizer(module: Any, asked: Any) -> None:
-    """Detokenizing takes so long for what a request is given by a step."""
-    patch(module, "BaseIncrementalDetokenizer.update", asked["ms"] / 1e3)
-
-
-def draft(module: Any, asked: Any) -> None:
-    """Proposing tokens takes so long."""
-    patch(module, "NgramProposer.propose", asked["ms"] / 1e3)
-
-
-def links(module: Any, asked: Any) -> None:
-    """An all_reduce takes so long on every rank, once all have come."""
-    patch(module, "CpuCommunicator.all_reduce", asked["ms"] / 1e3)
-
-
-def exchange(module: Any, asked: Any) -> None:
-    """Sending tokens to their experts and back takes so long, each."""
-    for name in ("dispatch", "dispatch_router_logits", "combine"):
-        patch(module, f"AgRsAll2AllManager.{name}", asked["ms"] / 1e3)
 
 
 def backend(module: Any, asked: Any) -> None:
@@ -109,12 +74,13 @@ KINDS = {
     "schedule": {"vllm.v1.core.sched.scheduler": schedule},
     "rank": {"vllm.distributed.parallel_state": rank},
     "grammar": {"vllm.v1.structured_output.backend_xgrammar": grammar},
-    "prepare": {"vllm.v1.worker.gpu_model_runner": prepare},
-    "forward": {"vllm.v1.worker.gpu_model_runner": forward},
-    "sample": {"vllm.v1.sample.sampler": sample},
-    "detokenizer": {"vllm.v1.engine.detokenizer": detokenizer},
-    "draft": {"vllm.v1.spec_decode.ngram_proposer": draft},
-    "links": {"vllm.distributed.device_communicators.cpu_communicator": links},
-    "exchange": {"vllm.distributed.device_communicators.all2all": exchange},
+    "prepare": {"vllm.v1.worker.gpu_model_runner": paused("GPUModelRunner._prepare_inputs")},
+    "forward": {"vllm.v1.worker.gpu_model_runner": paused("GPUModelRunner._model_forward")},
+    "sample": {"vllm.v1.sample.sampler": paused("Sampler.forward")},
+    "detokenizer": {"vllm.v1.engine.detokenizer": paused("BaseIncrementalDetokenizer.update")},
+    "draft": {"vllm.v1.spec_decode.ngram_proposer": paused("NgramProposer.propose")},
+    # On every rank, so that none is late.
+    "links": {"vllm.distributed.device_communicators.cpu_communicator": paused("CpuCommunicator.all_reduce")},
+    "exchange": {"vllm.distributed.device_communicators.all2all": paused(*_EXCHANGES)},
     "compile": {"vllm.v1.worker.gpu_model_runner": compiled, "vllm.compilation.backends": backend},
 }
